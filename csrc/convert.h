@@ -1,0 +1,90 @@
+// Storage types and their compute types: bfloat16 and float16 are widened to float32 on load and
+// rounded to nearest even on store; float32 and float64 compute as they are stored.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "host_device.h"
+
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#endif
+
+namespace adamprox {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+HOST_DEVICE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <typename Storage>
+struct Convert {  // float, double
+  using Compute = Storage;
+  static HOST_DEVICE Compute widen(Storage x) { return x; }
+  static HOST_DEVICE Storage narrow(Compute x) { return x; }
+};
+
+template <>
+struct Convert<BFloat16> {
+  using Compute = float;
+  static HOST_DEVICE float widen(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+  static HOST_DEVICE BFloat16 narrow(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    // Adding the rounding bias could carry a NaN over into zero or infinity.
+    return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+  }
+};
+
+template <>
+struct Convert<Half> {
+  using Compute = float;
+#if defined(__CUDA_ARCH__)
+  static __device__ __forceinline__ float widen(Half x) {
+    return __half2float(__ushort_as_half(x.bits));
+  }
+  static __device__ __forceinline__ Half narrow(float x) {
+    return {__half_as_ushort(__float2half_rn(x))};
+  }
+#else
+  // Branch-free, so that the loop vectorises with any compiler and instruction set. The bits of a
+  // half, read as those of a float, are its value times 2^-112, subnormals included.
+  static HOST_DEVICE float widen(Half x) {
+    const uint32_t sign = (uint32_t{x.bits} & 0x8000u) << 16;
+    const uint32_t magnitude = (uint32_t{x.bits} & 0x7fffu) << 13;
+    const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+    const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN
+    return bit_cast<float>(sign | (magnitude < 0x0f800000u ? finite : special));
+  }
+  static HOST_DEVICE Half narrow(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    // Normal halves: round the 13 bits that are dropped, then move the exponent's bias by 112.
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Subnormal halves: adding 0.5 makes the float unit round at 2^-24, a subnormal half's unit.
+    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // from 65520 on: infinity
+    half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
+    return {static_cast<uint16_t>(sign | half)};
+  }
+#endif
+};
+
+template <typename Storage>
+using Compute = typename Convert<Storage>::Compute;
+
+}  // namespace adamprox

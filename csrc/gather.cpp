@@ -1,0 +1,427 @@
+#include "gather.h"
+
+#include <algorithm>
+
+namespace adamprox {
+namespace {
+
+// Interned once, so that a dict look-up costs a few nanoseconds.
+PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+struct Keys {
+  PyObject *params = interned("params"), *grad = interned("grad"), *step = interned("step"),
+           *exp_avg = interned("exp_avg"), *exp_avg_sq = interned("exp_avg_sq"),
+           *max_exp_avg_sq = interned("max_exp_avg_sq"), *param = interned("param"),
+           *lr = interned("lr"), *betas = interned("betas"), *eps = interned("eps"),
+           *weight_decay = interned("weight_decay"), *amsgrad = interned("amsgrad"),
+           *maximize = interned("maximize"), *decay_by = interned("decay_by"),
+           *initial_lr = interned("initial_lr"), *is_conj = interned("is_conj"),
+           *is_neg = interned("is_neg"), *clone = interned("clone");
+};
+
+const Keys& keys() {
+  static const Keys instance;
+  return instance;
+}
+
+const dlpack::ExchangeApi* exchange_api() {
+  const py::object tensor = py::module_::import("torch").attr("Tensor");
+  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) {
+    throw py::import_error("adamprox needs torch >= 2.10 (DLPack's C exchange interface)");
+  }
+  const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
+  auto* api = capsule.get_pointer<dlpack::ExchangeApi>();
+  while (api != nullptr && api->major > 1) api = api->previous;
+  if (api == nullptr || api->major != 1 || api->tensor_from_object == nullptr) {
+    throw py::import_error("this torch offers no DLPack exchange interface of major version 1");
+  }
+  return api;
+}
+
+PyObject* required(const py::dict& group, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(group.ptr(), key);
+  if (value == nullptr) {
+    if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
+    throw py::error_already_set();
+  }
+  return value;
+}
+
+double as_double(PyObject* value) {  // a float, an int or a tensor of one element
+  const double result = PyFloat_AsDouble(value);
+  if (result == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return result;
+}
+
+bool as_bool(PyObject* value) {
+  const int result = PyObject_IsTrue(value);
+  if (result < 0) throw py::error_already_set();
+  return result != 0;
+}
+
+bool answers_true(PyObject* object, PyObject* method) {
+  const auto answer =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, method));
+  if (!answer) throw py::error_already_set();
+  return as_bool(answer.ptr());
+}
+
+HyperParameters hyper_parameters(const py::dict& group) {
+  const Keys& k = keys();
+  const py::sequence betas = py::reinterpret_borrow<py::sequence>(required(group, k.betas));
+  HyperParameters h{};
+  h.lr = as_double(required(group, k.lr));
+  h.beta1 = as_double(py::object(betas[0]).ptr());
+  h.beta2 = as_double(py::object(betas[1]).ptr());
+  h.eps = as_double(required(group, k.eps));
+  h.weight_decay = as_double(required(group, k.weight_decay));
+  h.maximize = as_bool(required(group, k.maximize));
+  h.decay_by_schedule =
+      PyUnicode_CompareWithASCIIString(required(group, k.decay_by), "schedule") == 0;
+  h.initial_lr = h.decay_by_schedule ? as_double(required(group, k.initial_lr)) : h.lr;
+  return h;
+}
+
+int64_t numel(const dlpack::Tensor& t) {
+  int64_t product = 1;
+  for (int i = 0; i < t.ndim; ++i) product *= t.shape[i];
+  return product;
+}
+
+bool same_layout(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.shape[i] != b.shape[i]) return false;
+    if (a.shape[i] != 1 && a.strides[i] != b.strides[i]) return false;
+  }
+  return true;
+}
+
+// Whether the elements fill one piece of memory without gaps or overlaps, in any order of dims.
+bool is_dense(const dlpack::Tensor& t) {
+  int64_t expected = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] == 1) continue;
+    if (t.strides[i] != expected) {
+      expected = -1;
+      break;
+    }
+    expected *= t.shape[i];
+  }
+  if (expected >= 0) return true;  // row-major
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int i = 0; i < t.ndim; ++i) {
+    if (t.shape[i] == 0) return true;
+    if (t.shape[i] != 1) dims.emplace_back(t.strides[i], t.shape[i]);
+  }
+  std::sort(dims.begin(), dims.end());
+  expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// The real type of a tensor's numbers; false for one that the kernels do not know.
+bool real_dtype(const dlpack::DataType& t, DType& out) {
+  const int bits = t.code == dlpack::kComplex ? t.bits / 2 : t.bits;
+  if (t.lanes != 1) return false;
+  if (t.code == dlpack::kBFloat) {
+    out = DType::kBFloat16;
+    return bits == 16;
+  }
+  if (t.code != dlpack::kFloat && t.code != dlpack::kComplex) return false;
+  out = bits == 64 ? DType::kFloat64 : bits == 32 ? DType::kFloat32 : DType::kFloat16;
+  // Not complex32: torch itself computes with it nowhere.
+  return bits == 64 || bits == 32 || (bits == 16 && t.code == dlpack::kFloat);
+}
+
+constexpr dlpack::DataType kFloat32{dlpack::kFloat, 32, 1};
+
+bool operator!=(const dlpack::DataType& a, const dlpack::DataType& b) {
+  return a.code != b.code || a.bits != b.bits || a.lanes != b.lanes;
+}
+
+bool same_device(const dlpack::Device& a, const dlpack::Device& b) {
+  return a.type == b.type && a.id == b.id;
+}
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace
+
+Gather::Gather(Decay decay) : decay_(decay), api_(exchange_api()) {}
+
+void* Gather::current_stream(const dlpack::Device& device) const {
+  void* stream = nullptr;
+  if (api_->current_stream(device.type, device.id, &stream) != 0) throw py::error_already_set();
+  return stream;
+}
+
+std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
+                                  const py::dict& staged) {
+  release();
+  PyObject *param, *value;
+  for (Py_ssize_t position = 0; PyDict_Next(state.ptr(), &position, &param, &value);) {
+    entries_.push_back({param, value, false});
+  }
+  int index = 0;
+  for (const py::handle group : groups) {
+    read_group(index++, py::reinterpret_borrow<py::dict>(group), staged);
+  }
+  for (DeviceTable& t : tables) {
+    t.table.decay = decay_;
+  }
+  return std::move(findings_);
+}
+
+void Gather::read_group(int index, const py::dict& group, const py::dict& staged) {
+  const HyperParameters hyper = hyper_parameters(group);
+  const bool amsgrad = as_bool(required(group, keys().amsgrad));
+  for (DeviceTable& t : tables) t.cohorts.assign(t.table.scalars.size(), -1);
+  const py::list params = py::reinterpret_borrow<py::list>(required(group, keys().params));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+    read_param(index, PyList_GET_ITEM(params.ptr(), i), hyper, amsgrad, staged);
+  }
+}
+
+void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper, bool amsgrad,
+                        const py::dict& staged) {
+  const Keys& k = keys();
+  auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, k.grad));
+  if (!grad) throw py::error_already_set();
+  PyObject* state = state_of(param);
+  if (grad.is_none()) {
+    if (state != nullptr && PyDict_CheckExact(state)) {
+      PyObject* counter = PyDict_GetItemWithError(state, k.step);
+      if (counter != nullptr) skipped_states_.push_back(py::reinterpret_borrow<py::dict>(state));
+    }
+    return;
+  }
+  if (state == nullptr || !PyDict_Check(state) || PyDict_GET_SIZE(state) == 0) {
+    return report(group, param, "state");
+  }
+
+  PyObject* stand_ins = nullptr;
+  if (PyDict_GET_SIZE(staged.ptr()) != 0) {
+    stand_ins = PyDict_GetItemWithError(staged.ptr(), param);
+    if (stand_ins == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  }
+  const auto pick = [&](PyObject* key, PyObject* original) {
+    PyObject* stand_in = stand_ins ? PyDict_GetItemWithError(stand_ins, key) : nullptr;
+    return py::reinterpret_borrow<py::object>(stand_in != nullptr ? stand_in : original);
+  };
+
+  Member member;
+  member.group = group;
+  member.state = py::reinterpret_borrow<py::dict>(state);
+  member.param = pick(k.param, param);
+  member.grad = pick(k.grad, grad.ptr());
+  member.exp_avg = pick(k.exp_avg, PyDict_GetItemWithError(state, k.exp_avg));
+  member.exp_avg_sq = pick(k.exp_avg_sq, PyDict_GetItemWithError(state, k.exp_avg_sq));
+  if (amsgrad) {
+    member.max_exp_avg_sq = pick(k.max_exp_avg_sq, PyDict_GetItemWithError(state, k.max_exp_avg_sq));
+    if (!member.max_exp_avg_sq) return report(group, param, "max_exp_avg_sq");
+  }
+
+  dlpack::Tensor p;
+  DType dtype;
+  if (!read_tensor(member.param.ptr(), p) || !real_dtype(p.dtype, dtype) || !is_dense(p)) {
+    return report(group, param, "param");
+  }
+  TensorRow row{};
+  row.param = p.data;
+  row.numel = numel(p) * (p.dtype.code == dlpack::kComplex ? 2 : 1);
+  row.param_dtype = row.state_dtype = dtype;
+  row.aligned = is_aligned(p.data);
+
+  // Reads one more tensor of this row; it must lie as the param does.
+  const auto read = [&](const py::object& object, const char* key, dlpack::DataType& type) -> void* {
+    dlpack::Tensor t;
+    if (object && read_tensor(object.ptr(), t) && same_layout(t, p) &&
+        same_device(t.device, p.device)) {
+      row.aligned &= is_aligned(t.data);
+      type = t.dtype;
+      return t.data;
+    }
+    report(group, param, key);
+    return nullptr;
+  };
+  const auto read_state = [&](const py::object& object, const char* key, bool wide) -> void* {
+    dlpack::DataType type = p.dtype;
+    void* data = read(object, key, type);
+    const dlpack::DataType expected = wide ? kFloat32 : p.dtype;
+    if (type != expected) report(group, param, key);
+    return data;
+  };
+
+  const size_t findings = findings_.size();
+  dlpack::DataType grad_type = p.dtype, moment_type = p.dtype;
+  void* grad_data = read(member.grad, "grad", grad_type);
+  if (grad_type != p.dtype) report(group, param, "grad");
+  row.exp_avg = read(member.exp_avg, "exp_avg", moment_type);
+  if (moment_type != p.dtype) {  // float32 moments of a 16-bit param
+    row.state_dtype = DType::kFloat32;
+    if (p.dtype.bits != 16 || moment_type != kFloat32) report(group, param, "exp_avg");
+  }
+  const bool wide = row.state_dtype != dtype;
+  row.exp_avg_sq = read_state(member.exp_avg_sq, "exp_avg_sq", wide);
+  if (amsgrad) {
+    row.max_exp_avg_sq = read_state(member.max_exp_avg_sq, "max_exp_avg_sq", wide);
+  }
+  PyObject* counter = PyDict_GetItemWithError(state, k.step);
+  member.cohort = counter != nullptr ? cohort_of(counter) : -1;
+  if (member.cohort < 0) report(group, param, "step");
+  if (findings_.size() != findings) return;
+  const Cohort& cohort = cohorts_[member.cohort];
+
+  DeviceTable& device = table_on(p.device);
+  TensorTable& table = device.table;
+  // Scalars are shared by the params of a group that are at the same step.
+  const auto known = std::find(device.cohorts.rbegin(), device.cohorts.rend(), member.cohort);
+  row.scalars = static_cast<int32_t>(device.cohorts.rend() - known) - 1;
+  if (known == device.cohorts.rend()) {
+    row.scalars = static_cast<int32_t>(table.scalars.size());
+    table.scalars.push_back(step_scalars(decay_, hyper, cohort.step + 1));
+    device.cohorts.push_back(member.cohort);
+  }
+  row.first_chunk = static_cast<int32_t>(table.chunks.size());
+  for (int64_t i = 0; i < TensorTable::num_chunks(row.numel); ++i) {
+    table.chunks.push_back({static_cast<int32_t>(table.rows.size()), static_cast<int32_t>(i)});
+  }
+  table.numel += row.numel;
+  table.rows.push_back(row);
+  table.grads.push_back(grad_data);
+  device.members.push_back(static_cast<int>(members.size()));
+  members.push_back(std::move(member));
+}
+
+bool Gather::read_tensor(PyObject* object, dlpack::Tensor& out) {
+  if (!is_plain(object)) return false;
+  if (api_->tensor_from_object(object, &out) != 0) {  // sparse, on the meta device, ...
+    PyErr_Clear();
+    return false;
+  }
+  // Lazy conjugation and negation do not show in the memory. A negated view of reals is dense only
+  // if it has one element (it comes from the imaginary part of a conjugate).
+  const bool complex = out.dtype.code == dlpack::kComplex;
+  if (complex && answers_true(object, keys().is_conj)) return false;
+  return !((complex || numel(out) == 1) && answers_true(object, keys().is_neg));
+}
+
+// A tensor whose memory is its own: not a DTensor, a FakeTensor or another wrapper.
+bool Gather::is_plain(PyObject* object) {
+  PyTypeObject* type = Py_TYPE(object);
+  const auto known = plain_types_.find(type);
+  if (known != plain_types_.end()) return known->second;
+  const py::module_ torch = py::module_::import("torch");
+  const py::handle t(reinterpret_cast<PyObject*>(type));
+  const bool plain = PyObject_IsSubclass(t.ptr(), torch.attr("Tensor").ptr()) == 1 &&
+                     t.attr("__torch_dispatch__")
+                         .is(torch.attr("_C").attr("_disabled_torch_dispatch_impl"));
+  t.inc_ref();  // the key must not be reused by another type
+  return plain_types_[type] = plain;
+}
+
+// optimizer.state[param] without hashing: entries are read in the order of the dict, which is that
+// of the params as long as all of them took part in the first step.
+PyObject* Gather::state_of(PyObject* param) {
+  if (next_entry_ >= entries_.size() || entries_[next_entry_].param != param) {
+    if (entry_index_.empty()) {
+      for (size_t i = 0; i < entries_.size(); ++i) entry_index_[entries_[i].param] = i;
+    }
+    const auto found = entry_index_.find(param);
+    if (found == entry_index_.end()) return nullptr;
+    next_entry_ = found->second;
+  }
+  StateEntry& entry = entries_[next_entry_++];
+  if (entry.used) throw py::value_error("a param appears twice in the optimizer's param groups");
+  entry.used = true;
+  return entry.state;
+}
+
+int Gather::cohort_of(PyObject* counter) {
+  if (!cohorts_.empty() && cohorts_.back().counter.ptr() == counter) {
+    return static_cast<int>(cohorts_.size()) - 1;
+  }
+  const auto known = cohort_index_.find(counter);
+  if (known != cohort_index_.end()) return known->second;
+  dlpack::Tensor t;
+  if (!read_tensor(counter, t) || t.device.type != dlpack::kCPU || numel(t) != 1 ||
+      t.dtype.code != dlpack::kFloat || t.dtype.bits < 32) {
+    return -1;
+  }
+  const bool is_double = t.dtype.bits == 64;
+  const double step =
+      is_double ? *static_cast<double*>(t.data) : double{*static_cast<float*>(t.data)};
+  const int index = static_cast<int>(cohorts_.size());
+  cohorts_.push_back({py::reinterpret_borrow<py::object>(counter), t.data, is_double, step});
+  cohort_index_[counter] = index;
+  return index;
+}
+
+DeviceTable& Gather::table_on(const dlpack::Device& device) {
+  for (DeviceTable& t : tables) {
+    if (same_device(t.device, device)) return t;
+  }
+  tables.emplace_back();
+  tables.back().device = device;
+  return tables.back();
+}
+
+void Gather::report(int group, PyObject* param, const char* key) {
+  findings_.push_back({group, py::reinterpret_borrow<py::object>(param), key});
+}
+
+void Gather::count_step() {
+  const Keys& k = keys();
+  const auto set_counter = [&](const py::dict& state, const py::object& counter) {
+    if (PyDict_SetItem(state.ptr(), k.step, counter.ptr()) != 0) throw py::error_already_set();
+  };
+  // A param that was skipped leaves its cohort, with a counter that stays behind.
+  std::unordered_map<PyObject*, py::object> left_behind;
+  for (const py::dict& state : skipped_states_) {
+    PyObject* counter = PyDict_GetItemWithError(state.ptr(), k.step);
+    if (counter == nullptr || cohort_index_.find(counter) == cohort_index_.end()) continue;
+    py::object& copy = left_behind[counter];
+    if (!copy) copy = py::reinterpret_borrow<py::object>(counter).attr("clone")();
+    set_counter(state, copy);
+  }
+  // Cohorts at the same step become one.
+  std::vector<int> leaders(cohorts_.size());
+  std::unordered_map<double, int> leader_at[2];
+  for (size_t i = 0; i < cohorts_.size(); ++i) {
+    Cohort& cohort = cohorts_[i];
+    leaders[i] = leader_at[cohort.is_double].emplace(cohort.step, static_cast<int>(i)).first->second;
+    if (leaders[i] != static_cast<int>(i)) continue;
+    if (cohort.is_double) {
+      *static_cast<double*>(cohort.data) = cohort.step + 1;
+    } else {
+      *static_cast<float*>(cohort.data) = static_cast<float>(cohort.step + 1);
+    }
+  }
+  for (const Member& member : members) {
+    const int leader = leaders[member.cohort];
+    if (leader != member.cohort) set_counter(member.state, cohorts_[leader].counter);
+  }
+}
+
+void Gather::release() {
+  // The buffers stay, so that a step allocates nothing.
+  for (DeviceTable& t : tables) {
+    t.table.clear();
+    t.members.clear();
+    t.cohorts.clear();
+  }
+  members.clear();
+  entries_.clear();
+  entry_index_.clear();
+  next_entry_ = 0;
+  cohorts_.clear();
+  cohort_index_.clear();
+  skipped_states_.clear();
+  findings_.clear();
+}
+
+}  // namespace adamprox

@@ -1,0 +1,68 @@
+// The table that one step hands to a backend: pointers, sizes, types and scalars; no maths.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace adamprox {
+
+// A tile is what the lanes of the reduction tree cover, and what one CUDA block loads at once:
+// 256 threads of 8 elements. A chunk is the unit of work that threads and blocks share out.
+constexpr int64_t kTileSize = 2048;
+constexpr int64_t kChunkSize = 8 * kTileSize;
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+enum class Decay : uint8_t { kCoupled, kDecoupled, kProxSqL2, kProxL1, kProxL2 };
+
+// What changes with the step count, in double: computed once on the host, rounded once to the
+// compute type where it is used.
+struct Scalars {
+  double one_minus_beta1;
+  double one_minus_beta2;
+  double step_size;   // lr * sqrt(1 - beta2^t) / (1 - beta1^t)
+  double eps;         // eps * sqrt(1 - beta2^t)
+  double decay;       // see decay.h: one meaning a rule
+  double grad_scale;  // -1 to maximize, else 1
+};
+
+struct TensorRow {
+  void* param;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;  // null without amsgrad
+  int64_t numel;         // reals: a complex number counts twice
+  int32_t scalars;       // index into TensorTable::scalars
+  int32_t first_chunk;   // index of this tensor's first chunk
+  DType param_dtype;     // of param and grad
+  DType state_dtype;     // of exp_avg, exp_avg_sq, max_exp_avg_sq
+  uint8_t aligned;       // 1: all pointers are multiples of 16 bytes, grad's included
+  uint8_t unused[5];     // named, so that equal rows are equal bytes
+};
+static_assert(sizeof(TensorRow) == 56, "triton_kernels/fused_adam.py reads it as 7 words");
+
+struct Chunk {
+  int32_t row;
+  int32_t index;  // within the tensor: it starts at index * kChunkSize
+};
+
+struct TensorTable {
+  Decay decay = Decay::kCoupled;
+  std::vector<TensorRow> rows;
+  std::vector<void*> grads;  // one a row; apart from it, since they change from step to step
+  std::vector<Scalars> scalars;
+  std::vector<Chunk> chunks;
+  int64_t numel = 0;
+
+  static int64_t num_chunks(int64_t numel) { return (numel + kChunkSize - 1) / kChunkSize; }
+
+  void clear() {
+    rows.clear();
+    grads.clear();
+    scalars.clear();
+    chunks.clear();
+    numel = 0;
+  }
+};
+
+}  // namespace adamprox

@@ -1,0 +1,8 @@
+"""Adam's direction and a proximal decay in one pass over memory, as ``torch.optim`` optimizers."""
+
+from importlib.metadata import version as _version
+
+from .optimizers import Adam, AdamProx, AdamProxL1, AdamProxL2, AdamW
+
+__version__ = _version("adamprox")
+__all__ = ["Adam", "AdamProx", "AdamProxL1", "AdamProxL2", "AdamW"]

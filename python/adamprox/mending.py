@@ -1,0 +1,129 @@
+"""What the gather cannot use as it is: made, copied into shape, or refused by name.
+
+Nothing is written before everything has been checked, so an error leaves every param untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import _C
+
+Staged = dict[Tensor, dict[str, Tensor]]
+
+_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+
+
+def mend(optimizer: Optimizer, findings: Iterable[_C.Finding], staged: Staged) -> None:
+    """Makes missing states and counters, and dense copies (into ``staged``) of strided tensors.
+
+    Raises:
+        RuntimeError: a tensor cannot be used; the message names it and says why.
+    """
+    findings = list(findings)
+    for finding in findings:
+        _check(optimizer, finding)
+    counter = torch.tensor(0.0, dtype=_counter_dtype(), device="cpu")
+    for finding in findings:
+        param, group = finding.param, optimizer.param_groups[finding.group]
+        state = optimizer.state[param]
+        if finding.key == "state":
+            state["step"] = counter
+            for key in ("exp_avg", "exp_avg_sq", *_amsgrad_keys(group)):
+                state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        elif finding.key == "step":
+            state["step"] = torch.tensor(float(state["step"]), dtype=_counter_dtype(), device="cpu")
+        else:
+            _stage(param, state, group, staged)
+
+
+def unstage(optimizer: Optimizer, staged: Staged) -> None:
+    """Copies what the step has written into staged tensors back to where it belongs."""
+    for param, copies in staged.items():
+        for key, copy in copies.items():
+            if key != "grad":
+                (param if key == "param" else optimizer.state[param][key]).copy_(copy)
+
+
+def _tensors(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    keys = ("exp_avg", "exp_avg_sq", *_amsgrad_keys(group))
+    return {"param": param, "grad": param.grad, **{key: state.get(key) for key in keys}}
+
+
+def _amsgrad_keys(group: dict[str, Any]) -> tuple[str, ...]:
+    return ("max_exp_avg_sq",) if group["amsgrad"] else ()
+
+
+def _counter_dtype() -> torch.dtype:
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def _stage(
+    param: Tensor, state: dict[str, Any], group: dict[str, Any], staged: Staged
+) -> None:
+    like = torch.empty_like(param, memory_format=torch.preserve_format)
+    staged[param] = {
+        key: torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+        for key, tensor in _tensors(param, state, group).items()
+        if tensor.stride() != like.stride() or tensor.is_conj() or tensor.is_neg()
+    }
+
+
+def _check(optimizer: Optimizer, finding: _C.Finding) -> None:
+    param, group = finding.param, optimizer.param_groups[finding.group]
+    index = next(i for i, p in enumerate(group["params"]) if p is param)
+    name = f"param_groups[{finding.group}]['params'][{index}]"
+    if "param_names" in group:
+        name += f" ({group['param_names'][index]})"
+
+    def refuse(problem: str) -> None:
+        raise RuntimeError(f"{type(optimizer).__name__}: {problem}; nothing was updated")
+
+    if param.grad is not None and param.grad.is_sparse:
+        refuse(f"sparse gradients are not supported, please consider SparseAdam: {name}.grad")
+    state = optimizer.state.get(param) or {}
+    tensors = _tensors(param, state, group)
+    if not state:
+        tensors = {key: tensors[key] for key in ("param", "grad")}
+    elif finding.key == "step":
+        try:
+            float(state["step"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            refuse(f"the step count of {name} cannot be read: {error!r}")
+
+    for key, tensor in tensors.items():
+        what = name if key == "param" else f"{key} of {name}"
+        if not isinstance(tensor, Tensor):
+            refuse(f"{what} is {tensor!r}, expected a tensor")
+        if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+            refuse(f"{what} is a {type(tensor).__name__}, and only plain tensors are supported")
+        if tensor.layout != torch.strided:
+            refuse(f"{what} has layout={tensor.layout}, expected torch.strided")
+        if tensor.device.type not in ("cpu", "cuda"):
+            refuse(f"{what} is on {tensor.device}, expected a cpu or cuda device")
+        if tensor.dtype not in _DTYPES:
+            refuse(f"{what} has dtype={tensor.dtype}, expected one of {_DTYPES}")
+        if tensor.shape != param.shape:
+            refuse(f"{what} has shape {tuple(tensor.shape)}, expected {tuple(param.shape)}")
+        if tensor.device != param.device:
+            refuse(f"{what} is on {tensor.device}, and the param on {param.device}")
+        # Moments may be float32 where the param is narrower; exp_avg says so for all of them.
+        wide = key not in ("param", "grad") and param.dtype in (torch.bfloat16, torch.float16)
+        first = tensors["exp_avg"].dtype if wide and key != "exp_avg" else tensor.dtype
+        allowed = {param.dtype, torch.float32} & {first} if wide else {param.dtype}
+        if tensor.dtype not in allowed:
+            refuse(f"{what} has dtype={tensor.dtype}, and the param {param.dtype}")
+    if torch._debug_has_internal_overlap(param) == 1:
+        refuse(f"{name} is expanded: several of its elements share one place in memory")

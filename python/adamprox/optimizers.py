@@ -1,0 +1,300 @@
+"""The optimizers: thin ``torch.optim`` classes, one a decay rule, over the backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import _C, backends
+from .mending import Staged, mend, unstage
+
+Betas = tuple[float | Tensor, float | Tensor]
+
+_ARGUMENTS = """
+    Args:
+        params: tensors, ``(name, tensor)`` pairs, or dicts that define param groups.
+        lr: learning rate; a float or a tensor of one element (default: 1e-3).
+        betas: the decay rates of the first and the second moment, in [0, 1)
+            (default: (0.9, 0.999)).
+        eps: added to the denominator (default: 1e-8).
+        weight_decay: lambda in the paper (default: {weight_decay}).
+        amsgrad: divide by the largest second moment so far (default: False).
+        maximize: ascend (default: False).
+        foreach, fused: accepted for torch.optim.AdamW's sake; every step is fused.
+        capturable: accepted; step counts stay on the host, and a step cannot be captured into a
+            CUDA graph yet (default: False).
+        differentiable: refused if True.
+        decay_by: what the decay strength ``s`` follows. ``"lr"``: ``s = lr * weight_decay``, as in
+            torch (default). ``"schedule"``: ``s = lr / initial_lr * weight_decay``, the paper's
+            ``eta_t * lambda``; ``initial_lr`` is the param group's, which torch's schedulers write,
+            or else the lr at construction.{decay_by}
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None, the default, takes
+            the environment's ``ADAMPROX_BACKEND`` or the best that can run. All give the same bits.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it and its value.
+        RuntimeError: ``differentiable=True``, or the backend asked for cannot run here.
+"""
+
+
+def _document(weight_decay: str = "1e-2", decay_by: str = "") -> Callable[[type], type]:
+    def add(cls: type) -> type:
+        assert cls.__doc__ is not None
+        cls.__doc__ += _ARGUMENTS.format(weight_decay=weight_decay, decay_by=decay_by)
+        return cls
+
+    return add
+
+
+class _FusedAdam(Optimizer):
+    """Adam's direction composed with a decay rule; the classes below say which."""
+
+    decay: ClassVar[str]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decay_by: str = "lr",
+        backend: str | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decay_by": decay_by,
+        }
+        _validate(defaults)
+        self._backend = backends.requested(backend)
+        self._gather = _C.Gather(self.decay)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.add_param_group``; its values are checked first."""
+        if isinstance(param_group, dict):
+            group = {**self.defaults, **param_group}
+            _validate(group)
+            if group["decay_by"] == "schedule":
+                param_group.setdefault("initial_lr", group["lr"])
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._gather = _C.Gather(self.decay)
+        for group in self.param_groups:
+            # Saved by torch.optim's classes, or by an older one of them.
+            group.setdefault("amsgrad", False)
+            group.setdefault("maximize", False)
+            group.setdefault("foreach", None)
+            group.setdefault("capturable", False)
+            group.setdefault("differentiable", False)
+            group.setdefault("fused", None)
+            group.setdefault("decay_by", self.defaults["decay_by"])
+            if group["decay_by"] == "schedule":
+                group.setdefault("initial_lr", group["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict``: with a step counter of its own for each param."""
+        result = super().state_dict()
+        result["state"] = {
+            index: {**state, "step": state["step"].clone()} if "step" in state else state
+            for index, state in result["state"].items()
+        }
+        return result
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Performs a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a tensor cannot be used or no backend can run; nothing was updated.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        gather, staged = self._gather, Staged()
+        try:
+            # At most twice: states that were missing may turn out to need copies.
+            while findings := gather.read(self.param_groups, self.state, staged):
+                mend(self, findings, staged)
+            tables = gather.tables()
+            chosen = [backends.select(self._backend, table.device[0]) for table in tables]
+            for table, backend in zip(tables, chosen, strict=True):
+                backend.step(table, self.decay, self.param_groups)
+            gather.count_step()
+        finally:
+            gather.release()
+        if staged:
+            unstage(self, staged)
+        return loss
+
+
+def _validate(group: dict[str, Any]) -> None:
+    """Refuses what torch.optim.AdamW refuses, in its words, and what cannot be done here."""
+    lr, betas, eps, weight_decay = (group[k] for k in ("lr", "betas", "eps", "weight_decay"))
+    host_only = group["foreach"] and not group["capturable"]
+    if isinstance(lr, Tensor):
+        if host_only:
+            raise ValueError(
+                "lr as a Tensor is not supported for capturable=False and foreach=True"
+            )
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not 0.0 <= eps:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if not 0.0 <= weight_decay:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    if len({isinstance(beta, Tensor) for beta in betas}) != 1 or not all(
+        isinstance(beta, float | Tensor) for beta in betas
+    ):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for index, beta in enumerate(betas):
+        if isinstance(beta, Tensor):
+            if host_only:
+                raise ValueError(
+                    f"betas[{index}] as a Tensor is not supported for capturable=False "
+                    "and foreach=True"
+                )
+            if beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{index}] must be 1-element")
+    if group["decay_by"] not in ("lr", "schedule"):
+        raise ValueError(f"Invalid decay_by: {group['decay_by']!r}, expected 'lr' or 'schedule'")
+    if group["decay_by"] == "schedule" and not group.get("initial_lr", lr) > 0.0:
+        raise ValueError(
+            f"Invalid initial learning rate for decay_by='schedule': {group.get('initial_lr', lr)}"
+        )
+    if group["differentiable"]:
+        raise RuntimeError(
+            "differentiable=True is not supported: the step writes in place, outside of autograd"
+        )
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+@_document(
+    weight_decay="0",
+    decay_by=""" Without effect here:
+            ``weight_decay`` goes into the gradient as it is.""",
+)
+class Adam(_FusedAdam):
+    r"""Adam with coupled l2: the paper's Adam-l2, Algorithm 1 with line 5.
+
+    .. math::
+        g_t &= \nabla f_t(x_{t-1}) + \lambda x_{t-1} \\
+        x_t &= x_{t-1} - \eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+
+    with ``lr`` = :math:`\eta_t \alpha`. It equals ``torch.optim.Adam``, and it is not scale-free.
+    """
+
+    decay = "coupled"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+
+
+@_document()
+class AdamW(_FusedAdam):
+    r"""Adam with decoupled weight decay: the paper's equation (4).
+
+    .. math::
+        x_t = (1 - s) x_{t-1} - \eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+
+    It equals ``torch.optim.AdamW``, and it is the first-order Taylor expansion of
+    :class:`AdamProx` in the decay strength ``s``.
+    """
+
+    decay = "decoupled"
+
+
+@_document()
+class AdamProx(_FusedAdam):
+    r"""Adam with the proximal step of the squared l2 norm: the paper's equation (5).
+
+    .. math::
+        x_t = \operatorname{argmin}_x \tfrac12 \|x - z_t\|^2 + \tfrac s2 \|x\|^2
+            = z_t / (1 + s), \quad
+        z_t = x_{t-1} - \eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+    """
+
+    decay = "prox_sq_l2"
+
+
+@_document()
+class AdamProxL1(_FusedAdam):
+    r"""Adam with the proximal step of the l1 norm, the soft threshold: the paper's section 5.
+
+    .. math::
+        x_t = \operatorname{argmin}_x \tfrac12 \|x - z_t\|^2 + s \|x\|_1
+            = \operatorname{sign}(z_t) \max(|z_t| - s, 0), \quad
+        z_t = x_{t-1} - \eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+
+    Coordinates within ``s`` of zero become exactly zero. Complex params are pairs of reals: their
+    real and imaginary parts are thresholded apart.
+    """
+
+    decay = "prox_l1"
+
+
+@_document()
+class AdamProxL2(_FusedAdam):
+    r"""Adam with the proximal step of the l2 norm, not squared: the paper's section 5.
+
+    .. math::
+        x_t = \operatorname{argmin}_x \tfrac12 \|x - z_t\|^2 + s \|x\|_2
+            = \max(1 - s / \|z_t\|, 0) z_t, \quad
+        z_t = x_{t-1} - \eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+
+    The block whose norm is taken is one param tensor: it becomes exactly zero as a whole once its
+    norm is at most ``s``. ``z`` is rounded to the param's dtype before its norm is taken.
+    """
+
+    decay = "prox_l2"

@@ -1,0 +1,191 @@
+"""The specification: one step in eager PyTorch, made of single IEEE operations.
+
+The other backends give the same bits (``torch.equal``) as :func:`step`. float32, bfloat16 and
+float16 tensors compute in float32, float64 ones in float64; complex numbers are pairs of reals.
+Every operation rounds once. Scalars are computed in double and rounded once to the compute type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_SIZE = 2048
+CHUNK_SIZE = 8 * TILE_SIZE
+
+DECAYS = ("coupled", "decoupled", "prox_sq_l2", "prox_l1", "prox_l2")
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step that are the same for every element, in double."""
+
+    one_minus_beta1: float
+    one_minus_beta2: float
+    step_size: float
+    """``lr * sqrt(1 - beta2**t) / (1 - beta1**t)``"""
+    eps: float
+    """``eps * sqrt(1 - beta2**t)``"""
+    decay: float
+    """``weight_decay`` (coupled), ``s / (1 + s)`` (prox_sq_l2), else the decay strength ``s``"""
+    grad_scale: float
+    """-1 to maximize, else 1"""
+
+
+def decay_strength(group: Mapping[str, Any]) -> float:
+    """``s = eta * weight_decay``, with ``eta`` the lr or, by schedule, ``lr / initial_lr``."""
+    eta = float(group["lr"])
+    if group["decay_by"] == "schedule":
+        eta = eta / float(group["initial_lr"])
+    return eta * float(group["weight_decay"])
+
+
+def step_scalars(decay: str, group: Mapping[str, Any], step: float) -> Scalars:
+    """The scalars of step number ``step`` (the first is 1) for one param group."""
+    beta1, beta2 = map(float, group["betas"])
+    bias_correction1 = 1 - beta1**step
+    bias_correction2_sqrt = math.sqrt(1 - beta2**step)
+    s = decay_strength(group)
+    return Scalars(
+        one_minus_beta1=1 - beta1,
+        one_minus_beta2=1 - beta2,
+        step_size=float(group["lr"]) * bias_correction2_sqrt / bias_correction1,
+        eps=float(group["eps"]) * bias_correction2_sqrt,
+        decay={"coupled": float(group["weight_decay"]), "prox_sq_l2": s / (1 + s)}.get(decay, s),
+        grad_scale=-1.0 if group["maximize"] else 1.0,
+    )
+
+
+def update_moment(moment: Tensor, value: Tensor, one_minus_beta: Tensor) -> Tensor:
+    """``beta * moment + (1 - beta) * value``."""
+    return moment + one_minus_beta * (value - moment)
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """The correctly rounded square root of a float32 or float64 tensor.
+
+    ``torch.sqrt`` on CPU may call MKL's, which is off by one unit in the last place for a float32
+    number out of five. In double it is near enough for a float32 result to round correctly: no root
+    of a 24-bit number is within 2**-50 of the middle between two such numbers, relatively.
+    """
+    if x.dtype == torch.float32:
+        return torch.sqrt(x.to(torch.float64)).to(torch.float32)
+    return torch.sqrt(x) if x.is_cuda else x.clone().apply_(math.sqrt)
+
+
+def adam_update(exp_avg: Tensor, exp_avg_sq: Tensor, step_size: Tensor, eps: Tensor) -> Tensor:
+    """``eta_t * alpha * mhat / (sqrt(vhat) + eps)`` of the paper's Algorithm 1, line 8."""
+    return (step_size * exp_avg) / (sqrt(exp_avg_sq) + eps)
+
+
+def soft_threshold(z: Tensor, threshold: Tensor) -> Tensor:
+    """``argmin_x 0.5 * (x - z)**2 + threshold * abs(x)``, elementwise: exact zeros, NaN kept."""
+    magnitude = torch.abs(z)
+    shrunk = torch.where(magnitude <= threshold, torch.zeros_like(z), magnitude - threshold)
+    return torch.copysign(shrunk, z)
+
+
+def apply_decay(decay: str, param: Tensor, update: Tensor, k: Tensor) -> Tensor:
+    """The new param from Adam's update and ``k = Scalars.decay``.
+
+    A factor close to 1 is applied as a subtraction, so that param is rounded once.
+    """
+    if decay == "decoupled":  # (1 - s) * param - update: (4)
+        return param - (update + k * param)
+    if decay == "prox_sq_l2":  # (param - update) / (1 + s): (5)
+        return param - (update + k * (param - update))
+    if decay == "prox_l1":
+        return soft_threshold(param - update, k)
+    return param - update  # coupled; prox_l2 before its blocks shrink
+
+
+def prox_l2(z: Tensor, strength: float) -> Tensor:
+    """``argmin_x 0.5 * norm(x - z)**2 + strength * norm(x)``: ``max(1 - strength/norm(z), 0) * z``.
+
+    The block is the whole tensor; a block of norm 0 stays 0.
+    """
+    norm = math.sqrt(sum_of_squares(z))
+    shrinkage = 1.0 if norm <= strength else strength / norm
+    compute = z.to(_compute_dtype(z))
+    k = torch.tensor(shrinkage, dtype=compute.dtype, device=z.device)
+    return (compute - k * compute).to(z.dtype)
+
+
+def sum_of_squares(values: Tensor) -> float:
+    """The sum of squares in double, by one fixed tree, elements taken as they lie in memory."""
+    squares = _in_memory_order(values).to(torch.float64)
+    squares = squares * squares
+    sums = [tree_sum(chunk) for chunk in squares.split(CHUNK_SIZE)]
+    return tree_sum(torch.stack(sums)).item()
+
+
+def tree_sum(values: Tensor) -> Tensor:
+    """A sum of float64 values in a fixed order that threads and vectors can follow.
+
+    Lane ``i`` takes the values ``i``, ``i + TILE_SIZE``, ... from left to right; then the upper
+    half of the lanes is added to the lower half until one lane is left.
+    """
+    lanes = values.new_zeros(TILE_SIZE)
+    for tile in values.split(TILE_SIZE):
+        lanes[: len(tile)] += tile
+    while len(lanes) > 1:
+        lower, upper = lanes.chunk(2)
+        lanes = lower + upper
+    return lanes[0]
+
+
+def step(
+    decay: str,
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    scalars: Scalars,
+) -> None:
+    """One step of one tensor, in place; every tensor has the param's shape.
+
+    Args:
+        decay: one of :data:`DECAYS`.
+        param, grad: of the same dtype.
+        exp_avg, exp_avg_sq: the moments, of the param's dtype, or float32 with 16-bit params.
+        max_exp_avg_sq: with amsgrad, else None.
+        scalars: from :func:`step_scalars`.
+    """
+    if param.is_complex():
+        tensors = (param, grad, exp_avg, exp_avg_sq)
+        param, grad, exp_avg, exp_avg_sq = map(torch.view_as_real, tensors)
+        if max_exp_avg_sq is not None:
+            max_exp_avg_sq = torch.view_as_real(max_exp_avg_sq)
+    dtype = _compute_dtype(param)
+    one_minus_beta1, one_minus_beta2, step_size, eps, k, grad_scale = (
+        torch.tensor(scalar, dtype=dtype, device=param.device) for scalar in scalars
+    )
+    p, g, m, v = (t.to(dtype) for t in (param, grad, exp_avg, exp_avg_sq))
+
+    g = grad_scale * g
+    if decay == "coupled":  # Algorithm 1, line 5
+        g = g + k * p
+    m = update_moment(m, g, one_minus_beta1)
+    v = update_moment(v, g * g, one_minus_beta2)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    if max_exp_avg_sq is not None:
+        largest = max_exp_avg_sq.to(dtype)
+        v = torch.where(largest > v, largest, v)
+        max_exp_avg_sq.copy_(v)
+    param.copy_(apply_decay(decay, p, adam_update(m, v, step_size, eps), k))
+    if decay == "prox_l2" and param.numel() > 0:
+        param.copy_(prox_l2(param, scalars.decay))
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).reshape(-1)
