@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
+#include <set>
+#include <string>
 #include <stdexcept>
 
 #include "fused_adam.h"
@@ -35,6 +38,11 @@ const char* device_type_name(const dlpack::Device& device) {
   }
 }
 
+template <typename T>
+void append_bytes(std::string& out, const std::vector<T>& values) {
+  out.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+}
+
 // What a backend sees of one device's share of a step.
 class Table {
  public:
@@ -57,21 +65,43 @@ class Table {
     return result;
   }
 
-  // The table as bytes, for a kernel on another device: what seldom changes (TensorRow[], Chunk[])
-  // and what changes at each step (grad pointers, Scalars[]).
-  py::bytes metadata() const { return bytes_of(device_.table.rows, device_.table.chunks); }
-  py::bytes payload() const { return bytes_of(device_.table.grads, device_.table.scalars); }
+  int64_t num_rows() const { return static_cast<int64_t>(device_.table.rows.size()); }
+  int64_t num_chunks() const { return static_cast<int64_t>(device_.table.chunks.size()); }
 
-  py::object uploaded_metadata(const py::function& upload) const {
-    const TensorTable& t = device_.table;
-    std::string bytes;
-    append(bytes, t.rows);
-    append(bytes, t.chunks);
+  // The distinct (param's, state's) dtypes, by the numbers of DType.
+  std::set<std::pair<int, int>> dtypes() const {
+    std::set<std::pair<int, int>> result;
+    for (const TensorRow& row : device_.table.rows) {
+      result.emplace(static_cast<int>(row.param_dtype), static_cast<int>(row.state_dtype));
+    }
+    return result;
+  }
+
+  bool amsgrad() const {
+    const auto& rows = device_.table.rows;
+    return std::any_of(rows.begin(), rows.end(),
+                       [](const TensorRow& row) { return row.max_exp_avg_sq != nullptr; });
+  }
+
+  // What seldom changes, TensorRow[num_rows] and Chunk[num_chunks], as upload(bytes) put it on the
+  // device; called again only if the bytes or the stream have changed since.
+  py::object metadata(uintptr_t stream, const py::function& upload) const {
+    std::string bytes(reinterpret_cast<const char*>(&stream), sizeof(stream));
+    append_bytes(bytes, device_.table.rows);
+    append_bytes(bytes, device_.table.chunks);
     if (!device_.uploaded || bytes != device_.uploaded_bytes) {
-      device_.uploaded = upload(py::bytes(bytes));
+      device_.uploaded = upload(py::bytes(bytes.data() + sizeof(stream), bytes.size() - sizeof(stream)));
       device_.uploaded_bytes = std::move(bytes);
     }
     return device_.uploaded;
+  }
+
+  // What changes at each step: the grads' pointers, void*[num_rows], and Scalars[].
+  py::bytes payload() const {
+    std::string bytes;
+    append_bytes(bytes, device_.table.grads);
+    append_bytes(bytes, device_.table.scalars);
+    return bytes;
   }
 
   void step_cpu(int threads) const {
@@ -104,6 +134,12 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Table>(m, "Table")
       .def_property_readonly("device", &Table::device)
       .def("rows", &Table::rows)
+      .def_property_readonly("num_rows", &Table::num_rows)
+      .def_property_readonly("num_chunks", &Table::num_chunks)
+      .def_property_readonly("dtypes", &Table::dtypes)
+      .def_property_readonly("amsgrad", &Table::amsgrad)
+      .def("metadata", &Table::metadata, py::arg("stream"), py::arg("upload"))
+      .def("payload", &Table::payload)
       .def("step_cpu", &Table::step_cpu, py::arg("threads"));
   py::class_<Gather, std::shared_ptr<Gather>>(m, "Gather")
       .def(py::init([](const std::string& decay) { return std::make_shared<Gather>(decay_from(decay)); }),
