@@ -147,5 +147,6 @@ PYBIND11_MODULE(_C, m) {
       .def("read", &Gather::read, py::arg("groups"), py::arg("state"), py::arg("staged"))
       .def("tables", &tables)
       .def("count_step", &Gather::count_step)
-      .def("release", &Gather::release);
+      .def("release", &Gather::release)
+      .def_property_readonly("reader", [](const Gather& g) { return g.reader().interface(); });
 }

@@ -24,20 +24,6 @@ const Keys& keys() {
   return instance;
 }
 
-const dlpack::ExchangeApi* exchange_api() {
-  const py::object tensor = py::module_::import("torch").attr("Tensor");
-  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) {
-    throw py::import_error("adamprox needs torch >= 2.10 (DLPack's C exchange interface)");
-  }
-  const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
-  auto* api = capsule.get_pointer<dlpack::ExchangeApi>();
-  while (api != nullptr && api->major > 1) api = api->previous;
-  if (api == nullptr || api->major != 1 || api->tensor_from_object == nullptr) {
-    throw py::import_error("this torch offers no DLPack exchange interface of major version 1");
-  }
-  return api;
-}
-
 PyObject* required(const py::dict& group, PyObject* key) {
   PyObject* value = PyDict_GetItemWithError(group.ptr(), key);
   if (value == nullptr) {
@@ -45,6 +31,32 @@ PyObject* required(const py::dict& group, PyObject* key) {
     throw py::error_already_set();
   }
   return value;
+}
+
+struct StateValues {  // borrowed; null where missing
+  PyObject *step = nullptr, *exp_avg = nullptr, *exp_avg_sq = nullptr, *max_exp_avg_sq = nullptr;
+};
+
+// Walks the few entries of a param's state instead of looking each one up; keys that are not the
+// interned strings (a state that came from a file) are looked up.
+StateValues state_values(PyObject* state, bool amsgrad) {
+  const Keys& k = keys();
+  StateValues v;
+  PyObject *key, *value;
+  for (Py_ssize_t position = 0; PyDict_Next(state, &position, &key, &value);) {
+    if (key == k.exp_avg) v.exp_avg = value;
+    else if (key == k.exp_avg_sq) v.exp_avg_sq = value;
+    else if (key == k.step) v.step = value;
+    else if (key == k.max_exp_avg_sq) v.max_exp_avg_sq = value;
+  }
+  const auto look_up = [state](PyObject*& found, PyObject* name) {
+    if (found == nullptr) found = PyDict_GetItemWithError(state, name);
+  };
+  look_up(v.step, k.step);
+  look_up(v.exp_avg, k.exp_avg);
+  look_up(v.exp_avg_sq, k.exp_avg_sq);
+  if (amsgrad) look_up(v.max_exp_avg_sq, k.max_exp_avg_sq);
+  return v;
 }
 
 double as_double(PyObject* value) {  // a float, an int or a tensor of one element
@@ -123,18 +135,11 @@ bool is_dense(const dlpack::Tensor& t) {
   return true;
 }
 
-// The real type of a tensor's numbers; false for one that the kernels do not know.
-bool real_dtype(const dlpack::DataType& t, DType& out) {
+// The real type of a tensor's numbers.
+DType real_dtype(const dlpack::DataType& t) {
+  if (t.code == dlpack::kBFloat) return DType::kBFloat16;
   const int bits = t.code == dlpack::kComplex ? t.bits / 2 : t.bits;
-  if (t.lanes != 1) return false;
-  if (t.code == dlpack::kBFloat) {
-    out = DType::kBFloat16;
-    return bits == 16;
-  }
-  if (t.code != dlpack::kFloat && t.code != dlpack::kComplex) return false;
-  out = bits == 64 ? DType::kFloat64 : bits == 32 ? DType::kFloat32 : DType::kFloat16;
-  // Not complex32: torch itself computes with it nowhere.
-  return bits == 64 || bits == 32 || (bits == 16 && t.code == dlpack::kFloat);
+  return bits == 64 ? DType::kFloat64 : bits == 32 ? DType::kFloat32 : DType::kFloat16;
 }
 
 constexpr dlpack::DataType kFloat32{dlpack::kFloat, 32, 1};
@@ -151,13 +156,7 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 
 }  // namespace
 
-Gather::Gather(Decay decay) : decay_(decay), api_(exchange_api()) {}
-
-void* Gather::current_stream(const dlpack::Device& device) const {
-  void* stream = nullptr;
-  if (api_->current_stream(device.type, device.id, &stream) != 0) throw py::error_already_set();
-  return stream;
-}
+Gather::Gather(Decay decay) : decay_(decay) {}
 
 std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
                                   const py::dict& staged) {
@@ -189,13 +188,12 @@ void Gather::read_group(int index, const py::dict& group, const py::dict& staged
 void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper, bool amsgrad,
                         const py::dict& staged) {
   const Keys& k = keys();
-  auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, k.grad));
-  if (!grad) throw py::error_already_set();
+  const py::object grad = grad_of(param);
   PyObject* state = state_of(param);
   if (grad.is_none()) {
     if (state != nullptr && PyDict_CheckExact(state)) {
       PyObject* counter = PyDict_GetItemWithError(state, k.step);
-      if (counter != nullptr) skipped_states_.push_back(py::reinterpret_borrow<py::dict>(state));
+      if (counter != nullptr) skipped_states_.push_back(py::reinterpret_borrow<py::object>(state));
     }
     return;
   }
@@ -213,23 +211,22 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
     return py::reinterpret_borrow<py::object>(stand_in != nullptr ? stand_in : original);
   };
 
+  const StateValues values = state_values(state, amsgrad);
   Member member;
   member.group = group;
-  member.state = py::reinterpret_borrow<py::dict>(state);
+  member.state = py::reinterpret_borrow<py::object>(state);
   member.param = pick(k.param, param);
   member.grad = pick(k.grad, grad.ptr());
-  member.exp_avg = pick(k.exp_avg, PyDict_GetItemWithError(state, k.exp_avg));
-  member.exp_avg_sq = pick(k.exp_avg_sq, PyDict_GetItemWithError(state, k.exp_avg_sq));
+  member.exp_avg = pick(k.exp_avg, values.exp_avg);
+  member.exp_avg_sq = pick(k.exp_avg_sq, values.exp_avg_sq);
   if (amsgrad) {
-    member.max_exp_avg_sq = pick(k.max_exp_avg_sq, PyDict_GetItemWithError(state, k.max_exp_avg_sq));
+    member.max_exp_avg_sq = pick(k.max_exp_avg_sq, values.max_exp_avg_sq);
     if (!member.max_exp_avg_sq) return report(group, param, "max_exp_avg_sq");
   }
 
   dlpack::Tensor p;
-  DType dtype;
-  if (!read_tensor(member.param.ptr(), p) || !real_dtype(p.dtype, dtype) || !is_dense(p)) {
-    return report(group, param, "param");
-  }
+  if (!read_tensor(member.param.ptr(), p) || !is_dense(p)) return report(group, param, "param");
+  const DType dtype = real_dtype(p.dtype);
   TensorRow row{};
   row.param = p.data;
   row.numel = numel(p) * (p.dtype.code == dlpack::kComplex ? 2 : 1);
@@ -270,8 +267,7 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   if (amsgrad) {
     row.max_exp_avg_sq = read_state(member.max_exp_avg_sq, "max_exp_avg_sq", wide);
   }
-  PyObject* counter = PyDict_GetItemWithError(state, k.step);
-  member.cohort = counter != nullptr ? cohort_of(counter) : -1;
+  member.cohort = values.step != nullptr ? cohort_of(values.step) : -1;
   if (member.cohort < 0) report(group, param, "step");
   if (findings_.size() != findings) return;
   const Cohort& cohort = cohorts_[member.cohort];
@@ -298,11 +294,7 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
 }
 
 bool Gather::read_tensor(PyObject* object, dlpack::Tensor& out) {
-  if (!is_plain(object)) return false;
-  if (api_->tensor_from_object(object, &out) != 0) {  // sparse, on the meta device, ...
-    PyErr_Clear();
-    return false;
-  }
+  if (!type_of(object).plain || !reader_.read(object, out)) return false;
   // Lazy conjugation and negation do not show in the memory. A negated view of reals is dense only
   // if it has one element (it comes from the imaginary part of a conjugate).
   const bool complex = out.dtype.code == dlpack::kComplex;
@@ -310,18 +302,31 @@ bool Gather::read_tensor(PyObject* object, dlpack::Tensor& out) {
   return !((complex || numel(out) == 1) && answers_true(object, keys().is_neg));
 }
 
-// A tensor whose memory is its own: not a DTensor, a FakeTensor or another wrapper.
-bool Gather::is_plain(PyObject* object) {
+const Gather::TensorType& Gather::type_of(PyObject* object) {
   PyTypeObject* type = Py_TYPE(object);
-  const auto known = plain_types_.find(type);
-  if (known != plain_types_.end()) return known->second;
+  for (const TensorType& known : types_) {
+    if (known.type == type) return known;
+  }
   const py::module_ torch = py::module_::import("torch");
   const py::handle t(reinterpret_cast<PyObject*>(type));
   const bool plain = PyObject_IsSubclass(t.ptr(), torch.attr("Tensor").ptr()) == 1 &&
                      t.attr("__torch_dispatch__")
                          .is(torch.attr("_C").attr("_disabled_torch_dispatch_impl"));
-  t.inc_ref();  // the key must not be reused by another type
-  return plain_types_[type] = plain;
+  const py::object grad = py::getattr(t, keys().grad, py::none());
+  const bool getset = Py_IS_TYPE(grad.ptr(), &PyGetSetDescr_Type);
+  t.inc_ref();  // another type must not take its address
+  types_.push_back(
+      {type, plain, getset ? reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset : nullptr});
+  return types_.back();
+}
+
+// param.grad; where the type's own getter is a C function, without looking it up each time.
+py::object Gather::grad_of(PyObject* param) {
+  const PyGetSetDef* getset = type_of(param).grad;
+  PyObject* grad = getset != nullptr ? getset->get(param, getset->closure)
+                                     : PyObject_GetAttr(param, keys().grad);
+  if (grad == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(grad);
 }
 
 // optimizer.state[param] without hashing: entries are read in the order of the dict, which is that
@@ -376,12 +381,12 @@ void Gather::report(int group, PyObject* param, const char* key) {
 
 void Gather::count_step() {
   const Keys& k = keys();
-  const auto set_counter = [&](const py::dict& state, const py::object& counter) {
+  const auto set_counter = [&](const py::object& state, const py::object& counter) {
     if (PyDict_SetItem(state.ptr(), k.step, counter.ptr()) != 0) throw py::error_already_set();
   };
   // A param that was skipped leaves its cohort, with a counter that stays behind.
   std::unordered_map<PyObject*, py::object> left_behind;
-  for (const py::dict& state : skipped_states_) {
+  for (const py::object& state : skipped_states_) {
     PyObject* counter = PyDict_GetItemWithError(state.ptr(), k.step);
     if (counter == nullptr || cohort_index_.find(counter) == cohort_index_.end()) continue;
     py::object& copy = left_behind[counter];

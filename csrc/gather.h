@@ -7,8 +7,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "dlpack.h"
 #include "step_scalars.h"
+#include "tensor_reader.h"
 #include "tensor_table.h"
 
 namespace adamprox {
@@ -18,7 +18,7 @@ namespace py = pybind11;
 // One param of this step, with everything it needs kept alive.
 struct Member {
   py::object param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq;  // the last one null or a tensor
-  py::dict state;
+  py::object state;  // the param's dict
   int group;
   int cohort;
 };
@@ -55,7 +55,7 @@ class Gather {
   // Lets go of every tensor.
   void release();
 
-  void* current_stream(const dlpack::Device& device) const;
+  const TensorReader& reader() const { return reader_; }
 
   double step_of(const Member& member) const { return cohorts_[member.cohort].step + 1; }
 
@@ -71,6 +71,12 @@ class Gather {
     double step;
   };
 
+  struct TensorType {
+    PyTypeObject* type;
+    bool plain;  // its memory is its own: not a DTensor, a FakeTensor or another wrapper
+    const PyGetSetDef* grad;  // the C getter of its grad, or null
+  };
+
   struct StateEntry {
     PyObject* param;
     PyObject* state;
@@ -81,21 +87,22 @@ class Gather {
   void read_param(int group, PyObject* param, const HyperParameters& hyper, bool amsgrad,
                   const py::dict& staged);
   bool read_tensor(PyObject* object, dlpack::Tensor& out);
-  bool is_plain(PyObject* object);
+  const TensorType& type_of(PyObject* object);
+  py::object grad_of(PyObject* param);
   PyObject* state_of(PyObject* param);
   int cohort_of(PyObject* counter);
   DeviceTable& table_on(const dlpack::Device& device);
   void report(int group, PyObject* param, const char* key);
 
   const Decay decay_;
-  const dlpack::ExchangeApi* api_;
-  std::unordered_map<PyTypeObject*, bool> plain_types_;
+  const TensorReader reader_;
+  std::vector<TensorType> types_;
   std::vector<StateEntry> entries_;
   size_t next_entry_ = 0;
   std::unordered_map<PyObject*, size_t> entry_index_;
   std::vector<Cohort> cohorts_;
   std::unordered_map<PyObject*, int> cohort_index_;
-  std::vector<py::dict> skipped_states_;  // of params without a grad
+  std::vector<py::object> skipped_states_;  // of params without a grad
   std::vector<Finding> findings_;
 };
 

@@ -26,6 +26,7 @@ _DTYPES = (
 )
 
 
+@torch.no_grad()
 def mend(optimizer: Optimizer, findings: Iterable[_C.Finding], staged: Staged) -> None:
     """Makes missing states and counters, and dense copies (into ``staged``) of strided tensors.
 
@@ -49,6 +50,7 @@ def mend(optimizer: Optimizer, findings: Iterable[_C.Finding], staged: Staged) -
             _stage(param, state, group, staged)
 
 
+@torch.no_grad()
 def unstage(optimizer: Optimizer, staged: Staged) -> None:
     """Copies what the step has written into staged tensors back to where it belongs."""
     for param, copies in staged.items():

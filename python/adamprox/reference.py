@@ -137,6 +137,7 @@ def tree_sum(values: Tensor) -> Tensor:
     return lanes[0]
 
 
+@torch.no_grad()
 def step(
     decay: str,
     param: Tensor,

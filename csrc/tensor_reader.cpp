@@ -1,0 +1,136 @@
+#include "tensor_reader.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <cstring>
+
+namespace adamprox {
+namespace {
+
+namespace py = pybind11;
+
+const dlpack::ExchangeApi* exchange_api() {
+  const py::object tensor = py::module_::import("torch").attr("Tensor");
+  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) {
+    throw py::import_error("adamprox needs torch >= 2.10 (DLPack's C exchange interface)");
+  }
+  const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
+  auto* api = capsule.get_pointer<dlpack::ExchangeApi>();
+  while (api != nullptr && api->major > 1) api = api->previous;
+  if (api == nullptr || api->major != 1 || api->tensor_from_object == nullptr) {
+    throw py::import_error("this torch offers no DLPack exchange interface of major version 1");
+  }
+  return api;
+}
+
+// The stable ABI's handle of a Python tensor: the address of its pointer to the implementation.
+void* handle_of(PyObject* tensor) { return reinterpret_cast<char*>(tensor) + sizeof(PyObject); }
+
+bool handle_holds_cdata(const py::object& tensor) {
+  void* implementation;
+  std::memcpy(&implementation, handle_of(tensor.ptr()), sizeof(implementation));
+  return implementation == PyLong_AsVoidPtr(tensor.attr("_cdata").ptr());
+}
+
+bool is_supported(const dlpack::Tensor& t) {
+  const auto [code, bits, lanes] = t.dtype;
+  const bool known_type = (code == dlpack::kBFloat && bits == 16) ||
+                          (code == dlpack::kFloat && (bits == 16 || bits == 32 || bits == 64)) ||
+                          (code == dlpack::kComplex && (bits == 64 || bits == 128));
+  const bool known_device = t.device.type == dlpack::kCPU || t.device.type == dlpack::kCUDA ||
+                            t.device.type == dlpack::kROCm;
+  return known_type && lanes == 1 && known_device;
+}
+
+}  // namespace
+
+TensorReader::TensorReader() : dlpack_(exchange_api()), stable_(find_stable_abi()) {}
+
+void* TensorReader::current_stream(const dlpack::Device& device) const {
+  void* stream = nullptr;
+  if (dlpack_->current_stream(device.type, device.id, &stream) != 0) {
+    throw py::error_already_set();
+  }
+  return stream;
+}
+
+bool TensorReader::read_dlpack(PyObject* tensor, dlpack::Tensor& out) const {
+  if (dlpack_->tensor_from_object(tensor, &out) != 0) {  // sparse, on the meta device, ...
+    PyErr_Clear();
+    return false;
+  }
+  return is_supported(out);
+}
+
+TensorReader::StableAbi TensorReader::find_stable_abi() {
+  StableAbi abi;
+  const char* wish = std::getenv("ADAMPROX_TENSOR_READER");
+  if (wish != nullptr && std::strcmp(wish, "dlpack") == 0) return abi;
+  void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_NOW);
+  if (library == nullptr) return abi;
+  bool complete = true;
+  const auto find = [&](auto& function, const char* name) {
+    void* symbol = dlsym(library, name);
+    complete &= symbol != nullptr;
+    std::memcpy(&function, &symbol, sizeof(symbol));
+  };
+  const auto constant = [&](int32_t& value, const char* name) {
+    int32_t (*function)();
+    find(function, name);
+    if (function != nullptr) value = function();
+  };
+  find(abi.layout, "aoti_torch_get_layout");
+  find(abi.data, "aoti_torch_get_data_ptr");
+  find(abi.dim, "aoti_torch_get_dim");
+  find(abi.sizes, "aoti_torch_get_sizes");
+  find(abi.strides, "aoti_torch_get_strides");
+  find(abi.dtype, "aoti_torch_get_dtype");
+  find(abi.device_type, "aoti_torch_get_device_type");
+  find(abi.device_index, "aoti_torch_get_device_index");
+  constant(abi.strided, "aoti_torch_layout_strided");
+  constant(abi.cpu, "aoti_torch_device_type_cpu");
+  constant(abi.cuda, "aoti_torch_device_type_cuda");
+  constant(abi.float16, "aoti_torch_dtype_float16");
+  constant(abi.bfloat16, "aoti_torch_dtype_bfloat16");
+  constant(abi.float32, "aoti_torch_dtype_float32");
+  constant(abi.float64, "aoti_torch_dtype_float64");
+  constant(abi.complex64, "aoti_torch_dtype_complex64");
+  constant(abi.complex128, "aoti_torch_dtype_complex128");
+
+  const py::module_ torch = py::module_::import("torch");
+  const py::object plain = torch.attr("empty")(3);
+  const py::object param = torch.attr("nn").attr("Parameter")(plain);
+  abi.found = complete && handle_holds_cdata(plain) && handle_holds_cdata(param);
+  return abi;
+}
+
+bool TensorReader::read_stable(PyObject* tensor, dlpack::Tensor& out) const {
+  void* handle = handle_of(tensor);
+  int32_t layout, dtype, device_type, device_index;
+  int64_t dim;
+  if (stable_.layout(handle, &layout) != 0 || layout != stable_.strided ||
+      stable_.device_type(handle, &device_type) != 0 ||
+      stable_.device_index(handle, &device_index) != 0 ||
+      stable_.dtype(handle, &dtype) != 0) {
+    return false;
+  }
+  if (device_type != stable_.cpu && device_type != stable_.cuda) return false;
+  out.device = device_type == stable_.cpu ? dlpack::Device{dlpack::kCPU, 0}
+                                          : dlpack::Device{dlpack::kCUDA, device_index};
+  if (dtype == stable_.float32) out.dtype = {dlpack::kFloat, 32, 1};
+  else if (dtype == stable_.bfloat16) out.dtype = {dlpack::kBFloat, 16, 1};
+  else if (dtype == stable_.float16) out.dtype = {dlpack::kFloat, 16, 1};
+  else if (dtype == stable_.float64) out.dtype = {dlpack::kFloat, 64, 1};
+  else if (dtype == stable_.complex64) out.dtype = {dlpack::kComplex, 64, 1};
+  else if (dtype == stable_.complex128) out.dtype = {dlpack::kComplex, 128, 1};
+  else return false;
+  if (stable_.data(handle, &out.data) != 0 || stable_.dim(handle, &dim) != 0 ||
+      stable_.sizes(handle, &out.shape) != 0 || stable_.strides(handle, &out.strides) != 0) {
+    return false;
+  }
+  out.ndim = static_cast<int32_t>(dim);
+  return true;
+}
+
+}  // namespace adamprox

@@ -1,0 +1,51 @@
+// Reads where a tensor's memory lies, without linking libtorch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "dlpack.h"
+
+namespace adamprox {
+
+// torch publishes two C interfaces. DLPack's exchange API takes a Python object and serves always.
+// The stable C ABI of libtorch is three times as fast but takes a tensor's address, which is the
+// first field after a Python object's head: that is verified against `_cdata` when this is made,
+// and where it does not hold, DLPack it is. Nothing is cached, so nothing can be stale.
+class TensorReader {
+ public:
+  TensorReader();
+
+  // Reads a torch.Tensor (the caller has checked that its memory is its own). False, without an
+  // exception, for one that has no strided memory of floating-point numbers on a CPU or a GPU.
+  bool read(PyObject* tensor, dlpack::Tensor& out) const {
+    return stable_.found ? read_stable(tensor, out) : read_dlpack(tensor, out);
+  }
+
+  void* current_stream(const dlpack::Device& device) const;
+
+  const char* interface() const { return stable_.found ? "stable ABI" : "DLPack"; }
+
+ private:
+  struct StableAbi {
+    bool found = false;
+    int32_t (*layout)(void*, int32_t*);
+    int32_t (*data)(void*, void**);
+    int32_t (*dim)(void*, int64_t*);
+    int32_t (*sizes)(void*, int64_t**);
+    int32_t (*strides)(void*, int64_t**);
+    int32_t (*dtype)(void*, int32_t*);
+    int32_t (*device_type)(void*, int32_t*);
+    int32_t (*device_index)(void*, int32_t*);
+    int32_t strided, cpu, cuda;
+    int32_t float16, bfloat16, float32, float64, complex64, complex128;
+  };
+
+  static StableAbi find_stable_abi();
+  bool read_stable(PyObject* tensor, dlpack::Tensor& out) const;
+  bool read_dlpack(PyObject* tensor, dlpack::Tensor& out) const;
+
+  const dlpack::ExchangeApi* dlpack_;
+  const StableAbi stable_;
+};
+
+}  // namespace adamprox
