@@ -53,6 +53,11 @@ class Table {
     return py::make_tuple(device_type_name(device_.device), device_.device.id);
   }
 
+  // torch's current one.
+  uintptr_t stream() const {
+    return reinterpret_cast<uintptr_t>(gather_->reader().current_stream(device_.device));
+  }
+
   // (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq or None, group's index, step) of each row.
   py::list rows() const {
     py::list result;
@@ -104,6 +109,17 @@ class Table {
     return bytes;
   }
 
+#if defined(ADAMPROX_CUDA_ARCHITECTURES)
+  // `payload` and `chunk_sums` are addresses on the device, 0 where there is none.
+  void step_cuda(uintptr_t metadata, uintptr_t payload, uintptr_t chunk_sums) const {
+    CudaStep step{device_.device.id, reinterpret_cast<void*>(stream()),
+                  reinterpret_cast<const void*>(metadata), reinterpret_cast<const void*>(payload),
+                  reinterpret_cast<double*>(chunk_sums)};
+    const py::gil_scoped_release release;
+    fused_adam_cuda(device_.table, step);
+  }
+#endif
+
   void step_cpu(int threads) const {
     const py::gil_scoped_release release;
     fused_adam_cpu(device_.table, threads);
@@ -127,6 +143,13 @@ std::vector<Table> tables(const std::shared_ptr<Gather>& gather) {
 
 PYBIND11_MODULE(_C, m) {
   using namespace adamprox;
+#if defined(ADAMPROX_CUDA_ARCHITECTURES)
+  m.attr("cuda_architectures") = ADAMPROX_CUDA_ARCHITECTURES;
+  m.attr("cuda_inline_payload") = cuda_inline_payload();
+#else
+  m.attr("cuda_architectures") = "";
+  m.attr("cuda_inline_payload") = 0;
+#endif
   py::class_<Finding>(m, "Finding")
       .def_readonly("group", &Finding::group)
       .def_readonly("param", &Finding::param)
@@ -140,6 +163,11 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("amsgrad", &Table::amsgrad)
       .def("metadata", &Table::metadata, py::arg("stream"), py::arg("upload"))
       .def("payload", &Table::payload)
+      .def_property_readonly("stream", &Table::stream)
+#if defined(ADAMPROX_CUDA_ARCHITECTURES)
+      .def("step_cuda", &Table::step_cuda, py::arg("metadata"), py::arg("payload"),
+           py::arg("chunk_sums"))
+#endif
       .def("step_cpu", &Table::step_cpu, py::arg("threads"));
   py::class_<Gather, std::shared_ptr<Gather>>(m, "Gather")
       .def(py::init([](const std::string& decay) { return std::make_shared<Gather>(decay_from(decay)); }),

@@ -7,4 +7,17 @@ namespace adamprox {
 
 void fused_adam_cpu(const TensorTable& table, int threads);
 
+struct CudaStep {
+  int device;
+  void* stream;
+  const void* metadata;  // on the device: TensorRow[] and Chunk[]
+  const void* payload;   // on the device: the grads and Scalars[]; null where they fit inline
+  double* chunk_sums;    // on the device, one a chunk; AdamProxL2 only
+};
+
+void fused_adam_cuda(const TensorTable& table, const CudaStep& step);
+
+// The bytes of payload that ride in the kernel's parameters.
+int64_t cuda_inline_payload();
+
 }  // namespace adamprox

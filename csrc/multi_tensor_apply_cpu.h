@@ -3,25 +3,9 @@
 
 #include <cstdint>
 
-#include "convert.h"
+#include "streams.h"
 
 namespace adamprox {
-
-template <typename Storage>
-struct Read {
-  const Storage* data;
-  using T = Compute<Storage>;
-  HOST_DEVICE T load(int64_t i) const { return Convert<Storage>::widen(data[i]); }
-  HOST_DEVICE void store(int64_t, T) const {}
-};
-
-template <typename Storage>
-struct ReadWrite {
-  Storage* data;
-  using T = Compute<Storage>;
-  HOST_DEVICE T load(int64_t i) const { return Convert<Storage>::widen(data[i]); }
-  HOST_DEVICE void store(int64_t i, T value) const { data[i] = Convert<Storage>::narrow(value); }
-};
 
 // One element of a stream: loaded when it is made, stored when the functor's call is over.
 template <typename Stream>
