@@ -50,18 +50,27 @@ __device__ __forceinline__ double sum_of_block(double* lanes, int64_t active) {
   return sum_lanes(lanes, active, threadIdx.x, kThreads, [] { __syncthreads(); });
 }
 
+// A pointer that came from memory, known to the compiler to be one to global memory.
+template <typename T>
+__device__ __forceinline__ T* global(void* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return static_cast<T*>(pointer);
+}
+
 template <typename Rule, typename Param, typename State>
-__device__ __forceinline__ void update_chunk(const Span<Param>& span, const void* grad_data,
+__device__ __forceinline__ void update_chunk(const Span<Param>& span, void* grad_data,
                                              const Scalars& scalars, double* lanes,
                                              double* chunk_sum) {
   using T = Compute<Param>;
   constexpr int kWidth = 16 / sizeof(Param);
   const TensorRow& row = span.row;
   const Update<Rule, T> update(scalars);
-  const ReadWrite<Param> param{static_cast<Param*>(row.param)};
-  const Read<Param> grad{static_cast<const Param*>(grad_data)};
-  const ReadWrite<State> exp_avg{static_cast<State*>(row.exp_avg)};
-  const ReadWrite<State> exp_avg_sq{static_cast<State*>(row.exp_avg_sq)};
+  const ReadWrite<Param> param{global<Param>(row.param)};
+  const Read<Param> grad{global<Param>(grad_data)};
+  const ReadWrite<State> exp_avg{global<State>(row.exp_avg)};
+  const ReadWrite<State> exp_avg_sq{global<State>(row.exp_avg_sq)};
   double squares[kPerThread] = {};
 
   const auto step = [&](int i, T& p, auto&... others) {
@@ -75,7 +84,7 @@ __device__ __forceinline__ void update_chunk(const Span<Param>& span, const void
     if (row.max_exp_avg_sq == nullptr) {
       for_each_in_tile<kWidth>(range, step, param, grad, exp_avg, exp_avg_sq);
     } else {
-      const ReadWrite<State> max_exp_avg_sq{static_cast<State*>(row.max_exp_avg_sq)};
+      const ReadWrite<State> max_exp_avg_sq{global<State>(row.max_exp_avg_sq)};
       for_each_in_tile<kWidth>(range, step, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
     }
   });
@@ -139,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     with_dtype(row.param_dtype, [&](auto dtype) {
       using Param = typename decltype(dtype)::type;
       const Shrink<Compute<Param>> shrink{static_cast<Compute<Param>>(shrinkage)};
-      const ReadWrite<Param> param{static_cast<Param*>(row.param)};
+      const ReadWrite<Param> param{global<Param>(row.param)};
       Span<Param>{row, begin, end}.for_each_tile([&](const TileRange& range) {
         for_each_in_tile<16 / sizeof(Param)>(
             range, [&](int, Compute<Param>& p) { shrink(p); }, param);
