@@ -71,26 +71,24 @@ __device__ __forceinline__ void update_chunk(const Span<Param>& span, void* grad
   const Read<Param> grad{global<Param>(grad_data)};
   const ReadWrite<State> exp_avg{global<State>(row.exp_avg)};
   const ReadWrite<State> exp_avg_sq{global<State>(row.exp_avg_sq)};
-  double squares[kPerThread] = {};
+  // Without amsgrad the largest second moment so far is -inf: the maths is compiled once for both.
+  const Optional<State> max_exp_avg_sq{{global<State>(row.max_exp_avg_sq)}, T(-INFINITY)};
+  if constexpr (std::is_same_v<Rule, ProxL2>) {  // each thread has its own lanes in shared memory
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) lanes[place_in_tile<kWidth>(i)] = 0;
+  }
 
   const auto step = [&](int i, T& p, auto&... others) {
     update(p, others...);
     if constexpr (std::is_same_v<Rule, ProxL2>) {  // of z as it is stored
       T stored = Convert<Param>::widen(Convert<Param>::narrow(p));
-      AddSquare{}(stored, squares[i]);
+      AddSquare{}(stored, lanes[place_in_tile<kWidth>(i)]);
     }
   };
   span.for_each_tile([&](const TileRange& range) {
-    if (row.max_exp_avg_sq == nullptr) {
-      for_each_in_tile<kWidth>(range, step, param, grad, exp_avg, exp_avg_sq);
-    } else {
-      const ReadWrite<State> max_exp_avg_sq{global<State>(row.max_exp_avg_sq)};
-      for_each_in_tile<kWidth>(range, step, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
-    }
+    for_each_in_tile<kWidth>(range, step, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
   });
   if constexpr (std::is_same_v<Rule, ProxL2>) {
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) lanes[place_in_tile<kWidth>(i)] = squares[i];
     const double sum = sum_of_block(lanes, span.end - span.begin);
     if (threadIdx.x == 0) *chunk_sum = sum;
     __syncthreads();  // the lanes are free for the next chunk

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "streams.h"
 #include "tensor_table.h"
@@ -26,9 +27,36 @@ struct TileRange {
   bool vectors;  // a full tile of aligned tensors: no bounds to check, so accesses are 128-bit
 };
 
+template <typename Stream>
+struct IsOptional : std::false_type {};
+template <typename Storage>
+struct IsOptional<Optional<Storage>> : std::true_type {};
+
+// kWidth elements as 128-bit words. By intrinsics, past L1, which has nothing to give to data that is
+// touched once; and plain accesses are taken apart for sm_100 and later (CUDA 13.0).
 template <typename Storage, int kWidth>
-struct alignas(16) Vector {
-  Storage element[kWidth];
+struct Vector {
+  uint4 word[kWidth * sizeof(Storage) / sizeof(uint4)];
+
+  static __device__ __forceinline__ Vector load(const Storage* from) {
+    Vector vector;
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(word) / sizeof(uint4)); ++i) {
+      vector.word[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
+    }
+    return vector;
+  }
+
+  __device__ __forceinline__ void store(Storage* to) const {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(word) / sizeof(uint4)); ++i) {
+      __stcg(reinterpret_cast<uint4*>(to) + i, word[i]);
+    }
+  }
+
+  struct Elements {
+    Storage element[kWidth];
+  };
 };
 
 // What one thread holds of a stream at a time: kVectors of the places above.
@@ -36,15 +64,24 @@ template <int kWidth, int kVectors, typename Stream>
 struct Held {
   using Storage = typename Stream::Element;
   using T = typename Stream::T;
+  using Words = Vector<Storage, kWidth>;
+  using Elements = typename Words::Elements;
   Stream stream;
   T value[kVectors * kWidth];
 
   __device__ __forceinline__ void load(const TileRange& range, int first) {
+    if constexpr (IsOptional<Stream>::value) {
+      if (stream.data == nullptr) {
+#pragma unroll
+        for (T& v : value) v = stream.absent;
+        return;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kVectors * kWidth; i += kWidth) {
       const int64_t at = range.begin + place_in_tile<kWidth>(first + i);
       if (range.vectors) {
-        const auto vector = *reinterpret_cast<const Vector<Storage, kWidth>*>(stream.data + at);
+        const auto vector = bit_cast<Elements>(Words::load(stream.data + at));
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) value[i + j] = Convert<Storage>::widen(vector.element[j]);
       } else {
@@ -58,16 +95,17 @@ struct Held {
 
   __device__ __forceinline__ void store(const TileRange& range, int first) const {
     if constexpr (Stream::kWritten) {
+      if (IsOptional<Stream>::value && stream.data == nullptr) return;
 #pragma unroll
       for (int i = 0; i < kVectors * kWidth; i += kWidth) {
         const int64_t at = range.begin + place_in_tile<kWidth>(first + i);
         if (range.vectors) {
-          Vector<Storage, kWidth> vector;
+          Elements vector;
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) {
             vector.element[j] = Convert<Storage>::narrow(value[i + j]);
           }
-          *reinterpret_cast<Vector<Storage, kWidth>*>(stream.data + at) = vector;
+          bit_cast<Words>(vector).store(stream.data + at);
         } else {
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) {
@@ -83,8 +121,9 @@ struct Held {
 // its streams' elements are loaded before and stored after.
 template <int kWidth, typename F, typename... Streams>
 __device__ __forceinline__ void for_each_in_tile(const TileRange& range, F f, Streams... streams) {
-  // Two vectors of each stream at a time: enough loads in flight, and not more registers than that.
-  constexpr int kVectors = kPerThread / kWidth < 2 ? 1 : 2;
+  // Two vectors of each stream at a time keep enough loads in flight; of doubles, one: their
+  // registers count twice, and none may spill.
+  constexpr int kVectors = kWidth == 4 ? 2 : 1;
   const auto run = [&](int first, auto... held) {
     (held.load(range, first), ...);
 #pragma unroll

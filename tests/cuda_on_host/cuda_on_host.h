@@ -16,6 +16,13 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+inline uint4 __ldcg(const uint4* from) { return *from; }
+inline void __stcg(uint4* to, uint4 value) { *to = value; }
+
 struct Dim {
   unsigned x;
 };
