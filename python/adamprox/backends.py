@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from . import _C, reference
 
@@ -42,7 +43,57 @@ class CpuBackend:
         table.step_cpu(torch.get_num_threads())
 
 
+class TritonBackend:
+    """Triton's kernels on a GPU, or in its interpreter on CPU tensors; imported when asked for."""
+
+    def why_not(self, device_type: str | None = None) -> str | None:
+        try:
+            from .triton_kernels.update import INTERPRETED  # type: ignore[import-not-found]
+        except ImportError as error:  # also of numpy, which the interpreter needs
+            return f"Triton cannot be imported: {error}"
+        if INTERPRETED:
+            return _only_on("cpu", device_type, "in Triton's interpreter ")
+        if device_type is None and not torch.cuda.is_available():
+            return "torch sees no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1)"
+        return _only_on("cuda", device_type, "without Triton's interpreter (TRITON_INTERPRET=1) ")
+
+    def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
+        if table.num_chunks == 0:
+            return
+        device_type, index = table.device
+        if device_type == "cpu":
+            import numpy as np
+
+            with np.errstate(all="ignore"):  # the interpreter's; a GPU does not warn of infinities
+                self._launch(table, decay, 0, _words)
+            return
+        device = torch.device(device_type, index)
+
+        def upload(data: bytes) -> Tensor:
+            # Pinned memory is handed out again only once the copy from it is done.
+            return _words(data).pin_memory().to(device, non_blocking=True)
+
+        with torch.cuda.device(device):
+            self._launch(table, decay, torch.cuda.current_stream().cuda_stream, upload)
+
+    def _launch(
+        self, table: _C.Table, decay: str, stream: int, upload: Callable[[bytes], Tensor]
+    ) -> None:
+        from .triton_kernels.fused_adam import fused_adam  # type: ignore[import-not-found]
+
+        fused_adam(
+            table.metadata(stream, upload),
+            upload(table.payload()),
+            table.num_rows,
+            table.num_chunks,
+            decay,
+            table.dtypes,
+            table.amsgrad,
+        )
+
+
 BACKENDS: dict[str, Backend] = {
+    "triton": TritonBackend(),
     "cpu": CpuBackend(),
     "reference": ReferenceBackend(),
 }
@@ -75,6 +126,8 @@ def select(name: str | None, device_type: str) -> Backend:
     """
     reasons = []
     for candidate in (name,) if name else _DEFAULTS.get(device_type, ()):
+        if candidate not in BACKENDS:
+            continue
         reason = BACKENDS[candidate].why_not(device_type)
         if reason is None:
             return BACKENDS[candidate]
@@ -82,7 +135,12 @@ def select(name: str | None, device_type: str) -> Backend:
     raise RuntimeError("; ".join(reasons) or f"no backend runs on {device_type} tensors")
 
 
-def _only_on(supported: str, device_type: str | None) -> str | None:
+def _only_on(supported: str, device_type: str | None, how: str = "") -> str | None:
     if device_type in (None, supported):
         return None
-    return f"it runs on {supported} tensors, and these are on {device_type}"
+    return f"{how}it runs on {supported} tensors, and these are on {device_type}"
+
+
+def _words(data: bytes) -> Tensor:
+    # From a bytearray, since torch warns of memory that it must not write to.
+    return torch.frombuffer(bytearray(data), dtype=torch.int64)

@@ -1,0 +1,143 @@
+"""The Triton kernels compiled for GPUs that need not be there: what their assembly shows.
+
+Every operation rounds once, and full aligned tiles move 128 bits at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+
+import pytest
+
+from adamprox import reference
+
+pytest.importorskip("triton")
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+NVIDIA = [target for target in TARGETS if target.startswith("sm")]
+
+# As tensor_table.h numbers them, with their sizes.
+DTYPES = {"f32": (0, 4), "f64": (1, 8), "bf16": (2, 2)}
+STORAGE = [("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32"), ("f64", "f64")]
+ELEMENTS_PER_THREAD = reference.TILE_SIZE // 256
+
+
+def compile_kernel(target: str, decay: str, options: dict[str, object]) -> dict[str, str]:
+    """The texts that Triton makes on its way, for all of STORAGE in one kernel."""
+    import triton
+    import triton.language as tl
+    from adamprox.triton_kernels import fused_adam, update
+    from triton.backends.compiler import GPUTarget
+
+    backend, arch, warp_size = TARGETS[target]
+    update.HIP = tl.constexpr(backend == "hip")
+    numbers = [(DTYPES[param][0], DTYPES[state][0]) for param, state in STORAGE]
+    signature = {"metadata": "*i64", "payload": "*i64", "sums": "*fp64", "num_rows": "i32"}
+    if decay == "shrink":
+        kernel = fused_adam.shrink_kernel
+        constants = {"DTYPES": tuple(sorted({param for param, _ in numbers}))}
+    else:
+        kernel = fused_adam.update_kernel
+        variants = tuple(param | state << 8 for param, state in numbers)
+        constants = {"DECAY": decay, "VARIANTS": variants}
+        if decay != "prox_l2":
+            constants["sums"] = None
+    compiled = triton.compile(
+        triton.compiler.ASTSource(
+            kernel,
+            {**signature, **dict.fromkeys(constants, "constexpr")},
+            {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        ),
+        target=GPUTarget(backend, arch, warp_size),
+        options={**fused_adam.OPTIONS, "num_warps": 256 // warp_size, **options},
+    )
+    return {stage: text for stage, text in compiled.asm.items() if isinstance(text, str)}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """compile_kernel in a process without Triton's interpreter, which this one may have."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("TRITON_INTERPRET", raising=False)
+            pool.submit(int).result()  # it starts here
+
+        @cache
+        def call(target: str, decay: str, fusion: bool | None = None) -> dict[str, str]:
+            options = {} if fusion is None else {"enable_fp_fusion": fusion}
+            return pool.submit(compile_kernel, target, decay, options).result()
+
+        yield call
+
+
+def instructions(text: str) -> Counter[str]:
+    return Counter(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z]\w*(?:\.\w+)*)\s", text, re.MULTILINE))
+
+
+def count(found: Counter[str], pattern: str) -> int:
+    return sum(n for name, n in found.items() if re.fullmatch(pattern, name))
+
+
+def contractions(ptx: Counter[str]) -> list[str]:
+    # Without .rn, an addition or a multiplication is ptxas's to contract.
+    loose = r"(fma|mad)\..*f\d+(x2)?|(add|sub|mul)\.(ftz\.)?b?f\d+(x2)?"
+    return [name for name in ptx if re.fullmatch(loose, name)]
+
+
+def vectors(decay: str) -> tuple[int, int]:
+    """How many 128-bit loads and stores a thread makes for a tile of each of STORAGE."""
+    loads = stores = 0
+    if decay == "shrink":
+        loads = stores = sum({DTYPES[param][1] for param, _ in STORAGE})
+    else:
+        for param, state in STORAGE:
+            param_bytes, state_bytes = DTYPES[param][1], DTYPES[state][1]
+            loads += 2 * param_bytes + 2 * state_bytes
+            stores += param_bytes + 2 * state_bytes
+    return loads * ELEMENTS_PER_THREAD // 16, stores * ELEMENTS_PER_THREAD // 16
+
+
+@pytest.mark.parametrize("decay", [*reference.DECAYS, "shrink"])
+@pytest.mark.parametrize("target", NVIDIA)
+def test_ptx(compiled, target, decay):
+    ptx = instructions(compiled(target, decay)["ptx"])
+    assert contractions(ptx) == []
+    assert [name for name in ptx if re.search(r"ftz|approx|full", name)] == []
+    elements = 2 * ELEMENTS_PER_THREAD  # on the unmasked path and on the masked one
+    f32, f64 = (0, 1) if decay == "shrink" else (3 * elements, elements)
+    assert (count(ptx, r"div\.rn\.f32"), count(ptx, r"sqrt\.rn\.f32")) == (f32, f32)
+    assert (count(ptx, r"div\.rn\.f64"), count(ptx, r"sqrt\.rn\.f64")) == (f64, f64)
+    assert count(ptx, r"cvt\.rn\.bf16(x2)?\.f32") > 0
+    loads, stores = vectors(decay)
+    assert count(ptx, r"ld\.global\.(v4\.b32|v2\.b64)") == loads
+    assert count(ptx, r"st\.global\.(v4\.b32|v2\.b64)") == stores
+
+
+def test_contraction_would_show(compiled):
+    assert contractions(instructions(compiled("sm_90", "shrink", True)["ptx"])) != []
+
+
+@pytest.mark.parametrize("decay", [*reference.DECAYS, "shrink"])
+def test_amdgcn(compiled, decay):
+    texts = compiled("gfx942", decay)
+    flags = r"= f(?:add|sub|mul|div|neg) (?:fast|contract|afn|arcp|reassoc|nnan|ninf|nsz)"
+    assert re.findall(flags, texts["llir"]) == []
+    gcn = instructions(texts["amdgcn"])
+    # A division is built from FMAs, and so is the root beside it: that many a pair, and no more.
+    for fmas, dtype in ((10, "f32"), (12, "f64")):
+        pairs = count(gcn, rf"v_div_fixup_{dtype}")
+        scalar = count(gcn, rf"v_(fma|fmac|mad|mac)_{dtype}.*")
+        packed = count(gcn, rf"v_pk_fma_{dtype}.*")
+        assert scalar + 2 * packed == fmas * pairs
+    loads, stores = vectors(decay)
+    assert count(gcn, r"buffer_load_dwordx4") == loads
+    assert count(gcn, r"buffer_store_dwordx4") == stores

@@ -1,0 +1,205 @@
+"""One step over every tensor of a table in one launch; prox_l2 takes a second one to shrink.
+
+    program -> chunk of a tensor -> tile -> element: update.py's
+
+Reads the bytes of csrc/tensor_table.h, and does what csrc/fused_adam_cpu.cpp does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import reference
+from .update import TILE_SIZE, add_square, narrow, shrink, shrinkage, sum_lanes, update, widen
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+CHUNK_SIZE = tl.constexpr(reference.CHUNK_SIZE)
+ROW_WORDS = tl.constexpr(7)  # sizeof(TensorRow) / 8
+SCALARS_WORDS = tl.constexpr(6)  # sizeof(Scalars) / 8
+# Both by DType's numbers.
+STORAGE = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))
+COMPUTE = tl.constexpr((tl.float32, tl.float64, tl.float32, tl.float32))
+
+# Threads of 8 elements, of a warp's 64 threads on AMD and 32 on NVIDIA; no contraction.
+OPTIONS = {"num_warps": 4 if torch.version.hip else 8, "enable_fp_fusion": False}
+
+
+@triton.jit
+def read_chunk(metadata, num_rows):
+    """This program's Chunk: its row's index and address, its first element and their count."""
+    chunk = tl.load(metadata + num_rows * ROW_WORDS + tl.program_id(0))
+    index = chunk & 0xFFFFFFFF
+    row = metadata + index * ROW_WORDS
+    begin = (chunk >> 32) * CHUNK_SIZE
+    return index, row, begin, tl.minimum(tl.load(row + 4) - begin, CHUNK_SIZE).to(tl.int32)
+
+
+@triton.jit
+def find_scalars(row, payload, num_rows):
+    """The address of the row's Scalars."""
+    scalars = payload + num_rows + (tl.load(row + 5) & 0xFFFFFFFF) * SCALARS_WORDS
+    return scalars.to(tl.pointer_type(tl.float64))
+
+
+@triton.jit
+def at(pointer, first, mask):
+    pointer += first
+    if mask is None:  # full and aligned: the hint is what makes the access 128-bit
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + tl.arange(0, TILE_SIZE)
+
+
+@triton.jit
+def load(pointer, first, mask):
+    return widen(tl.load(at(pointer, first, mask), mask))
+
+
+@triton.jit
+def store(pointer, first, mask, value):
+    """Returns the value as it was stored."""
+    value = narrow(value, pointer.dtype.element_ty)
+    tl.store(at(pointer, first, mask), value, mask)
+    return value
+
+
+@triton.jit
+def update_tile(tensors, args, first, mask, lanes):
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq = tensors
+    scalars = args[0]
+    DECAY: tl.constexpr = args[1]
+    p, m, v, largest = update(
+        load(param, first, mask),
+        load(grad, first, mask),
+        load(exp_avg, first, mask),
+        load(exp_avg_sq, first, mask),
+        None if max_exp_avg_sq is None else load(max_exp_avg_sq, first, mask),
+        scalars,
+        DECAY,
+    )
+    store(exp_avg, first, mask, m)
+    store(exp_avg_sq, first, mask, v)
+    if max_exp_avg_sq is not None:
+        store(max_exp_avg_sq, first, mask, largest)
+    stored = widen(store(param, first, mask, p))
+    if DECAY == "prox_l2":
+        if mask is not None:  # what a lane beyond the end has computed may be anything
+            stored = tl.where(mask, stored, 0.0)
+        lanes = add_square(stored, lanes)
+    return lanes
+
+
+@triton.jit
+def shrink_tile(param, k, first, mask, lanes):
+    store(param, first, mask, shrink(load(param, first, mask), k))
+    return lanes
+
+
+@triton.jit
+def for_each_tile(f: tl.constexpr, tensors, args, row, count):
+    """Calls f on the tiles of a chunk; returns the lanes that f adds to."""
+    lanes = tl.zeros([TILE_SIZE], tl.float64)
+    aligned = ((tl.load(row + 6) >> 16) & 1) == 1
+    for tile in range(0, CHUNK_SIZE // TILE_SIZE):
+        first = tile * TILE_SIZE
+        if aligned & (first + TILE_SIZE <= count):
+            lanes = f(tensors, args, first, None, lanes)
+        elif first < count:
+            lanes = f(tensors, args, first, first + tl.arange(0, TILE_SIZE) < count, lanes)
+    return lanes
+
+
+@triton.jit
+def at_element(address, index, DTYPE: tl.constexpr):
+    return address.to(tl.pointer_type(DTYPE)) + index
+
+
+@triton.jit
+def update_chunk(row, grad, begin, count, scalars, sum_out, DECAY, VARIANT: tl.constexpr):
+    PARAM: tl.constexpr = STORAGE[VARIANT & 0xFF]
+    STATE: tl.constexpr = STORAGE[(VARIANT >> 8) & 0xFF]
+    dtype: tl.constexpr = COMPUTE[VARIANT & 0xFF]
+    tensors = (
+        at_element(tl.load(row), begin, PARAM),
+        at_element(grad, begin, PARAM),
+        at_element(tl.load(row + 1), begin, STATE),
+        at_element(tl.load(row + 2), begin, STATE),
+        at_element(tl.load(row + 3), begin, STATE) if VARIANT >> 16 else None,
+    )
+    rounded = (
+        tl.load(scalars).to(dtype),
+        tl.load(scalars + 1).to(dtype),
+        tl.load(scalars + 2).to(dtype),
+        tl.load(scalars + 3).to(dtype),
+        tl.load(scalars + 4).to(dtype),
+        tl.load(scalars + 5).to(dtype),
+    )
+    lanes = for_each_tile(update_tile, tensors, (rounded, DECAY), row, count)
+    if DECAY == "prox_l2":
+        tl.store(sum_out, sum_lanes(lanes))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def update_kernel(metadata, payload, sums, num_rows, DECAY: tl.constexpr, VARIANTS: tl.constexpr):
+    index, row, begin, count = read_chunk(metadata, num_rows)
+    grad = tl.load(payload + index)
+    scalars = find_scalars(row, payload, num_rows)
+    sum_out = sums + tl.program_id(0) if DECAY == "prox_l2" else None
+    amsgrad = (tl.load(row + 3) != 0).to(tl.int64)
+    variant = (tl.load(row + 6) & 0xFFFF) | (amsgrad << 16)
+    for i in tl.static_range(len(VARIANTS)):
+        if variant == VARIANTS[i]:
+            update_chunk(row, grad, begin, count, scalars, sum_out, DECAY, VARIANTS[i])
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def shrink_kernel(metadata, payload, sums, num_rows, DTYPES: tl.constexpr):
+    """prox_l2's second sweep: every program first takes its tensor's norm from the sums."""
+    _, row, begin, count = read_chunk(metadata, num_rows)
+    sums += tl.load(row + 5) >> 32
+    num_chunks = tl.cdiv(tl.load(row + 4), CHUNK_SIZE).to(tl.int32)
+    lanes = tl.zeros([TILE_SIZE], tl.float64)
+    first = 0
+    while first < num_chunks:
+        lane = first + tl.arange(0, TILE_SIZE)
+        lanes += tl.load(sums + lane, lane < num_chunks, 0.0)
+        first += TILE_SIZE
+    k = shrinkage(sum_lanes(lanes), tl.load(find_scalars(row, payload, num_rows) + 4))
+    dtype = tl.load(row + 6) & 0xFF
+    for i in tl.static_range(len(DTYPES)):
+        if dtype == DTYPES[i]:
+            param = at_element(tl.load(row), begin, STORAGE[DTYPES[i]])
+            for_each_tile(shrink_tile, param, k.to(COMPUTE[DTYPES[i]]), row, count)
+
+
+def fused_adam(
+    metadata: Tensor,
+    payload: Tensor,
+    num_rows: int,
+    num_chunks: int,
+    decay: str,
+    dtypes: Iterable[tuple[int, int]],
+    amsgrad: bool,
+) -> None:
+    """One step on the current device and stream, of what ``adamprox._C.Table`` says.
+
+    Only the combinations of (param, state) in ``dtypes`` are compiled, twice if some rows have a
+    max_exp_avg_sq; each row finds its own at run time.
+    """
+    dtypes = sorted(dtypes)
+    variants = tuple(p | s << 8 | a << 16 for p, s in dtypes for a in range(1 + amsgrad))
+    grid = (num_chunks,)
+    if decay != "prox_l2":
+        update_kernel[grid](metadata, payload, None, num_rows, decay, variants, **OPTIONS)
+        return
+    sums = metadata.new_empty(num_chunks, dtype=torch.float64)
+    update_kernel[grid](metadata, payload, sums, num_rows, decay, variants, **OPTIONS)
+    params = tuple(sorted({p for p, _ in dtypes}))
+    shrink_kernel[grid](metadata, payload, sums, num_rows, params, **OPTIONS)

@@ -1,0 +1,177 @@
+"""One element's update, csrc's functions name for name: Adam's direction, then a decay rule.
+
+    exp_avg    <- exp_avg    + (1 - beta1) * (grad        - exp_avg)
+    exp_avg_sq <- exp_avg_sq + (1 - beta2) * (grad * grad - exp_avg_sq)
+    update      = step_size * exp_avg / (sqrt(exp_avg_sq) + eps)
+    param      <- apply(param, update, decay)
+
+From csrc/adam.h, decay.h, update.h, convert.h and reduction_tree.h, which say more about each.
+Launch with ``enable_fp_fusion=False``: every operation rounds once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import reference
+
+TILE_SIZE = tl.constexpr(reference.TILE_SIZE)
+LEVELS = tl.constexpr(reference.TILE_SIZE.bit_length() - 1)
+
+# Triton reads the switch where it decorates, so the kernels are one or the other for good.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+HIP = tl.constexpr(torch.version.hip is not None)
+
+
+# csrc/convert.h
+
+
+@triton.jit
+def widen(x):
+    if x.dtype == tl.bfloat16:
+        # By its bits, since the interpreter's cast (Triton 3.6) gets subnormals wrong.
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif x.dtype == tl.float16:
+        return x.to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter's cast (Triton 3.6) truncates; a GPU's rounds to nearest even, as this.
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        # Adding the rounding bias could carry a NaN over into zero or infinity.
+        rounded = tl.where(x != x, 0x7FC0, rounded)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+# Correctly rounded: Triton's / and sqrt are approximate in float32, and exact in float64.
+
+
+@triton.jit
+def divide(x, y):
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def sqrt(x):
+    if x.dtype == tl.float32 and HIP:
+        # Triton 3.6 flushes subnormals there, and loses bits just above; powers of 4 are exact.
+        tiny = x < 2.0**-96
+        return tl.sqrt_rn(tl.where(tiny, x * 2.0**32, x)) * tl.where(tiny, 2.0**-16, 1.0)
+    elif x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+# csrc/adam.h
+
+
+@triton.jit
+def update_moment(moment, value, one_minus_beta):
+    return moment + one_minus_beta * (value - moment)
+
+
+@triton.jit
+def running_max(exp_avg_sq, max_exp_avg_sq):
+    if max_exp_avg_sq is None:
+        return exp_avg_sq
+    else:  # amsgrad
+        return tl.where(max_exp_avg_sq > exp_avg_sq, max_exp_avg_sq, exp_avg_sq)
+
+
+@triton.jit
+def adam_update(exp_avg, exp_avg_sq, step_size, eps):
+    return divide(step_size * exp_avg, sqrt(exp_avg_sq) + eps)
+
+
+# csrc/decay.h
+
+
+@triton.jit
+def couple(grad, param, decay, DECAY: tl.constexpr):
+    if DECAY == "coupled":
+        return grad + decay * param
+    else:
+        return grad
+
+
+@triton.jit
+def apply(param, update, decay, DECAY: tl.constexpr):
+    if DECAY == "decoupled":
+        return param - (update + decay * param)
+    elif DECAY == "prox_sq_l2":
+        return param - (update + decay * (param - update))
+    elif DECAY == "prox_l1":
+        return soft_threshold(param - update, decay)
+    else:  # coupled; prox_l2 before its blocks shrink
+        tl.static_assert(DECAY == "coupled" or DECAY == "prox_l2")
+        return param - update
+
+
+@triton.jit
+def soft_threshold(z, threshold):
+    magnitude = tl.abs(z)
+    return copysign(tl.where(magnitude <= threshold, 0.0, magnitude - threshold), z)
+
+
+@triton.jit
+def copysign(magnitude, sign):
+    # By the sign bit, so that a zero has its sign too; magnitude's own sign bit is not set.
+    BITS: tl.constexpr = tl.uint64 if sign.dtype == tl.float64 else tl.uint32
+    SIGN_BIT: tl.constexpr = 1 << (sign.dtype.primitive_bitwidth - 1)
+    bits = magnitude.to(BITS, bitcast=True) | (sign.to(BITS, bitcast=True) & SIGN_BIT)
+    return bits.to(sign.dtype, bitcast=True)
+
+
+@triton.jit
+def shrinkage(sum_of_squares, strength):
+    norm = sqrt(sum_of_squares)
+    return tl.where(norm <= strength, 1.0, divide(strength, norm))
+
+
+@triton.jit
+def shrink(z, shrinkage):
+    return z - shrinkage * z
+
+
+# csrc/update.h
+
+
+@triton.jit
+def update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, DECAY: tl.constexpr):
+    """The new values; ``max_exp_avg_sq`` is None without amsgrad."""
+    one_minus_beta1, one_minus_beta2, step_size, eps, decay, grad_scale = scalars
+    grad = couple(grad_scale * grad, param, decay, DECAY)
+    exp_avg = update_moment(exp_avg, grad, one_minus_beta1)
+    exp_avg_sq = update_moment(exp_avg_sq, grad * grad, one_minus_beta2)
+    max_exp_avg_sq = running_max(exp_avg_sq, max_exp_avg_sq)
+    param = apply(param, adam_update(exp_avg, max_exp_avg_sq, step_size, eps), decay, DECAY)
+    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+# csrc/reduction_tree.h
+
+
+@triton.jit
+def add_square(value, lane):
+    value = value.to(tl.float64)
+    return lane + value * value
+
+
+@triton.jit
+def sum_lanes(lanes):
+    # Upper half to lower half until one lane is left. A tl.sum has no fixed order, but a sum of two
+    # has only one; a tl.split instead reads shared memory 27 times as often (PTX for sm_90).
+    for level in tl.static_range(1, LEVELS):
+        lanes = tl.sum(tl.reshape(lanes, (2, TILE_SIZE >> level)), axis=0)
+    return tl.sum(lanes, axis=0)
