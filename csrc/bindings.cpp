@@ -143,6 +143,7 @@ std::vector<Table> tables(const std::shared_ptr<Gather>& gather) {
 
 PYBIND11_MODULE(_C, m) {
   using namespace adamprox;
+  m.def("cpu_instruction_set", &cpu_instruction_set);
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
   m.attr("cuda_architectures") = ADAMPROX_CUDA_ARCHITECTURES;
   m.attr("cuda_inline_payload") = cuda_inline_payload();

@@ -7,6 +7,9 @@ namespace adamprox {
 
 void fused_adam_cpu(const TensorTable& table, int threads);
 
+// What fused_adam_cpu runs with here: "AVX-512", "AVX2" or "baseline".
+const char* cpu_instruction_set();
+
 struct CudaStep {
   int device;
   void* stream;

@@ -144,7 +144,17 @@ class Step {
   const int threads_;
 };
 
+// Asks the same dispatcher that chooses among the clones above.
+#if defined(ADAMPROX_TARGET_CLONES)
+__attribute__((target("arch=x86-64-v4"))) const char* instruction_set() { return "AVX-512"; }
+__attribute__((target("arch=x86-64-v3"))) const char* instruction_set() { return "AVX2"; }
+__attribute__((target("default")))
+#endif
+const char* instruction_set() { return "baseline"; }
+
 }  // namespace
+
+const char* cpu_instruction_set() { return instruction_set(); }
 
 void fused_adam_cpu(const TensorTable& table, int threads) {
   const Step step(table, threads);

@@ -6,6 +6,8 @@ from torch import Tensor
 cuda_architectures: str
 cuda_inline_payload: int
 
+def cpu_instruction_set() -> str: ...
+
 class Finding:
     @property
     def group(self) -> int: ...

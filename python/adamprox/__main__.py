@@ -1,0 +1,44 @@
+"""The ``adamprox`` command: each subcommand is a module, imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Name: what it does. The module of that name has add_arguments(parser) and run(args) -> exit code.
+COMMANDS = {
+    "info": "what is installed, which backends can run here, and why the others cannot",
+    "demo": "train the paper's kind of network with every optimizer, and compare (about a minute)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; ``argv`` without the program's name (default: the command line's)."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="adamprox",
+        description="Fused proximal Adam optimizers for PyTorch.",
+        epilog="adamprox COMMAND --help tells a command's options.",
+    )
+    parser.add_argument("--version", action="version", version=f"adamprox {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{name}: {summary}.")
+        if name in argv:
+            module = import_module(f".{name}", __package__)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    code: int = args.run(args)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

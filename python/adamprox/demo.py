@@ -1,0 +1,252 @@
+"""``adamprox demo``: a small residual network without batch normalization, on handwritten digits.
+
+Every optimizer starts from the same weights and sees the same images in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from . import backends, optimizers
+from .resnet import ResNet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.optim import Optimizer
+    from torch.optim.optimizer import ParamsT
+
+LAYERS = 20  # the paper's smallest
+BATCH_SIZE = 64
+LEARNING_RATE = 3e-3
+
+# They differ in kind: Adam's goes into the gradient, AdamW's and AdamProx's is a share of a weight,
+# AdamProxL1's a length off each weight, AdamProxL2's a length off a whole tensor's, about 10 here.
+WEIGHT_DECAYS = {"Adam": 1e-4, "AdamW": 0.1, "AdamProx": 0.1, "AdamProxL1": 0.13, "AdamProxL2": 1.0}
+
+Row = dict[str, Any]
+
+
+class Contender(NamedTuple):
+    """An optimizer, as its row names it."""
+
+    name: str
+    backend: str
+    weight_decay: float
+    make: Callable[[ParamsT], Optimizer]
+
+
+class Images(NamedTuple):
+    """Pixels of mean 0 and variance 1 over the training images, and their digits."""
+
+    train: Tensor
+    train_digits: Tensor
+    test: Tensor
+    test_digits: Tensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's options."""
+    add = parser.add_argument
+    add("--epochs", type=_positive, default=15, help="of training (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
+    add(
+        "--backend",
+        choices=list(backends.BACKENDS),
+        help="what runs adamprox's steps (default: ADAMPROX_BACKEND, or the best that can run)",
+    )
+    add("--device", default="cpu", help="of the network: cpu or cuda (default: %(default)s)")
+    add(
+        "--threads",
+        type=_positive,
+        default=1,
+        help="of PyTorch on the CPU: the network is too small for more (default: %(default)s)",
+    )
+    add(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write the rows as JSON to FILE too, or without FILE print them instead of the table "
+        "(default: the table only)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains and prints; ends with an error's message if something is missing."""
+    for package in ("sklearn", "tqdm", "rich"):
+        try:
+            import_module(package)
+        except ImportError as error:
+            _fail(f"{error}; please pip install 'adamprox[demo]'")
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+        selected = backends.select(backends.requested(args.backend), device.type)
+    except (AssertionError, RuntimeError, ValueError) as error:  # torch's own differ by device
+        _fail(str(error))
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        _fail(f"no such directory: {Path(args.json).absolute().parent}")
+    backend = next(name for name, b in backends.BACKENDS.items() if b is selected)
+    torch.set_num_threads(args.threads)
+    rows = compare(args.epochs, args.seed, device, backend)
+    if args.json == "-":
+        print(json.dumps(rows, indent=2))
+    else:
+        if args.json:
+            Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+        _print_table(rows)
+    return 0
+
+
+def compare(epochs: int, seed: int, device: torch.device, backend: str) -> list[Row]:
+    """Trains with each optimizer; a row of results for each, torch's AdamW first."""
+    from tqdm import tqdm
+
+    images = load_images(device)
+    contenders = _contenders(backend)
+    total = len(contenders) * epochs * _steps_per_epoch(images)
+    rows = []
+    with tqdm(total=total, unit="step", disable=None, leave=False) as progress:
+        for contender in contenders:
+            progress.set_description(contender.name)
+            torch.manual_seed(seed)
+            model = ResNet(LAYERS, channels_in=1).to(device)
+            optimizer = contender.make(model.parameters())
+            result = train(model, optimizer, images, epochs, seed, progress.update)
+            about: Row = {
+                "optimizer": contender.name,
+                "backend": contender.backend,
+                "weight_decay": contender.weight_decay,
+            }
+            rows.append(about | result)
+    for row in rows:
+        row["speedup"] = rows[0]["step_ms"] / row["step_ms"]
+        row.update(epochs=epochs, seed=seed, device=str(device), threads=torch.get_num_threads())
+    return rows
+
+
+def _contenders(backend: str) -> list[Contender]:
+    weight_decay = WEIGHT_DECAYS["AdamW"]
+    baseline = partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=weight_decay)
+    result = [
+        Contender("torch AdamW", "torch", weight_decay, baseline),
+        Contender("torch AdamW, fused", "torch", weight_decay, partial(baseline, fused=True)),
+    ]
+    for name, weight_decay in WEIGHT_DECAYS.items():
+        cls = getattr(optimizers, name)
+        make = partial(cls, lr=LEARNING_RATE, weight_decay=weight_decay, backend=backend)
+        result.append(Contender(name, backend, weight_decay, make))
+    return result
+
+
+def load_images(device: torch.device) -> Images:
+    """A quarter of the images is for the test: the same ones whatever the seed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, digits = load_digits(return_X_y=True)
+    parts = train_test_split(pixels, digits, test_size=0.25, stratify=digits, random_state=0)
+    train, test = (torch.as_tensor(p, dtype=torch.float32).view(-1, 1, 8, 8) for p in parts[:2])
+    mean, std = train.mean(), train.std()
+    train_digits, test_digits = (torch.as_tensor(p, dtype=torch.int64) for p in parts[2:])
+    images = ((train - mean) / std, train_digits, (test - mean) / std, test_digits)
+    return Images(*(t.to(device) for t in images))
+
+
+def train(
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    images: Images,
+    epochs: int,
+    seed: int,
+    after_step: Callable[[], object],
+) -> Row:
+    """Trains on a cosine schedule; accuracy, loss, zeros, and milliseconds in ``step()``."""
+    device = images.train.device
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    order = torch.Generator().manual_seed(seed)
+    schedule = CosineAnnealingLR(optimizer, epochs * _steps_per_epoch(images))
+    count = len(images.train)
+    times = []
+    for _ in range(epochs):
+        loss_sum = 0.0
+        shuffled = torch.randperm(count, generator=order).to(device)
+        for batch in shuffled.split(BATCH_SIZE):
+            loss = F.cross_entropy(model(images.train[batch]), images.train_digits[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            wait()
+            start = time.perf_counter()
+            optimizer.step()
+            wait()
+            times.append(time.perf_counter() - start)
+            schedule.step()
+            loss_sum += loss.item() * len(batch)
+            after_step()
+    with torch.no_grad():
+        correct = model(images.test).argmax(dim=1) == images.test_digits
+    params = list(model.parameters())
+    return {
+        "accuracy": correct.double().mean().item(),
+        "training_loss": loss_sum / count,  # of the last epoch
+        "zeros": sum(int((p == 0).sum()) for p in params) / sum(p.numel() for p in params),
+        "step_ms": 1e3 * statistics.median(times),
+        "total_ms": 1e3 * sum(times),
+    }
+
+
+def _steps_per_epoch(images: Images) -> int:
+    return -(-len(images.train) // BATCH_SIZE)
+
+
+def _print_table(rows: list[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"ResNet-{LAYERS} without batch normalization, on 8x8 digits\n"
+        "{epochs} epochs, seed {seed}, device {device}, backend {backend}".format(**rows[-1]),
+        caption="loss: training, last epoch; ms: median step(); speedup: over the first row",
+    )
+    table.add_column("optimizer", no_wrap=True)
+    for heading in ("decay", "accuracy", "loss", "zeros", "ms", "speedup"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["optimizer"],
+            f"{row['weight_decay']:.4g}",
+            f"{row['accuracy']:.1%}",
+            f"{row['training_loss']:.4f}",
+            f"{row['zeros']:.1%}",
+            f"{row['step_ms']:.3f}",
+            f"{row['speedup']:.1f}x",
+        )
+    Console(highlight=False).print(table)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _fail(message: str) -> NoReturn:
+    sys.exit(f"adamprox demo: error: {message}")

@@ -1,0 +1,198 @@
+"""The command line: ``adamprox info`` and ``adamprox demo``, whose claims hold here."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from adamprox import _C, __version__, backends, demo, info
+from adamprox.__main__ import COMMANDS, main
+from adamprox.resnet import ResNet
+
+
+def adamprox(*args):
+    command = [sys.executable, "-m", "adamprox", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("args", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_help(args, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*args, "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: {' '.join(['adamprox', *args])}")
+    assert args or all(name in out for name in COMMANDS)
+
+
+def test_help_tells_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert capsys.readouterr().out.count("(default: ") == 6
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"adamprox {__version__}\n"
+
+
+def test_commands_are_imported_only_when_asked_for():
+    code = (
+        "import sys; from adamprox.__main__ import main; code = main(['info']);"
+        "assert 'adamprox.info' in sys.modules and 'adamprox.demo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["no-such-command"], "invalid choice: 'no-such-command'"),
+        (["info", "--no-such-option"], "unrecognized arguments: --no-such-option"),
+        (["demo", "--epochs", "0"], "argument --epochs: '0' is not a positive integer"),
+        (["demo", "--epochs", "many"], "argument --epochs: 'many' is not a positive integer"),
+        (["demo", "--backend", "abacus"], "argument --backend: invalid choice: 'abacus'"),
+        (["demo", "--device", "abacus"], "abacus"),
+        (["demo", "--backend", "cpu", "--device", "meta"], "it runs on cpu tensors"),
+        (["demo", "--json", "no/such/directory/rows.json"], "no such directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_named(args, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code != 0
+    assert message in f"{capsys.readouterr().err}{end.value.code}"
+
+
+def test_info_json():
+    facts = json.loads(adamprox("info", "--json"))
+    assert facts["adamprox"] == __version__
+    assert facts["torch"] == torch.__version__
+    assert facts["cpu"]["instruction_set"] in ("AVX-512", "AVX2", "baseline")
+    assert facts["cpu"]["threads"] >= 1
+    assert set(facts["backends"]) == {"cuda", "triton", *backends.BACKENDS}
+    for backend in facts["backends"].values():
+        assert backend["usable"] != bool(backend["reason"])
+    assert facts["backends"]["cpu"]["usable"]
+
+
+@pytest.mark.parametrize("printer", ["rich", "plain"])
+def test_info_tells_of_every_backend(printer, capsys, monkeypatch):
+    if printer == "plain":
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, backend in info.collect()["backends"].items():
+        line = next(line for line in lines if f"backend {name}" in line)
+        assert (backend["reason"] or "usable") in line
+
+
+def test_info_tells_of_the_gpus(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a fine GPU")
+    monkeypatch.setattr(info, "_driver_version", lambda: "580.1")
+    assert main(["info"]) == 0
+    assert "a fine GPU, compute capability 9.0, driver 580.1" in capsys.readouterr().out
+
+
+def test_instruction_set_is_what_this_cpu_has():
+    capability = torch.backends.cpu.get_cpu_capability()
+    if _C.cpu_instruction_set() == "AVX-512":
+        assert capability == "AVX512"
+    elif _C.cpu_instruction_set() == "AVX2":
+        assert capability in ("AVX2", "AVX512")
+
+
+@pytest.mark.parametrize("package", ["sklearn", "tqdm", "rich"])
+def test_demo_says_what_to_install(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=rf"{package}.*pip install 'adamprox\[demo\]'"):
+        main(["demo"])
+
+
+# He et al. (2016), table 6; they count in millions.
+@pytest.mark.parametrize(("layers", "params"), [(20, 0.27), (44, 0.66), (56, 0.85), (110, 1.7)])
+def test_resnet_is_of_the_size_he_et_al_tell(layers, params):
+    model = ResNet(layers)
+    assert sum(p.dim() > 1 for p in model.parameters()) == layers
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(params, rel=0.02)
+
+
+def test_resnet_keeps_its_shapes():
+    assert ResNet(8, classes=7, channels_in=1)(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("layers", [2, 21])
+def test_resnet_refuses_other_numbers_of_layers(layers):
+    with pytest.raises(ValueError, match=f"Invalid number of layers: {layers}"):
+        ResNet(layers)
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+    """One run of the whole demo: its rows by optimizer, its output, its CPU seconds."""
+
+    def cpu_seconds():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    path = tmp_path_factory.mktemp("demo") / "rows.json"
+    before = cpu_seconds()
+    out = adamprox("demo", "--json", str(path))
+    seconds = cpu_seconds() - before
+    rows = {row["optimizer"]: row for row in json.loads(path.read_text())}
+    return rows, out, seconds
+
+
+def test_demo_shows_every_optimizer(demo_run):
+    rows, out, _ = demo_run
+    optimizers = ["Adam", "AdamW", "AdamProx", "AdamProxL1", "AdamProxL2"]
+    assert list(rows) == ["torch AdamW", "torch AdamW, fused", *optimizers]
+    for name, row in rows.items():
+        assert name in out
+        assert row["step_ms"] > 0
+        assert row["speedup"] == rows["torch AdamW"]["step_ms"] / row["step_ms"]
+
+
+def test_demo_takes_less_than_two_minutes(demo_run):
+    # Of CPU time, on its one thread: other processes do not count.
+    assert demo_run[-1] < 120
+
+
+@pytest.mark.parametrize("optimizer", ["torch AdamW", "AdamW", "AdamProx"])
+def test_demo_reaches_95_percent(demo_run, optimizer):
+    assert demo_run[0][optimizer]["accuracy"] >= 0.95
+
+
+def test_demo_l1_zeroes_30_percent_for_two_points(demo_run):
+    rows = demo_run[0]
+    assert rows["AdamProxL1"]["zeros"] > 0.30
+    assert rows["AdamW"]["zeros"] < 0.001
+    assert rows["AdamProxL1"]["accuracy"] >= rows["AdamW"]["accuracy"] - 0.02
+
+
+def test_demo_gives_the_same_numbers_on_every_backend():
+    def numbers(backend):
+        out = adamprox("demo", "--epochs", "1", "--backend", backend, "--json")
+        rows = json.loads(out)[2:]
+        return [(row["accuracy"], row["training_loss"], row["zeros"]) for row in rows]
+
+    of_cpu = numbers("cpu")
+    assert len(of_cpu) == 5
+    assert of_cpu == numbers("reference")
+
+
+def test_demo_trains_on_the_same_split_whatever_the_seed():
+    images = demo.load_images(torch.device("cpu"))
+    assert len(images.test) == 450
+    assert images.train.mean().item() == pytest.approx(0, abs=1e-6)
+    assert images.train.std().item() == pytest.approx(1)
