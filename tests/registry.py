@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import adamprox
 from adamprox import backends
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 
 def _sq_l2(x: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ class Option(NamedTuple):
 
     arguments: Mapping[str, Any] = MappingProxyType({})
     groups: tuple[Mapping[str, Any], ...] = (MappingProxyType({}),)
-    lr_factor: Callable[[int], float] | None = None  # of the step
+    lr_factor: Callable[[int], float] = lambda step: 1.0
     has_grad: Callable[[int, int], bool] = lambda step, index: True
     param_layout: Callable[[int, int], Callable[[Tensor], Tensor]] = lambda s, i: _contiguous
     grad_layout: Callable[[int, int], Callable[[Tensor], Tensor]] = lambda s, i: _contiguous
