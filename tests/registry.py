@@ -15,35 +15,46 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 
-def _sq_l2(x: Tensor) -> Tensor:
-    return 0.5 * x.square().sum(-1)
+class Penalty(NamedTuple):
+    """h of ``argmin_x 1/2 |x - z|^2 + s h(x)``, over the last dim."""
+
+    value: Callable[[Tensor], Tensor]
+    conjugate_prox: Callable[[Tensor, float], Tensor]
+    """The prox of the Fenchel conjugate of ``s h``; for a norm, the projection on its dual ball."""
 
 
-def _l1(x: Tensor) -> Tensor:
-    return x.abs().sum(-1)
-
-
-def _l2(x: Tensor) -> Tensor:
-    return x.square().sum(-1).sqrt()
+SQ_L2 = Penalty(lambda x: x.square().sum(-1) / 2, lambda z, s: z * s / (1 + s))
+L1 = Penalty(lambda x: x.abs().sum(-1), lambda z, s: z.clamp(-s, s))
+L2 = Penalty(lambda x: x.norm(dim=-1), lambda z, s: z * min(1.0, s / z.norm().item()))
 
 
 class Spec(NamedTuple):
     """An optimizer under test."""
 
     cls: Callable[..., torch.optim.Optimizer]
+    rule: Callable[[Tensor, Tensor, float], Tensor]  # of x, Adam's update u, s: as in the paper
     weight_decay: float = 0.3  # at lr=1e-2, strong enough that a wrong formula cannot hide
+    coupled: bool = False
+    penalty: Penalty | None = None  # the decay is its proximal operator
     twin: Callable[..., torch.optim.Optimizer] | None = None  # the same in torch.optim
-    penalty: Callable[[Tensor], Tensor] | None = None  # h, of which the decay is the prox
 
 
 OPTIMIZERS: Mapping[str, Spec] = MappingProxyType(
     {
-        "Adam": Spec(adamprox.Adam, twin=torch.optim.Adam),
-        "AdamW": Spec(adamprox.AdamW, twin=torch.optim.AdamW),
-        "AdamProx": Spec(adamprox.AdamProx, penalty=_sq_l2),
-        "AdamProxL1": Spec(adamprox.AdamProxL1, penalty=_l1),
-        # A norm grows with the number of elements, so this one needs more decay to be seen.
-        "AdamProxL2": Spec(adamprox.AdamProxL2, weight_decay=10.0, penalty=_l2),
+        "Adam": Spec(adamprox.Adam, lambda x, u, s: x - u, coupled=True, twin=torch.optim.Adam),
+        "AdamW": Spec(adamprox.AdamW, lambda x, u, s: (1 - s) * x - u, twin=torch.optim.AdamW),
+        "AdamProx": Spec(adamprox.AdamProx, lambda x, u, s: (x - u) / (1 + s), penalty=SQ_L2),
+        "AdamProxL1": Spec(
+            adamprox.AdamProxL1,
+            lambda x, u, s: (x - u).sign() * ((x - u).abs() - s).clamp(min=0),
+            penalty=L1,
+        ),
+        "AdamProxL2": Spec(
+            adamprox.AdamProxL2,
+            lambda x, u, s: max(1 - s / (x - u).norm().item(), 0) * (x - u),
+            weight_decay=10.0,  # a norm grows with the number of elements, so s must, too
+            penalty=L2,
+        ),
     }
 )
 PROXIMAL = tuple(name for name, spec in OPTIMIZERS.items() if spec.penalty)
