@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -200,3 +201,15 @@ def assert_same_bits(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer)
         assert ours.state.get(p, {}).keys() == state.keys()
         for key, value in state.items():
             assert same_bits(ours.state[p][key], value), f"{key} of param {index}"
+
+
+def rounding_bound(steps: int, scale: float, lr: float, dtype: torch.dtype) -> float:
+    """How far two roundings of the same iteration can be apart after so many steps.
+
+    A step rounds the param (of size ``scale``) at most 4 times, and Adam's update about 16 times;
+    that is ``lr * mhat / sqrt(vhat)``, and ``|mhat| / sqrt(vhat) <= sqrt(steps)``, since
+    ``vhat >= g**2 / steps`` for each grad so far. Both iterations round: twice. The coupled
+    decay feeds errors back into the gradient, damped by lr: a factor of 2 at most here.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    return 2 * 2 * steps * unit * (4 * scale + 16 * lr * math.sqrt(steps))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from registry import OPTIMIZERS, PROXIMAL, same_bits
+from registry import OPTIMIZERS, PROXIMAL, rounding_bound, same_bits
 
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 every_prox = pytest.mark.parametrize("optimizer", PROXIMAL)
@@ -132,18 +132,6 @@ def test_prox_l1_keeps_nan_infinity_and_the_sign_of_zero():
 
 
 # The update rules of the paper.
-
-
-def rounding_bound(steps: int, scale: float, lr: float, dtype: torch.dtype) -> float:
-    """How far two roundings of the same iteration can be apart after so many steps.
-
-    A step rounds the param (of size ``scale``) at most 4 times, and Adam's update about 16 times;
-    that is ``lr * mhat / sqrt(vhat)``, and ``|mhat| / sqrt(vhat) <= sqrt(steps)``, since
-    ``vhat >= g**2 / steps`` for each grad so far. Both iterations round: twice. The coupled
-    decay feeds errors back into the gradient, damped by lr: a factor of 2 at most here.
-    """
-    unit = torch.finfo(dtype).eps / 2
-    return 2 * 2 * steps * unit * (4 * scale + 16 * lr * math.sqrt(steps))
 
 
 def paper(optimizer: str, x: Tensor, grads: Tensor, alpha: float, etas, lam: float) -> Tensor:
