@@ -127,5 +127,5 @@ def _check(optimizer: Optimizer, finding: _C.Finding) -> None:
         allowed = {param.dtype, torch.float32} & {first} if wide else {param.dtype}
         if tensor.dtype not in allowed:
             refuse(f"{what} has dtype={tensor.dtype}, and the param {param.dtype}")
-    if torch._debug_has_internal_overlap(param) == 1:
-        refuse(f"{name} is expanded: several of its elements share one place in memory")
+        if key != "grad" and torch._debug_has_internal_overlap(tensor) == 1:
+            refuse(f"{what} is expanded: several of its elements share one place in memory")

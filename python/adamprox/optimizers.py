@@ -96,7 +96,8 @@ class _FusedAdam(Optimizer):
             group = {**self.defaults, **param_group}
             _validate(group)
             if group["decay_by"] == "schedule":
-                param_group.setdefault("initial_lr", group["lr"])
+                # Not the lr itself: schedulers write into a tensor.
+                param_group.setdefault("initial_lr", float(group["lr"]))
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class _FusedAdam(Optimizer):
             group.setdefault("fused", None)
             group.setdefault("decay_by", self.defaults["decay_by"])
             if group["decay_by"] == "schedule":
-                group.setdefault("initial_lr", group["lr"])
+                group.setdefault("initial_lr", float(group["lr"]))
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``: with a step counter of its own for each param."""
