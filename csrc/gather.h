@@ -34,7 +34,8 @@ struct DeviceTable {
 };
 
 // What the gather cannot use as it is; Python mends it (a state to be made, a layout to be
-// copied) or raises. `key` names a tensor of the param ("grad", "exp_avg", ...) or "state".
+// copied) or raises. `key` names a tensor of the param ("grad", "exp_avg", ...), "state", or "twice"
+// for a param that was read before.
 struct Finding {
   int group;
   py::object param;
@@ -89,7 +90,7 @@ class Gather {
   bool read_tensor(PyObject* object, dlpack::Tensor& out);
   const TensorType& type_of(PyObject* object);
   py::object grad_of(PyObject* param);
-  PyObject* state_of(PyObject* param);
+  PyObject* state_of(PyObject* param, bool& twice);
   int cohort_of(PyObject* counter);
   DeviceTable& table_on(const dlpack::Device& device);
   void report(int group, PyObject* param, const char* key);
