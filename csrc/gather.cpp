@@ -381,6 +381,14 @@ void Gather::report(int group, PyObject* param, const char* key) {
   findings_.push_back({group, py::reinterpret_borrow<py::object>(param), key});
 }
 
+py::list Gather::params() const {
+  py::list result(members.size());
+  for (size_t i = 0; i < members.size(); ++i) {
+    PyList_SET_ITEM(result.ptr(), i, members[i].param.inc_ref().ptr());
+  }
+  return result;
+}
+
 void Gather::count_step() {
   const Keys& k = keys();
   const auto set_counter = [&](const py::object& state, const py::object& counter) {

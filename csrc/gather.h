@@ -50,6 +50,9 @@ class Gather {
   // `staged` maps a param to copies of its tensors, by key, that stand in for them in this step.
   std::vector<Finding> read(const py::list& groups, const py::dict& state, const py::dict& staged);
 
+  // What the step will write to, or its stand-ins.
+  py::list params() const;
+
   // After the update: counts the step, once a cohort.
   void count_step();
 
