@@ -36,7 +36,7 @@ CHUNK_EDGES = (
     2 * CHUNK_SIZE + 1,
 )
 
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
