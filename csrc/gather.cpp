@@ -189,7 +189,9 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
                         const py::dict& staged) {
   const Keys& k = keys();
   const py::object grad = grad_of(param);
-  PyObject* state = state_of(param);
+  bool twice = false;
+  PyObject* state = state_of(param, twice);
+  if (twice) return report(group, param, "twice");
   if (grad.is_none()) {
     if (state != nullptr && PyDict_CheckExact(state)) {
       PyObject* counter = PyDict_GetItemWithError(state, k.step);
@@ -331,7 +333,7 @@ py::object Gather::grad_of(PyObject* param) {
 
 // optimizer.state[param] without hashing: entries are read in the order of the dict, which is that
 // of the params as long as all of them took part in the first step.
-PyObject* Gather::state_of(PyObject* param) {
+PyObject* Gather::state_of(PyObject* param, bool& twice) {
   if (next_entry_ >= entries_.size() || entries_[next_entry_].param != param) {
     if (entry_index_.empty()) {
       for (size_t i = 0; i < entries_.size(); ++i) entry_index_[entries_[i].param] = i;
@@ -341,7 +343,7 @@ PyObject* Gather::state_of(PyObject* param) {
     next_entry_ = found->second;
   }
   StateEntry& entry = entries_[next_entry_++];
-  if (entry.used) throw py::value_error("a param appears twice in the optimizer's param groups");
+  twice = entry.used;
   entry.used = true;
   return entry.state;
 }
@@ -377,6 +379,14 @@ DeviceTable& Gather::table_on(const dlpack::Device& device) {
 
 void Gather::report(int group, PyObject* param, const char* key) {
   findings_.push_back({group, py::reinterpret_borrow<py::object>(param), key});
+}
+
+py::list Gather::params() const {
+  py::list result(members.size());
+  for (size_t i = 0; i < members.size(); ++i) {
+    PyList_SET_ITEM(result.ptr(), i, members[i].param.inc_ref().ptr());
+  }
+  return result;
 }
 
 void Gather::count_step() {

@@ -34,7 +34,8 @@ struct DeviceTable {
 };
 
 // What the gather cannot use as it is; Python mends it (a state to be made, a layout to be
-// copied) or raises. `key` names a tensor of the param ("grad", "exp_avg", ...) or "state".
+// copied) or raises. `key` names a tensor of the param ("grad", "exp_avg", ...), "state", or "twice"
+// for a param that was read before.
 struct Finding {
   int group;
   py::object param;
@@ -48,6 +49,9 @@ class Gather {
   // An empty result means that `tables` are ready and nothing has been written yet.
   // `staged` maps a param to copies of its tensors, by key, that stand in for them in this step.
   std::vector<Finding> read(const py::list& groups, const py::dict& state, const py::dict& staged);
+
+  // What the step will write to, or its stand-ins.
+  py::list params() const;
 
   // After the update: counts the step, once a cohort.
   void count_step();
@@ -89,7 +93,7 @@ class Gather {
   bool read_tensor(PyObject* object, dlpack::Tensor& out);
   const TensorType& type_of(PyObject* object);
   py::object grad_of(PyObject* param);
-  PyObject* state_of(PyObject* param);
+  PyObject* state_of(PyObject* param, bool& twice);
   int cohort_of(PyObject* counter);
   DeviceTable& table_on(const dlpack::Device& device);
   void report(int group, PyObject* param, const char* key);

@@ -34,8 +34,11 @@ def mend(optimizer: Optimizer, findings: Iterable[_C.Finding], staged: Staged) -
         RuntimeError: a tensor cannot be used; the message names it and says why.
     """
     findings = list(findings)
+    without_state = set()
     for finding in findings:
-        _check(optimizer, finding)
+        _check(optimizer, finding, twice=finding.param in without_state)
+        if finding.key == "state":
+            without_state.add(finding.param)
     counter = torch.tensor(0.0, dtype=_counter_dtype(), device="cpu")
     for finding in findings:
         param, group = finding.param, optimizer.param_groups[finding.group]
@@ -83,9 +86,9 @@ def _stage(
     }
 
 
-def _check(optimizer: Optimizer, finding: _C.Finding) -> None:
+def _check(optimizer: Optimizer, finding: _C.Finding, twice: bool) -> None:
     param, group = finding.param, optimizer.param_groups[finding.group]
-    index = next(i for i, p in enumerate(group["params"]) if p is param)
+    index = max(i for i, p in enumerate(group["params"]) if p is param)
     name = f"param_groups[{finding.group}]['params'][{index}]"
     if "param_names" in group:
         name += f" ({group['param_names'][index]})"
@@ -93,6 +96,8 @@ def _check(optimizer: Optimizer, finding: _C.Finding) -> None:
     def refuse(problem: str) -> None:
         raise RuntimeError(f"{type(optimizer).__name__}: {problem}; nothing was updated")
 
+    if twice or finding.key == "twice":
+        refuse(f"a param appears twice in the param groups, again as {name}")
     if param.grad is not None and param.grad.is_sparse:
         refuse(f"sparse gradients are not supported, please consider SparseAdam: {name}.grad")
     state = optimizer.state.get(param) or {}
@@ -127,5 +132,5 @@ def _check(optimizer: Optimizer, finding: _C.Finding) -> None:
         allowed = {param.dtype, torch.float32} & {first} if wide else {param.dtype}
         if tensor.dtype not in allowed:
             refuse(f"{what} has dtype={tensor.dtype}, and the param {param.dtype}")
-    if torch._debug_has_internal_overlap(param) == 1:
-        refuse(f"{name} is expanded: several of its elements share one place in memory")
+        if key != "grad" and torch._debug_has_internal_overlap(tensor) == 1:
+            refuse(f"{what} is expanded: several of its elements share one place in memory")

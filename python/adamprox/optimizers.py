@@ -96,7 +96,8 @@ class _FusedAdam(Optimizer):
             group = {**self.defaults, **param_group}
             _validate(group)
             if group["decay_by"] == "schedule":
-                param_group.setdefault("initial_lr", group["lr"])
+                # Not the lr itself: schedulers write into a tensor.
+                param_group.setdefault("initial_lr", float(group["lr"]))
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class _FusedAdam(Optimizer):
             group.setdefault("fused", None)
             group.setdefault("decay_by", self.defaults["decay_by"])
             if group["decay_by"] == "schedule":
-                group.setdefault("initial_lr", group["lr"])
+                group.setdefault("initial_lr", float(group["lr"]))
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``: with a step counter of its own for each param."""
@@ -153,6 +154,8 @@ class _FusedAdam(Optimizer):
                 mend(self, findings, staged)
             tables = gather.tables()
             chosen = [backends.select(self._backend, table.device[0]) for table in tables]
+            # As torch's in-place operations do: backward through an older value is an error.
+            torch.autograd.graph.increment_version(gather.params())
             for table, backend in zip(tables, chosen, strict=True):
                 backend.step(table, self.decay, self.param_groups)
             gather.count_step()
@@ -235,9 +238,30 @@ class Adam(_FusedAdam):
         eps: float = 1e-8,
         weight_decay: float = 0,
         amsgrad: bool = False,
-        **options: Any,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decay_by: str = "lr",
+        backend: str | None = None,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decay_by=decay_by,
+            backend=backend,
+        )
 
 
 @_document()

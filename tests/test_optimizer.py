@@ -1,0 +1,830 @@
+"""The optimizers as ``torch.optim`` classes: arguments, errors, states, and what users do."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import io
+import pickle
+import re
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adamprox import backends
+from registry import OPTIMIZERS, assert_same_bits, bits, rounding_bound, same_bits
+
+every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+every_twin = pytest.mark.parametrize(
+    "optimizer", [name for name, spec in OPTIMIZERS.items() if spec.twin]
+)
+
+
+def make(optimizer: str, params, **arguments) -> torch.optim.Optimizer:
+    spec = OPTIMIZERS[optimizer]
+    return spec.cls(params, **{"lr": 1e-2, "weight_decay": spec.weight_decay, **arguments})
+
+
+def make_params(*shapes: tuple[int, ...], dtype=torch.float32, seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def set_grads(params, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+
+
+def steps(opt, params, seeds) -> None:
+    for seed in seeds:
+        set_grads(params, seed)
+        opt.step()
+
+
+# Arguments.
+
+
+@every_optimizer
+def test_signature_is_that_of_torchs_adamw(optimizer):
+    spec = OPTIMIZERS[optimizer]
+    theirs = inspect.signature(torch.optim.AdamW).parameters
+    ours = inspect.signature(spec.cls).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert {"decay_by", "backend"} <= ours.keys()
+    weight_decay = inspect.signature(spec.twin or torch.optim.AdamW).parameters["weight_decay"]
+    for name, parameter in ours.items():
+        if name in theirs:
+            expected = weight_decay if name == "weight_decay" else theirs[name]
+            assert (parameter.default, parameter.kind) == (expected.default, expected.kind), name
+        else:
+            assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+
+
+INVALID_IN_TORCH = {
+    "lr": {"lr": -1e-3},
+    "lr_nan": {"lr": float("nan")},
+    "lr_two_elements": {"lr": torch.ones(2)},
+    "lr_tensor_foreach": {"lr": torch.tensor(1e-3), "foreach": True},
+    "beta1": {"betas": (1.2, 0.999)},
+    "beta2": {"betas": (0.9, 1.0)},
+    "betas_negative": {"betas": (-0.1, 0.999)},
+    "betas_mixed": {"betas": (0.9, torch.tensor(0.999))},
+    "betas_int": {"betas": (0, 0)},
+    "betas_two_elements": {"betas": (torch.tensor([[0.9]]), torch.tensor([]))},
+    "betas_tensor_foreach": {"betas": (torch.tensor(0.9), torch.tensor(0.9)), "foreach": True},
+    "eps": {"eps": -1e-8},
+    "weight_decay": {"weight_decay": -1e-2},
+    "foreach_and_fused": {"foreach": True, "fused": True},
+}
+INVALID_HERE = {
+    "differentiable": ({"differentiable": True}, RuntimeError, "differentiable=True"),
+    "decay_by": ({"decay_by": "magic"}, ValueError, "decay_by: 'magic'"),
+    "initial_lr": ({"decay_by": "schedule", "lr": 0.0}, ValueError, "initial learning rate.*0.0"),
+}
+
+
+def refusals(optimizer: str, arguments, error, match: str) -> None:
+    """At construction, in a group at construction, in add_param_group."""
+    a, b = make_params((2,), (3,))
+    with pytest.raises(error, match=match):
+        OPTIMIZERS[optimizer].cls([a], **arguments)
+    with pytest.raises(error, match=match):
+        OPTIMIZERS[optimizer].cls([{"params": [a]}, {"params": [b], **arguments}])
+    opt = OPTIMIZERS[optimizer].cls([a])
+    with pytest.raises(error, match=match):
+        opt.add_param_group({"params": [b], **arguments})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("arguments", INVALID_IN_TORCH.values(), ids=INVALID_IN_TORCH)
+@every_optimizer
+def test_invalid_arguments_are_refused_in_torchs_words(optimizer, arguments):
+    with pytest.raises((ValueError, RuntimeError)) as theirs:
+        torch.optim.AdamW(make_params((2,)), **arguments)
+    message = "^" + re.escape(str(theirs.value)) + "$"
+    refusals(optimizer, arguments, theirs.type, message)
+
+
+@pytest.mark.parametrize(("arguments", "error", "match"), INVALID_HERE.values(), ids=INVALID_HERE)
+@every_optimizer
+def test_invalid_arguments_of_our_own_are_refused(optimizer, arguments, error, match):
+    refusals(optimizer, arguments, error, match)
+
+
+@every_optimizer
+def test_params_are_checked_by_torch(optimizer):
+    (a,) = make_params((2,))
+    with pytest.raises(ValueError, match="empty parameter list"):
+        OPTIMIZERS[optimizer].cls([])
+    with pytest.raises(TypeError):
+        OPTIMIZERS[optimizer].cls(a)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        OPTIMIZERS[optimizer].cls([{"params": [a]}, {"params": [a]}])
+
+
+SAME_AS_DEFAULT = {
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+    "capturable": {"capturable": True},
+    "lr_tensor": {"lr": torch.tensor(2.0**-7)},
+    "betas_tensors": {"betas": (torch.tensor(0.75), torch.tensor(0.875))},
+    "weight_decay_int": {"weight_decay": 3},
+}
+
+
+@pytest.mark.parametrize("arguments", SAME_AS_DEFAULT.values(), ids=SAME_AS_DEFAULT)
+@every_optimizer
+def test_forms_of_an_argument_give_the_same_bits(optimizer, arguments):
+    plain = {"lr": 2.0**-7, "betas": (0.75, 0.875), "weight_decay": 3.0}
+    pair = [make(optimizer, make_params((5,)), **form) for form in (plain, {**plain, **arguments})]
+    for opt in pair:
+        steps(opt, opt.param_groups[0]["params"], range(5))
+    assert_same_bits(*pair)
+
+
+# Backends.
+
+
+class Recorder:
+    """A backend that only notes that it was called."""
+
+    def __init__(self, why_not: dict[str | None, str] | None = None):
+        self.reasons, self.calls = why_not or {}, 0
+
+    def why_not(self, device_type=None):
+        return self.reasons.get(device_type)
+
+    def step(self, table, decay, groups):
+        self.calls += 1
+
+
+def test_backend_by_argument_by_environment_and_by_default(monkeypatch):
+    for name in ("by_argument", "by_environment", "cpu"):
+        monkeypatch.setitem(backends.BACKENDS, name, Recorder())
+
+    def calls(**arguments):
+        params = make_params((2,))
+        steps(make("AdamW", params, **arguments), params, [0])
+        return [
+            name for name, b in backends.BACKENDS.items() if isinstance(b, Recorder) and b.calls
+        ]
+
+    monkeypatch.delenv("ADAMPROX_BACKEND", raising=False)
+    assert calls() == ["cpu"]
+    backends.BACKENDS["cpu"].calls = 0
+    monkeypatch.setenv("ADAMPROX_BACKEND", "by_environment")
+    assert calls() == ["by_environment"]
+    backends.BACKENDS["by_environment"].calls = 0
+    assert calls(backend="by_argument") == ["by_argument"]
+
+
+@every_optimizer
+def test_unknown_backend(optimizer, monkeypatch):
+    with pytest.raises(ValueError, match=r"Invalid backend: 'abacus', expected one of .*reference"):
+        make(optimizer, make_params((2,)), backend="abacus")
+    monkeypatch.setenv("ADAMPROX_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="Invalid backend: 'abacus'"):
+        make(optimizer, make_params((2,)))
+
+
+@every_optimizer
+def test_backend_that_cannot_run_says_why(optimizer, monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "broken", Recorder({None: "it has no wheels"}))
+    with pytest.raises(RuntimeError, match="'broken' cannot run: it has no wheels"):
+        make(optimizer, make_params((2,)), backend="broken")
+
+
+@every_optimizer
+def test_backend_that_cannot_run_on_the_device_says_why_and_updates_nothing(optimizer, monkeypatch):
+    elsewhere = Recorder({"cpu": "it runs on the moon only"})
+    monkeypatch.setitem(backends.BACKENDS, "elsewhere", elsewhere)
+    params = make_params((2,))
+    opt = make(optimizer, params, backend="elsewhere")
+    with pytest.raises(RuntimeError, match="'elsewhere' cannot run: it runs on the moon only"):
+        steps(opt, params, [0])
+    assert elsewhere.calls == 0
+    assert all(state["step"] == 0 for state in opt.state.values())
+
+
+@pytest.mark.parametrize("name", backends.BACKENDS)
+def test_real_backends_either_run_or_say_why_not(name):
+    reason = backends.BACKENDS[name].why_not()
+    if reason is None:
+        make("AdamW", make_params((2,)), backend=name)
+    else:
+        with pytest.raises(RuntimeError, match=re.escape(reason)):
+            make("AdamW", make_params((2,)), backend=name)
+
+
+# Tensors that cannot be used: the error names them, and nothing is touched.
+
+
+class Wrapper(Tensor):
+    """A subclass that may keep its numbers elsewhere, as DTensor does."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError("its data must not be read")
+
+
+def wrapped(tensor: Tensor) -> Tensor:
+    return torch.Tensor._make_wrapper_subclass(Wrapper, tensor.shape, dtype=tensor.dtype)
+
+
+def set_grad(grad):
+    return lambda opt, param: setattr(param, "grad", grad(param))
+
+
+def set_data(data):
+    return lambda opt, param: setattr(param, "data", data(param))
+
+
+def set_state(key, value):
+    return lambda opt, param: opt.state[param].update({key: value(opt.state[param][key])})
+
+
+def drop_state(key):
+    return lambda opt, param: opt.state[param].pop(key)
+
+
+def any_grad_dtype(opt, param):
+    param.grad_dtype = None
+    param.grad = torch.ones_like(param, dtype=torch.float64)
+
+
+SPOILED_PARAMS = {
+    "grad_sparse": (set_grad(lambda p: torch.ones_like(p).to_sparse()), "sparse"),
+    "grad_dtype": (any_grad_dtype, "grad of .*float64"),
+    "grad_subclass": (set_grad(wrapped), "grad of .*Wrapper"),
+    "param_expanded": (set_data(lambda p: torch.ones(1, 3).expand(4, 3)), "expanded"),
+}
+SPOILED_STATES = {
+    "exp_avg_shape": (set_state("exp_avg", lambda t: t[:-1]), "exp_avg of .*shape"),
+    "exp_avg_dtype": (set_state("exp_avg", Tensor.double), "exp_avg of .*float64"),
+    "exp_avg_subclass": (set_state("exp_avg", wrapped), "exp_avg of .*Wrapper"),
+    "exp_avg_device": (set_state("exp_avg", lambda t: t.to("meta")), "exp_avg of .*meta"),
+    "exp_avg_missing": (drop_state("exp_avg"), "exp_avg of .*None"),
+    "exp_avg_expanded": (
+        set_state("exp_avg", lambda t: torch.ones(1, 3).expand(4, 3)),
+        "exp_avg of .*expanded",
+    ),
+    "exp_avg_sq_shape": (set_state("exp_avg_sq", lambda t: t.flatten()), "exp_avg_sq of .*shape"),
+    "exp_avg_sq_dtype": (set_state("exp_avg_sq", Tensor.bfloat16), "exp_avg_sq of .*bfloat16"),
+    "exp_avg_sq_missing": (drop_state("exp_avg_sq"), "exp_avg_sq of .*None"),
+    "exp_avg_sq_number": (set_state("exp_avg_sq", lambda t: 0.5), "exp_avg_sq of .*0.5"),
+    "max_exp_avg_sq_missing": (drop_state("max_exp_avg_sq"), "max_exp_avg_sq of .*None"),
+    "max_exp_avg_sq_dtype": (
+        set_state("max_exp_avg_sq", Tensor.double),
+        "max_exp_avg_sq of .*float64",
+    ),
+    "step_missing": (drop_state("step"), "step count of"),
+    "step_text": (set_state("step", lambda t: "two"), "step count of"),
+    "step_two_elements": (set_state("step", lambda t: torch.ones(2)), "step count of"),
+}
+
+
+def snapshot(opt) -> list:
+    """The bits of every param, and of every state's plain tensors; other values as they are."""
+
+    def freeze(value):
+        if type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu":
+            return bits(value.detach().clone()).tolist()
+        return value
+
+    return [
+        (freeze(param), {key: freeze(value) for key, value in opt.state.get(param, {}).items()})
+        for group in opt.param_groups
+        for param in group["params"]
+    ]
+
+
+def refuses_to_step(opt, match: str) -> None:
+    before = snapshot(opt)
+    with pytest.raises((RuntimeError, ValueError), match=match):
+        opt.step()
+    assert snapshot(opt) == before
+
+
+def named(optimizer: str, params) -> torch.optim.Optimizer:
+    """An optimizer of one group per param, amsgrad in the last, and named."""
+    names = ("first", "second", "last")
+    groups = [{"params": [pair]} for pair in zip(names, params, strict=True)]
+    groups[-1]["amsgrad"] = True
+    return make(optimizer, groups)
+
+
+SHAPES = ((5,), (), (4, 3))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    (SPOILED_PARAMS | SPOILED_STATES).values(),
+    ids=(SPOILED_PARAMS | SPOILED_STATES),
+)
+@every_optimizer
+def test_bad_tensor_is_named_and_nothing_is_touched(optimizer, spoil, match):
+    params = make_params(*SHAPES)
+    opt = named(optimizer, params)
+    steps(opt, params, range(3))
+    set_grads(params, 3)
+    spoil(opt, params[-1])
+    refuses_to_step(opt, rf"(?=.*{match})(?=.*param_groups\[2\]\['params'\]\[0\] \(last\))")
+
+
+@pytest.mark.parametrize(("spoil", "match"), SPOILED_PARAMS.values(), ids=SPOILED_PARAMS)
+@every_optimizer
+def test_bad_tensor_in_the_first_step_leaves_no_state(optimizer, spoil, match):
+    params = make_params(*SHAPES)
+    opt = named(optimizer, params)
+    set_grads(params, 0)
+    spoil(opt, params[-1])
+    refuses_to_step(opt, rf"(?=.*{match})(?=.*\(last\))")
+    assert not opt.state
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+@every_optimizer
+def test_param_that_appears_twice_is_refused(optimizer, steps_before):
+    """torch checks add_param_group; a list of params can be changed behind its back."""
+    params = make_params(*SHAPES)
+    opt = make(optimizer, [{"params": params[:2]}, {"params": params[2:]}])
+    steps(opt, params, range(steps_before))
+    set_grads(params, 3)
+    opt.param_groups[1]["params"].append(params[0])
+    refuses_to_step(opt, r"twice.*param_groups\[1\]\['params'\]\[1\]")
+
+
+@every_optimizer
+def test_dtype_that_cannot_be_used(optimizer):
+    good, bad = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2).to(torch.float8_e5m2))
+    opt = make(optimizer, [good, bad])
+    for param in (good, bad):
+        param.grad = torch.ones_like(param)
+    before = good.detach().clone()
+    with pytest.raises(RuntimeError, match=r"\['params'\]\[1\].*float8_e5m2"):
+        opt.step()
+    assert torch.equal(good, before)
+    assert not opt.state
+
+
+def test_after_an_error_and_its_mending_the_step_is_the_usual_one():
+    pair = []
+    for spoiled in (False, True):
+        params = make_params(*SHAPES)
+        opt = make("AdamProx", params)
+        steps(opt, params, range(2))
+        set_grads(params, 2)
+        if spoiled:
+            grad, params[-1].grad = params[-1].grad, params[-1].grad.to_sparse()
+            with pytest.raises(RuntimeError, match="sparse"):
+                opt.step()
+            params[-1].grad = grad
+        opt.step()
+        pair.append(opt)
+    assert_same_bits(*pair)
+
+
+# Step counts.
+
+
+def skipping(opt, params, count: int) -> None:
+    """Param i has no grad at every (i + 2)nd step."""
+    for step in range(count):
+        set_grads(params, step)
+        for i, param in enumerate(params):
+            if step % (i + 2) == 0:
+                param.grad = None
+        opt.step()
+
+
+@pytest.mark.parametrize("default_dtype", [torch.float32, torch.float64], ids=str)
+@every_optimizer
+def test_step_counts_are_torchs(optimizer, default_dtype):
+    torch.set_default_dtype(default_dtype)
+    try:
+        ours, theirs = make_params(*SHAPES), make_params(*SHAPES)
+        pair = make(optimizer, ours), torch.optim.AdamW(theirs)
+        for opt, params in zip(pair, (ours, theirs), strict=True):
+            skipping(opt, params, 13)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for p, q in zip(ours, theirs, strict=True):
+        count, expected = pair[0].state[p]["step"], pair[1].state[q]["step"]
+        assert count.shape == ()
+        assert count.device == expected.device
+        assert same_bits(count, expected)
+
+
+def counters(opt, params) -> list[int]:
+    """Which params share a step counter: equal numbers do."""
+    pointers = [opt.state[param]["step"].data_ptr() for param in params]
+    return [pointers.index(pointer) for pointer in pointers]
+
+
+@every_optimizer
+def test_params_at_the_same_step_share_a_counter(optimizer):
+    params = make_params((2,), (3,), (4,), (5,))
+    opt = make(optimizer, [{"params": params[:2]}, {"params": params[2:]}])
+    steps(opt, params, range(2))
+    assert counters(opt, params) == [0, 0, 0, 0]
+    set_grads(params, 2)
+    params[1].grad = params[3].grad = None
+    opt.step()
+    assert counters(opt, params) == [0, 1, 0, 1]
+    assert [opt.state[p]["step"].item() for p in params] == [3, 2, 3, 2]
+    set_grads(params, 3)
+    params[0].grad = params[2].grad = params[3].grad = None
+    opt.step()
+    assert [opt.state[p]["step"].item() for p in params] == [3, 3, 3, 2]
+    steps(opt, params, [4])  # 0, 1, 2 are at the same step again
+    assert [opt.state[p]["step"].item() for p in params] == [4, 4, 4, 3]
+    assert counters(opt, params) == [0, 0, 0, 3]
+
+
+@every_optimizer
+def test_state_dict_has_a_counter_for_each_param(optimizer):
+    params = make_params(*SHAPES)
+    opt = make(optimizer, params)
+    steps(opt, params, range(2))
+    saved = [state["step"] for state in opt.state_dict()["state"].values()]
+    assert len({step.data_ptr() for step in saved}) == len(params)
+    steps(opt, params, [2])
+    assert saved == [2, 2, 2]
+
+
+@every_optimizer
+def test_without_any_grad_nothing_happens(optimizer):
+    params = make_params(*SHAPES)
+    opt = make(optimizer, params)
+    refuses = snapshot(opt)
+    opt.step()
+    assert snapshot(opt) == refuses
+    assert not opt.state
+
+
+# Nothing is remembered from one step to the next that may have changed.
+
+
+def fresh_copy(opt) -> torch.optim.Optimizer:
+    """An optimizer without a past, with the params, grads and states of this one."""
+    groups = []
+    result_state = {}
+    for group in opt.param_groups:
+        copies = []
+        for param in group["params"]:
+            twin = nn.Parameter(param.detach().clone())
+            twin.grad = None if param.grad is None else param.grad.clone()
+            result_state[twin] = copy.deepcopy(opt.state.get(param, {}))
+            copies.append(twin)
+        groups.append({**group, "params": copies})
+    result = type(opt)(groups)
+    for param, state in result_state.items():
+        if state:
+            result.state[param] = state
+    return result
+
+
+def swap_data(opt):
+    for group in opt.param_groups:
+        for param in group["params"]:
+            param.data = param.data * 2
+
+
+def replace_states(opt):
+    for state in opt.state.values():
+        for key, value in state.items():
+            if key != "step":
+                state[key] = value * 2
+
+
+def move_states_there_and_back(opt):
+    for state in opt.state.values():
+        state["exp_avg"] = state["exp_avg"].double().neg_().float()
+
+
+def replace_state_dicts(opt):
+    for param, state in list(opt.state.items()):
+        # In another order, under keys that are equal to the usual ones, and not the same objects.
+        opt.state[param] = {"".join(list(k)): v.clone() for k, v in reversed(state.items())}
+
+
+def reload_state_dict(opt):
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def change_hyper_parameters(opt):
+    opt.param_groups[0].update(lr=0.5, betas=(0.5, 0.5), eps=0.1, weight_decay=0.1, maximize=True)
+
+
+def set_a_counter(opt):
+    opt.state[opt.param_groups[0]["params"][1]]["step"] = torch.tensor(77.0)
+
+
+def set_the_shared_counter_in_place(opt):
+    opt.state[opt.param_groups[0]["params"][1]]["step"].fill_(77.0)
+
+
+def counter_of_another_type(opt):
+    opt.state[opt.param_groups[0]["params"][1]]["step"] = 5
+
+
+def counter_in_float64(opt):
+    opt.state[opt.param_groups[0]["params"][1]]["step"] = torch.tensor(5.0, dtype=torch.float64)
+
+
+def clear_states(opt):
+    opt.state.clear()
+
+
+def drop_one_state(opt):
+    del opt.state[opt.param_groups[0]["params"][0]]
+
+
+def reverse_params(opt):
+    opt.param_groups[0]["params"].reverse()
+
+
+def replace_a_param(opt):
+    (opt.param_groups[0]["params"][1],) = make_params((6, 5), seed=9)
+
+
+def add_a_group(opt):
+    opt.add_param_group({"params": make_params((7,), (2, 2), seed=9), "lr": 0.3})
+
+
+def resize_in_place(opt):
+    param = opt.param_groups[0]["params"][2]
+    param.data = torch.ones(2, 2)
+    param.grad = None
+    opt.state[param].update(exp_avg=torch.ones(2, 2), exp_avg_sq=torch.ones(2, 2))
+
+
+CHANGES = (
+    *(swap_data, replace_states, move_states_there_and_back, replace_state_dicts),
+    *(reload_state_dict, change_hyper_parameters, clear_states, drop_one_state),
+    *(set_a_counter, set_the_shared_counter_in_place, counter_of_another_type, counter_in_float64),
+    *(reverse_params, replace_a_param, add_a_group, resize_in_place),
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@every_optimizer
+def test_nothing_stale_is_used(optimizer, change):
+    params = make_params(*SHAPES)
+    opt = make(optimizer, params)
+    steps(opt, params, range(3))
+    change(opt)
+    for seed in (3, 4):
+        params = [param for group in opt.param_groups for param in group["params"]]
+        set_grads(params, seed)
+        fresh = fresh_copy(opt)
+        for each in (opt, fresh):
+            each.step()
+        flat = [[p for g in o.param_groups for p in g["params"]] for o in (opt, fresh)]
+        for p, q in zip(*flat, strict=True):
+            assert same_bits(p.detach(), q.detach())
+            for key, value in fresh.state[q].items():
+                assert same_bits(opt.state[p][key], value), key
+
+
+@every_optimizer
+def test_grads_are_not_kept_alive(optimizer):
+    params = make_params(*SHAPES)
+    opt = make(optimizer, params)
+    for seed in range(2):
+        set_grads(params, seed)
+        opt.step()
+        grads = [weakref.ref(param.grad) for param in params]
+        opt.zero_grad()
+        assert [grad() for grad in grads] == [None] * len(params)
+    set_grads(params, 2)
+    grads = [weakref.ref(param.grad) for param in params]
+    opt.state[params[0]]["exp_avg"] = None
+    with pytest.raises(RuntimeError, match="exp_avg"):
+        opt.step()
+    opt.zero_grad()
+    assert [grad() for grad in grads] == [None] * len(params)
+
+
+def test_params_are_not_kept_alive():
+    params = make_params(*SHAPES)
+    opt = make("AdamProxL2", params)
+    steps(opt, params, range(2))
+    alive = [weakref.ref(param) for param in params]
+    del opt, params
+    gc.collect()
+    assert [param() for param in alive] == [None] * len(alive)
+
+
+# Saving, loading, copying.
+
+
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
+@pytest.mark.parametrize("direction", ["from_torch", "to_torch"])
+@every_twin
+def test_state_dict_is_torchs(optimizer, direction, amsgrad):
+    """10 steps of one and 10 of the other are 20 of one."""
+    spec = OPTIMIZERS[optimizer]
+    arguments = {"lr": 1e-2, "weight_decay": spec.weight_decay, "amsgrad": amsgrad}
+    classes = [spec.twin, spec.cls] if direction == "from_torch" else [spec.cls, spec.twin]
+    params, expected = make_params(*SHAPES), make_params(*SHAPES)
+    first, second = (cls(params, **arguments) for cls in classes)
+    steps(first, params, range(10))
+    second.load_state_dict(first.state_dict())
+    steps(second, params, range(10, 20))
+    whole = spec.twin(expected, **arguments)
+    steps(whole, expected, range(20))
+    for p, q in zip(params, expected, strict=True):
+        bound = rounding_bound(20, max(1.0, q.abs().max().item()), 1e-2, torch.float32)
+        assert (p - q).abs().max() <= bound
+        assert second.state[p].keys() == whole.state[q].keys()
+        assert torch.equal(second.state[p]["step"], whole.state[q]["step"])
+
+
+def through_pickle(opt, params):
+    return pickle.loads(pickle.dumps((opt, params)))
+
+
+def through_deepcopy(opt, params):
+    return copy.deepcopy((opt, params))
+
+
+def through_state_dict(opt, params):
+    buffer = io.BytesIO()
+    torch.save(opt.state_dict(), buffer)
+    buffer.seek(0)
+    params = copy.deepcopy(params)
+    result = type(opt)([{"params": params[:1]}, {"params": params[1:]}])
+    result.load_state_dict(torch.load(buffer, weights_only=True))
+    return result, params
+
+
+@pytest.mark.parametrize("copied", [through_pickle, through_deepcopy, through_state_dict])
+@pytest.mark.parametrize("decay_by", ["lr", "schedule"])
+@every_optimizer
+def test_copies_continue_with_the_same_bits(optimizer, decay_by, copied):
+    params = make_params(*SHAPES)
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.25}]
+    opt = make(optimizer, groups, decay_by=decay_by, amsgrad=True)
+    skipping(opt, params, 5)
+    for group in opt.param_groups:
+        group["lr"] /= 2
+    other, others = copied(opt, params)
+    for each, theirs in ((opt, params), (other, others)):
+        skipping(each, theirs, 5)
+    for p, q in zip(params, others, strict=True):
+        assert same_bits(p.detach(), q.detach())
+        assert opt.state[p].keys() == other.state[q].keys()
+        for key, value in opt.state[p].items():
+            assert same_bits(value, other.state[q][key])
+
+
+def test_copies_keep_the_backend():
+    params = make_params(*SHAPES)
+    opt = make("AdamW", params, backend="reference")
+    for copied in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert copied._backend == "reference"
+
+
+# Schedulers, closures, hooks.
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 0.5**t),
+    "CosineAnnealingLR": lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 20),
+    "OneCycleLR": lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.02, total_steps=20),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+@every_twin
+def test_schedulers_do_what_they_do_to_torchs(optimizer, scheduler):
+    spec = OPTIMIZERS[optimizer]
+    ours, theirs = make_params(*SHAPES), make_params(*SHAPES)
+    arguments = {"lr": 1e-2, "weight_decay": spec.weight_decay}
+    for cls, params in ((spec.cls, ours), (spec.twin, theirs)):
+        opt = cls(params, **arguments)
+        schedule = scheduler(opt)
+        for seed in range(15):
+            steps(opt, params, [seed])
+            schedule.step()
+    for p, q in zip(ours, theirs, strict=True):
+        bound = rounding_bound(15, max(1.0, q.abs().max().item()), 2e-2, torch.float32)
+        assert (p - q).abs().max() <= bound
+
+
+@pytest.mark.parametrize("decay_by", ["lr", "schedule"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+@every_optimizer
+def test_lr_as_a_tensor_is_scheduled_as_a_float_is(optimizer, scheduler, decay_by):
+    """torch's schedulers write into such a tensor in place."""
+    finals = []
+    for tensor in (False, True):
+        params = make_params(*SHAPES)
+        lr = torch.tensor(0.01, dtype=torch.float64)
+        lr = lr if tensor else lr.item()
+        opt = make(optimizer, params, lr=lr, weight_decay=0.1, decay_by=decay_by)
+        schedule = scheduler(opt)
+        for seed in range(5):
+            steps(opt, params, [seed])
+            schedule.step()
+        assert isinstance(opt.param_groups[0]["lr"], Tensor) == tensor
+        finals.append(params)
+    for p, q in zip(*finals, strict=True):
+        assert same_bits(p.detach(), q.detach())
+
+
+@every_optimizer
+def test_closure_runs_with_grad_and_its_loss_is_returned(optimizer):
+    (param,) = make_params((4,))
+    opt = make(optimizer, [param])
+
+    def closure():
+        opt.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    first, second = opt.step(closure), opt.step(closure)
+    assert first.requires_grad
+    assert second < first
+    assert opt.step() is None
+
+
+@every_optimizer
+def test_hooks(optimizer):
+    plain, hooked = make_params((4,)), make_params((4,))
+    opts = make(optimizer, plain), make(optimizer, hooked)
+    calls = []
+    opts[1].register_step_pre_hook(lambda *_: set_grads(hooked, 1))
+    opts[1].register_step_post_hook(lambda *_: calls.append(hooked[0].detach().clone()))
+    for opt, params, seed in zip(opts, (plain, hooked), (1, 0), strict=True):
+        steps(opt, params, [seed])
+    assert same_bits(plain[0].detach(), hooked[0].detach())
+    assert same_bits(calls[0], plain[0].detach())
+
+
+@every_optimizer
+def test_grad_scaler_skips_a_step_with_an_infinite_grad(optimizer):
+    (param,) = make_params((4,))
+    opt, scaler = make(optimizer, [param]), torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = param.detach().clone()
+    for factor, steps_so_far in ((torch.inf, 0), (1.0, 1)):
+        opt.zero_grad()
+        scaler.scale((param * factor).sum()).backward()
+        scaler.step(opt)
+        scaler.update()
+        assert sum(int(state["step"]) for state in opt.state.values()) == steps_so_far
+        assert torch.equal(param, before) == (steps_so_far == 0)
+
+
+# Complex numbers are pairs of reals, and may be lazy conjugates.
+
+
+@every_optimizer
+def test_complex_is_a_pair_of_reals(optimizer):
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(6, generator=generator, dtype=torch.complex64)
+    as_complex, as_real = nn.Parameter(value), nn.Parameter(torch.view_as_real(value).clone())
+    opts = make(optimizer, [as_complex]), make(optimizer, [as_real])
+    for _ in range(5):
+        grad = torch.randn(6, generator=generator, dtype=torch.complex64)
+        as_complex.grad, as_real.grad = grad, torch.view_as_real(grad).clone()
+        for opt in opts:
+            opt.step()
+    assert same_bits(torch.view_as_real(as_complex.detach()), as_real.detach())
+
+
+@pytest.mark.parametrize("numel", [1, 2, 3])
+@every_optimizer
+def test_lazy_conjugates_and_negations(optimizer, numel):
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(numel, generator=generator, dtype=torch.complex64)
+    lazy = [grad.conj(), grad.conj().imag]
+    assert lazy[0].is_conj()
+    assert lazy[1].is_neg()
+    results = []
+    for resolve in (False, True):
+        params = [nn.Parameter(torch.ones(numel, dtype=g.dtype)) for g in lazy]
+        for param, g in zip(params, lazy, strict=True):
+            param.grad = g.resolve_conj().resolve_neg() if resolve else g
+        make(optimizer, params).step()
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        assert same_bits(p.detach(), q.detach())
+
+
+@every_optimizer
+def test_autograd_sees_the_write(optimizer):
+    """A tensor that was saved for backward before the step is out of date after it."""
+    (param,) = make_params((4,))
+    opt = make(optimizer, [param])
+    loss = (param * param).sum()
+    set_grads([param], 0)
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

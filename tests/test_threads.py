@@ -1,0 +1,140 @@
+"""Threads and forks: neither changes a bit, and neither hangs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from registry import OPTIMIZERS, params_of
+
+every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+# Well over what one thread takes alone, in tensors of many chunks and of few.
+SHAPES = ((400_000,), (3, 5), (), (70_001,), *[(1000,)] * 50, (4 * 16384,))
+TIMEOUT = 60  # for what would hang otherwise, and takes a second
+
+
+def stepped(
+    optimizer: str, seed: int = 0, grad_scale: float = 1.0, **arguments: float
+) -> torch.optim.Optimizer:
+    """After two steps."""
+    generator = torch.Generator().manual_seed(seed)
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    spec = OPTIMIZERS[optimizer]
+    arguments = {"lr": 1e-2, "weight_decay": spec.weight_decay, **arguments}
+    opt = spec.cls(params, backend="cpu", **arguments)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator) * grad_scale
+        opt.step()
+    return opt
+
+
+def digest(opt: torch.optim.Optimizer) -> str:
+    """Of the params' bits. Without torch's operations: its threads hang in a forked child."""
+    result = hashlib.sha256()
+    for param in params_of(opt):
+        result.update(param.detach().numpy().tobytes())
+    return result.hexdigest()
+
+
+@every_optimizer
+def test_the_number_of_threads_changes_no_bit(optimizer):
+    digests = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        digests.append(digest(stepped(optimizer)))
+    assert digests == digests[:1] * 4
+
+
+@every_optimizer
+def test_optimizers_in_several_python_threads_step_at_once(optimizer):
+    """They give the bits that they give one after another."""
+    expected = [digest(stepped(optimizer, seed)) for seed in range(3)]
+    results: dict[int, str] = {}
+    barrier = threading.Barrier(3)
+
+    def work(seed: int) -> None:
+        torch.set_num_threads(2)
+        barrier.wait()
+        results[seed] = digest(stepped(optimizer, seed))
+
+    workers = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(TIMEOUT)
+    assert [results.get(seed) for seed in range(3)] == expected
+
+
+@every_optimizer
+def test_helper_threads_follow_the_callers_flush_to_zero_mode(optimizer):
+    digests = {}
+    for flush in (False, True):
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.set_flush_denormal(flush)
+            try:  # the squares of these grads are subnormal
+                opt = stepped(optimizer, grad_scale=1e-20, eps=1e-20, weight_decay=0.0)
+            finally:
+                torch.set_flush_denormal(False)
+            digests[flush, threads] = digest(opt)
+    assert digests[False, 1] == digests[False, 3]
+    assert digests[True, 1] == digests[True, 3]
+    assert digests[False, 1] != digests[True, 1]
+
+
+def fork_and_step(optimizer: str, busy: bool) -> None:
+    """Children step where their parent has, perhaps while another of its threads is at it."""
+    torch.set_num_threads(3)
+    opt, other = stepped(optimizer), stepped("AdamW", seed=1)
+    twin = copy.deepcopy(opt)
+    for param, clone in zip(params_of(opt), params_of(twin), strict=True):
+        clone.grad = param.grad.clone()
+    twin.step()
+    expected = digest(twin)
+    stop = threading.Event()
+
+    def keep_stepping() -> None:
+        while not stop.is_set():
+            other.step()
+
+    if busy:
+        threading.Thread(target=keep_stepping, daemon=True).start()
+    for _ in range(10):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(TIMEOUT)  # kills it
+            opt.step()
+            os._exit(0 if digest(opt) == expected else 1)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0, status
+    stop.set()
+    opt.step()
+    assert digest(opt) == expected
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])  # of one sweep, and of two
+def test_forked_children_step(optimizer, busy):
+    """In a process of its own, which has no threads but these."""
+    script = f"import test_threads; test_threads.fork_and_step({optimizer!r}, {busy})"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=3 * TIMEOUT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
