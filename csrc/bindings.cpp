@@ -53,8 +53,9 @@ class Table {
     return py::make_tuple(device_type_name(device_.device), device_.device.id);
   }
 
-  // torch's current one.
+  // torch's current one; 0 on the CPU.
   uintptr_t stream() const {
+    if (device_.device.type == dlpack::kCPU) return 0;
     return reinterpret_cast<uintptr_t>(gather_->reader().current_stream(device_.device));
   }
 
@@ -90,7 +91,8 @@ class Table {
 
   // What seldom changes, TensorRow[num_rows] and Chunk[num_chunks], as upload(bytes) put it on the
   // device; called again only if the bytes or the stream have changed since.
-  py::object metadata(uintptr_t stream, const py::function& upload) const {
+  py::object metadata(const py::function& upload) const {
+    const uintptr_t stream = this->stream();
     std::string bytes(reinterpret_cast<const char*>(&stream), sizeof(stream));
     append_bytes(bytes, device_.table.rows);
     append_bytes(bytes, device_.table.chunks);
@@ -99,6 +101,11 @@ class Table {
       device_.uploaded_bytes = std::move(bytes);
     }
     return device_.uploaded;
+  }
+
+  int64_t payload_size() const {
+    const TensorTable& t = device_.table;
+    return static_cast<int64_t>(t.grads.size() * sizeof(void*) + t.scalars.size() * sizeof(Scalars));
   }
 
   // What changes at each step: the grads' pointers, void*[num_rows], and Scalars[].
@@ -162,9 +169,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("num_chunks", &Table::num_chunks)
       .def_property_readonly("dtypes", &Table::dtypes)
       .def_property_readonly("amsgrad", &Table::amsgrad)
-      .def("metadata", &Table::metadata, py::arg("stream"), py::arg("upload"))
+      .def("metadata", &Table::metadata, py::arg("upload"))
       .def("payload", &Table::payload)
-      .def_property_readonly("stream", &Table::stream)
+      .def_property_readonly("payload_size", &Table::payload_size)
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
       .def("step_cuda", &Table::step_cuda, py::arg("metadata"), py::arg("payload"),
            py::arg("chunk_sums"))

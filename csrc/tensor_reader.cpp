@@ -99,6 +99,8 @@ TensorReader::StableAbi TensorReader::find_stable_abi() {
   constant(abi.complex128, "aoti_torch_dtype_complex128");
 
   const py::module_ torch = py::module_::import("torch");
+  const bool is_amd = !torch.attr("version").attr("hip").is_none();
+  abi.gpu = is_amd ? dlpack::kROCm : dlpack::kCUDA;
   const py::object plain = torch.attr("empty")(3);
   const py::object param = torch.attr("nn").attr("Parameter")(plain);
   abi.found = complete && handle_holds_cdata(plain) && handle_holds_cdata(param);
@@ -117,7 +119,7 @@ bool TensorReader::read_stable(PyObject* tensor, dlpack::Tensor& out) const {
   }
   if (device_type != stable_.cpu && device_type != stable_.cuda) return false;
   out.device = device_type == stable_.cpu ? dlpack::Device{dlpack::kCPU, 0}
-                                          : dlpack::Device{dlpack::kCUDA, device_index};
+                                          : dlpack::Device{stable_.gpu, device_index};
   if (dtype == stable_.float32) out.dtype = {dlpack::kFloat, 32, 1};
   else if (dtype == stable_.bfloat16) out.dtype = {dlpack::kBFloat, 16, 1};
   else if (dtype == stable_.float16) out.dtype = {dlpack::kFloat, 16, 1};

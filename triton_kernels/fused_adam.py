@@ -182,6 +182,7 @@ def shrink_kernel(metadata, payload, sums, num_rows, DTYPES: tl.constexpr):
 def fused_adam(
     metadata: Tensor,
     payload: Tensor,
+    chunk_sums: Tensor | None,
     num_rows: int,
     num_chunks: int,
     decay: str,
@@ -196,10 +197,7 @@ def fused_adam(
     dtypes = sorted(dtypes)
     variants = tuple(p | s << 8 | a << 16 for p, s in dtypes for a in range(1 + amsgrad))
     grid = (num_chunks,)
-    if decay != "prox_l2":
-        update_kernel[grid](metadata, payload, None, num_rows, decay, variants, **OPTIONS)
-        return
-    sums = metadata.new_empty(num_chunks, dtype=torch.float64)
-    update_kernel[grid](metadata, payload, sums, num_rows, decay, variants, **OPTIONS)
-    params = tuple(sorted({p for p, _ in dtypes}))
-    shrink_kernel[grid](metadata, payload, sums, num_rows, params, **OPTIONS)
+    update_kernel[grid](metadata, payload, chunk_sums, num_rows, decay, variants, **OPTIONS)
+    if decay == "prox_l2":
+        params = tuple(sorted({p for p, _ in dtypes}))
+        shrink_kernel[grid](metadata, payload, chunk_sums, num_rows, params, **OPTIONS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,32 @@ class CpuBackend:
         table.step_cpu(torch.get_num_threads())
 
 
+class CudaBackend:
+    """CUDA C++ on NVIDIA GPUs: one launch a step, on the current stream."""
+
+    def why_not(self, device_type: str | None = None) -> str | None:
+        if not _C.cuda_architectures:
+            return "adamprox was built without CUDA (no nvcc was found, or ADAMPROX_CUDA=OFF)"
+        if torch.version.hip is not None:
+            return "it is for NVIDIA GPUs; AMD's have backend='triton'"
+        if not torch.cuda.is_available():
+            return "torch sees no GPU"
+        return _only_on("cuda", device_type)
+
+    def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
+        upload = _upload_to(table)
+        metadata = table.metadata(upload)
+        # A payload that fits rides in the kernel's parameters.
+        inline = table.payload_size <= _C.cuda_inline_payload
+        payload = None if inline else upload(table.payload())
+        sums = _chunk_sums(table, metadata) if decay == "prox_l2" else None
+        table.step_cuda(
+            metadata.data_ptr(),
+            0 if payload is None else payload.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+        )
+
+
 class TritonBackend:
     """Triton's kernels on a GPU, or in its interpreter on CPU tensors; imported when asked for."""
 
@@ -53,46 +80,32 @@ class TritonBackend:
             return f"Triton cannot be imported: {error}"
         if INTERPRETED:
             return _only_on("cpu", device_type, "in Triton's interpreter ")
-        if device_type is None and not torch.cuda.is_available():
+        if not torch.cuda.is_available():
             return "torch sees no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1)"
-        return _only_on("cuda", device_type, "without Triton's interpreter (TRITON_INTERPRET=1) ")
+        return _only_on("cuda", device_type)
 
     def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
         if table.num_chunks == 0:
             return
-        device_type, index = table.device
-        if device_type == "cpu":
-            import numpy as np
+        with _triton_device(table):
+            from .triton_kernels.fused_adam import fused_adam  # type: ignore[import-not-found]
 
-            with np.errstate(all="ignore"):  # the interpreter's; a GPU does not warn of infinities
-                self._launch(table, decay, 0, _words)
-            return
-        device = torch.device(device_type, index)
-
-        def upload(data: bytes) -> Tensor:
-            # Pinned memory is handed out again only once the copy from it is done.
-            return _words(data).pin_memory().to(device, non_blocking=True)
-
-        with torch.cuda.device(device):
-            self._launch(table, decay, torch.cuda.current_stream().cuda_stream, upload)
-
-    def _launch(
-        self, table: _C.Table, decay: str, stream: int, upload: Callable[[bytes], Tensor]
-    ) -> None:
-        from .triton_kernels.fused_adam import fused_adam  # type: ignore[import-not-found]
-
-        fused_adam(
-            table.metadata(stream, upload),
-            upload(table.payload()),
-            table.num_rows,
-            table.num_chunks,
-            decay,
-            table.dtypes,
-            table.amsgrad,
-        )
+            upload = _upload_to(table)
+            metadata = table.metadata(upload)
+            fused_adam(
+                metadata,
+                upload(table.payload()),
+                _chunk_sums(table, metadata) if decay == "prox_l2" else None,
+                table.num_rows,
+                table.num_chunks,
+                decay,
+                table.dtypes,
+                table.amsgrad,
+            )
 
 
 BACKENDS: dict[str, Backend] = {
+    "cuda": CudaBackend(),
     "triton": TritonBackend(),
     "cpu": CpuBackend(),
     "reference": ReferenceBackend(),
@@ -126,8 +139,6 @@ def select(name: str | None, device_type: str) -> Backend:
     """
     reasons = []
     for candidate in (name,) if name else _DEFAULTS.get(device_type, ()):
-        if candidate not in BACKENDS:
-            continue
         reason = BACKENDS[candidate].why_not(device_type)
         if reason is None:
             return BACKENDS[candidate]
@@ -141,6 +152,39 @@ def _only_on(supported: str, device_type: str | None, how: str = "") -> str | No
     return f"{how}it runs on {supported} tensors, and these are on {device_type}"
 
 
-def _words(data: bytes) -> Tensor:
-    # From a bytearray, since torch warns of memory that it must not write to.
-    return torch.frombuffer(bytearray(data), dtype=torch.int64)
+def _upload_to(table: _C.Table) -> Callable[[bytes], Tensor]:
+    """Copies bytes to the table's device on the current stream, without waiting for it."""
+    device = torch.device(*table.device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step cannot be captured into a CUDA graph: its scalars are computed on the host"
+        )
+
+    def upload(data: bytes) -> Tensor:
+        # From a bytearray, since torch warns of memory that it must not write to.
+        words = torch.frombuffer(bytearray(data), dtype=torch.int64)
+        if device.type == "cpu":
+            return words
+        # Pinned memory is handed out again only once the copy from it is done.
+        return words.pin_memory().to(device, non_blocking=True)
+
+    return upload
+
+
+def _chunk_sums(table: _C.Table, metadata: Tensor) -> Tensor:
+    """Room for the sum of squares of each chunk, which prox_l2's second launch reads."""
+    return metadata.new_empty(table.num_chunks, dtype=torch.float64)
+
+
+@contextlib.contextmanager
+def _triton_device(table: _C.Table) -> Iterator[None]:
+    """The table's device as the current one; in the interpreter, numpy without its warnings."""
+    device = torch.device(*table.device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+    else:
+        import numpy as np
+
+        with np.errstate(all="ignore"):  # a GPU does not warn of infinities either
+            yield

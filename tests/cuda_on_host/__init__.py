@@ -27,7 +27,7 @@ class CudaOnHostBackend:
         return None if device_type in (None, "cpu") else "it runs on cpu tensors"
 
     def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
-        metadata = table.metadata(0, lambda b: torch.frombuffer(bytearray(b), dtype=torch.uint8))
+        metadata = table.metadata(lambda b: torch.frombuffer(bytearray(b), dtype=torch.uint8))
         payload = table.payload()
         sums = torch.empty(table.num_chunks, dtype=torch.float64)
         launches = ctypes.c_int(0)
