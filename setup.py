@@ -4,4 +4,6 @@ import os
 
 from setuptools import setup
 
-setup(cmake_source_dir=".", cmake_args=[f"-DADAMPROX_CUDA={os.environ.get('ADAMPROX_CUDA', 'AUTO')}"])
+setup(
+    cmake_source_dir=".", cmake_args=[f"-DADAMPROX_CUDA={os.environ.get('ADAMPROX_CUDA', 'AUTO')}"]
+)

@@ -6,8 +6,8 @@
 #include <map>
 #include <memory>
 #include <set>
-#include <string>
 #include <stdexcept>
+#include <string>
 
 #include "fused_adam.h"
 #include "gather.h"
@@ -97,7 +97,8 @@ class Table {
     append_bytes(bytes, device_.table.rows);
     append_bytes(bytes, device_.table.chunks);
     if (!device_.uploaded || bytes != device_.uploaded_bytes) {
-      device_.uploaded = upload(py::bytes(bytes.data() + sizeof(stream), bytes.size() - sizeof(stream)));
+      device_.uploaded =
+          upload(py::bytes(bytes.data() + sizeof(stream), bytes.size() - sizeof(stream)));
       device_.uploaded_bytes = std::move(bytes);
     }
     return device_.uploaded;
@@ -105,7 +106,8 @@ class Table {
 
   int64_t payload_size() const {
     const TensorTable& t = device_.table;
-    return static_cast<int64_t>(t.grads.size() * sizeof(void*) + t.scalars.size() * sizeof(Scalars));
+    return static_cast<int64_t>(t.grads.size() * sizeof(void*) +
+                                t.scalars.size() * sizeof(Scalars));
   }
 
   // What changes at each step: the grads' pointers, void*[num_rows], and Scalars[].
@@ -178,7 +180,9 @@ PYBIND11_MODULE(_C, m) {
 #endif
       .def("step_cpu", &Table::step_cpu, py::arg("threads"));
   py::class_<Gather, std::shared_ptr<Gather>>(m, "Gather")
-      .def(py::init([](const std::string& decay) { return std::make_shared<Gather>(decay_from(decay)); }),
+      .def(py::init([](const std::string& decay) {
+             return std::make_shared<Gather>(decay_from(decay));
+           }),
            py::arg("decay"))
       .def("read", &Gather::read, py::arg("groups"), py::arg("state"), py::arg("staged"))
       .def("tables", &tables)

@@ -52,8 +52,8 @@ void launch(void (*kernel)(LaunchArgs), LaunchArgs& args, const CudaStep& step) 
   const auto* function = reinterpret_cast<const void*>(kernel);
   const int64_t blocks = std::min<int64_t>(args.num_chunks, resident_blocks(function, step.device));
   void* arguments[] = {&args};
-  CHECK(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0,
-                         static_cast<cudaStream_t>(step.stream)));
+  CHECK(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments,
+                         0, static_cast<cudaStream_t>(step.stream)));
 }
 
 }  // namespace
@@ -74,9 +74,8 @@ void fused_adam_cuda(const TensorTable& table, const CudaStep& step) {
     std::memcpy(args.inline_payload + grads, table.scalars.data(),
                 table.scalars.size() * sizeof(Scalars));
   }
-  with_rule(table.decay, [&](auto rule) {
-    launch(update_kernel<typename decltype(rule)::type>, args, step);
-  });
+  with_rule(table.decay,
+            [&](auto rule) { launch(update_kernel<typename decltype(rule)::type>, args, step); });
   if (table.decay == Decay::kProxL2) launch(shrink_kernel, args, step);
 }
 

@@ -13,8 +13,7 @@
 #include "update.h"
 
 #if defined(ADAMPROX_TARGET_CLONES)
-#define MULTIVERSION \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define MULTIVERSION
 #endif
@@ -95,8 +94,7 @@ class Step {
     });
     std::vector<double> shrinkages;
     for (const TensorRow& row : table_.rows) {
-      const double sum =
-          tree_sum<Add>(&sums[row.first_chunk], TensorTable::num_chunks(row.numel));
+      const double sum = tree_sum<Add>(&sums[row.first_chunk], TensorTable::num_chunks(row.numel));
       shrinkages.push_back(ProxL2::shrinkage(sum, table_.scalars[row.scalars].decay));
     }
     for_each_chunk([&](int64_t chunk, const Span& span) {
@@ -150,7 +148,9 @@ __attribute__((target("arch=x86-64-v4"))) const char* instruction_set() { return
 __attribute__((target("arch=x86-64-v3"))) const char* instruction_set() { return "AVX2"; }
 __attribute__((target("default")))
 #endif
-const char* instruction_set() { return "baseline"; }
+const char* instruction_set() {
+  return "baseline";
+}
 
 }  // namespace
 

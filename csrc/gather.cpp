@@ -44,10 +44,14 @@ StateValues state_values(PyObject* state, bool amsgrad) {
   StateValues v;
   PyObject *key, *value;
   for (Py_ssize_t position = 0; PyDict_Next(state, &position, &key, &value);) {
-    if (key == k.exp_avg) v.exp_avg = value;
-    else if (key == k.exp_avg_sq) v.exp_avg_sq = value;
-    else if (key == k.step) v.step = value;
-    else if (key == k.max_exp_avg_sq) v.max_exp_avg_sq = value;
+    if (key == k.exp_avg)
+      v.exp_avg = value;
+    else if (key == k.exp_avg_sq)
+      v.exp_avg_sq = value;
+    else if (key == k.step)
+      v.step = value;
+    else if (key == k.max_exp_avg_sq)
+      v.max_exp_avg_sq = value;
   }
   const auto look_up = [state](PyObject*& found, PyObject* name) {
     if (found == nullptr) found = PyDict_GetItemWithError(state, name);
@@ -72,8 +76,7 @@ bool as_bool(PyObject* value) {
 }
 
 bool answers_true(PyObject* object, PyObject* method) {
-  const auto answer =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, method));
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, method));
   if (!answer) throw py::error_already_set();
   return as_bool(answer.ptr());
 }
@@ -236,7 +239,8 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   row.aligned = is_aligned(p.data);
 
   // Reads one more tensor of this row; it must lie as the param does.
-  const auto read = [&](const py::object& object, const char* key, dlpack::DataType& type) -> void* {
+  const auto read = [&](const py::object& object, const char* key,
+                        dlpack::DataType& type) -> void* {
     dlpack::Tensor t;
     if (object && read_tensor(object.ptr(), t) && same_layout(t, p) &&
         same_device(t.device, p.device)) {
@@ -311,14 +315,15 @@ const Gather::TensorType& Gather::type_of(PyObject* object) {
   }
   const py::module_ torch = py::module_::import("torch");
   const py::handle t(reinterpret_cast<PyObject*>(type));
-  const bool plain = PyObject_IsSubclass(t.ptr(), torch.attr("Tensor").ptr()) == 1 &&
-                     t.attr("__torch_dispatch__")
-                         .is(torch.attr("_C").attr("_disabled_torch_dispatch_impl"));
+  const bool plain =
+      PyObject_IsSubclass(t.ptr(), torch.attr("Tensor").ptr()) == 1 &&
+      t.attr("__torch_dispatch__").is(torch.attr("_C").attr("_disabled_torch_dispatch_impl"));
   const py::object grad = py::getattr(t, keys().grad, py::none());
   const bool getset = Py_IS_TYPE(grad.ptr(), &PyGetSetDescr_Type);
   t.inc_ref();  // another type must not take its address
   types_.push_back(
-      {type, plain, getset ? reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset : nullptr});
+      {type, plain,
+       getset ? reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset : nullptr});
   return types_.back();
 }
 
@@ -408,7 +413,8 @@ void Gather::count_step() {
   std::unordered_map<double, int> leader_at[2];
   for (size_t i = 0; i < cohorts_.size(); ++i) {
     Cohort& cohort = cohorts_[i];
-    leaders[i] = leader_at[cohort.is_double].emplace(cohort.step, static_cast<int>(i)).first->second;
+    leaders[i] =
+        leader_at[cohort.is_double].emplace(cohort.step, static_cast<int>(i)).first->second;
     if (leaders[i] != static_cast<int>(i)) continue;
     if (cohort.is_double) {
       *static_cast<double*>(cohort.data) = cohort.step + 1;

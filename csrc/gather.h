@@ -18,7 +18,7 @@ namespace py = pybind11;
 // One param of this step, with everything it needs kept alive.
 struct Member {
   py::object param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq;  // the last one null or a tensor
-  py::object state;  // the param's dict
+  py::object state;                                             // the param's dict
   int group;
   int cohort;
 };
@@ -34,8 +34,8 @@ struct DeviceTable {
 };
 
 // What the gather cannot use as it is; Python mends it (a state to be made, a layout to be
-// copied) or raises. `key` names a tensor of the param ("grad", "exp_avg", ...), "state", or "twice"
-// for a param that was read before.
+// copied) or raises. `key` names a tensor of the param ("grad", "exp_avg", ...), "state", or
+// "twice" for a param that was read before.
 struct Finding {
   int group;
   py::object param;

@@ -13,8 +13,8 @@ constexpr int kThreads = 256;
 constexpr int kPerThread = kTileSize / kThreads;
 constexpr int kBlocksPerMultiprocessor = 2;  // so 128 registers a thread; nothing spills
 
-// The place in a tile of the calling thread's element i: vectors of kWidth elements, a block's width
-// apart, so that neighbouring threads touch neighbouring memory.
+// The place in a tile of the calling thread's element i: vectors of kWidth elements, a block's
+// width apart, so that neighbouring threads touch neighbouring memory.
 template <int kWidth>
 __device__ __forceinline__ int64_t place_in_tile(int i) {
   return (i / kWidth) * (kThreads * kWidth) + threadIdx.x * kWidth + i % kWidth;
@@ -32,8 +32,8 @@ struct IsOptional : std::false_type {};
 template <typename Storage>
 struct IsOptional<Optional<Storage>> : std::true_type {};
 
-// kWidth elements as 128-bit words. By intrinsics, past L1, which has nothing to give to data that is
-// touched once; and plain accesses are taken apart for sm_100 and later (CUDA 13.0).
+// kWidth elements as 128-bit words. By intrinsics, past L1, which has nothing to give to data that
+// is touched once; and plain accesses are taken apart for sm_100 and later (CUDA 13.0).
 template <typename Storage, int kWidth>
 struct Vector {
   uint4 word[kWidth * sizeof(Storage) / sizeof(uint4)];

@@ -113,20 +113,26 @@ bool TensorReader::read_stable(PyObject* tensor, dlpack::Tensor& out) const {
   int64_t dim;
   if (stable_.layout(handle, &layout) != 0 || layout != stable_.strided ||
       stable_.device_type(handle, &device_type) != 0 ||
-      stable_.device_index(handle, &device_index) != 0 ||
-      stable_.dtype(handle, &dtype) != 0) {
+      stable_.device_index(handle, &device_index) != 0 || stable_.dtype(handle, &dtype) != 0) {
     return false;
   }
   if (device_type != stable_.cpu && device_type != stable_.cuda) return false;
   out.device = device_type == stable_.cpu ? dlpack::Device{dlpack::kCPU, 0}
                                           : dlpack::Device{stable_.gpu, device_index};
-  if (dtype == stable_.float32) out.dtype = {dlpack::kFloat, 32, 1};
-  else if (dtype == stable_.bfloat16) out.dtype = {dlpack::kBFloat, 16, 1};
-  else if (dtype == stable_.float16) out.dtype = {dlpack::kFloat, 16, 1};
-  else if (dtype == stable_.float64) out.dtype = {dlpack::kFloat, 64, 1};
-  else if (dtype == stable_.complex64) out.dtype = {dlpack::kComplex, 64, 1};
-  else if (dtype == stable_.complex128) out.dtype = {dlpack::kComplex, 128, 1};
-  else return false;
+  if (dtype == stable_.float32)
+    out.dtype = {dlpack::kFloat, 32, 1};
+  else if (dtype == stable_.bfloat16)
+    out.dtype = {dlpack::kBFloat, 16, 1};
+  else if (dtype == stable_.float16)
+    out.dtype = {dlpack::kFloat, 16, 1};
+  else if (dtype == stable_.float64)
+    out.dtype = {dlpack::kFloat, 64, 1};
+  else if (dtype == stable_.complex64)
+    out.dtype = {dlpack::kComplex, 64, 1};
+  else if (dtype == stable_.complex128)
+    out.dtype = {dlpack::kComplex, 128, 1};
+  else
+    return false;
   if (stable_.data(handle, &out.data) != 0 || stable_.dim(handle, &dim) != 0 ||
       stable_.sizes(handle, &out.shape) != 0 || stable_.strides(handle, &out.strides) != 0) {
     return false;

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _C, __version__
-from .backends import BACKENDS
+from .backends import BACKENDS, Backend
 
 if TYPE_CHECKING:
     import argparse
@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton_version(),
-        "backends": {name: _backend(name) for name in dict.fromkeys(("cuda", "triton", *BACKENDS))},
+        "backends": {name: _backend(backend) for name, backend in BACKENDS.items()},
         "cpu": {
             "instruction_set": _C.cpu_instruction_set(),
             "threads": torch.get_num_threads(),
@@ -50,9 +50,8 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _backend(name: str) -> dict[str, Any]:
-    backend = BACKENDS.get(name)
-    reason = backend.why_not() if backend else "it is not in this build"
+def _backend(backend: Backend) -> dict[str, Any]:
+    reason = backend.why_not()
     return {"usable": reason is None, "reason": reason}
 
 

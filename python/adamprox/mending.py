@@ -75,9 +75,7 @@ def _counter_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
-def _stage(
-    param: Tensor, state: dict[str, Any], group: dict[str, Any], staged: Staged
-) -> None:
+def _stage(param: Tensor, state: dict[str, Any], group: dict[str, Any], staged: Staged) -> None:
     like = torch.empty_like(param, memory_format=torch.preserve_format)
     staged[param] = {
         key: torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)

@@ -1,0 +1,130 @@
+"""On an NVIDIA GPU: the kernels give there what the CPU gives here, and behave as torch's do.
+
+Run with ``TRITON_INTERPRET=0 pytest -m gpu``; elsewhere the same code is proven without a GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from registry import DTYPES, OPTIMIZERS, OPTIONS, assert_same_bits, build, params_of
+
+from adamprox.reference import CHUNK_SIZE, TILE_SIZE
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+]
+
+SIZES = (0, 1, TILE_SIZE - 1, TILE_SIZE, TILE_SIZE + 1, CHUNK_SIZE + 1, 5 * CHUNK_SIZE + 7)
+every_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
+every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+def values_of(sizes: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+
+
+def on_cpu(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer with its params and states moved, for a comparison of bits."""
+    for param in params_of(optimizer):
+        param.data = param.data.cpu()
+        state = optimizer.state[param]
+        optimizer.state[param] = {key: value.cpu() for key, value in state.items()}
+    return optimizer
+
+
+def run(optimizer, backend, device, *, dtype="float32", option="plain", sizes=SIZES, steps=10):
+    param_dtype, state = DTYPES[dtype]
+    values = [value.to(device) for value in values_of(sizes, param_dtype)]
+    opt = build(optimizer, values, OPTIONS[option], backend, state)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        for index, param in enumerate(params_of(opt)):
+            grad = torch.randn(param.shape, generator=generator).to(param_dtype).to(device)
+            param.grad = OPTIONS[option].grad_layout(step, index)(grad)
+        opt.step()
+    return on_cpu(opt)
+
+
+@pytest.mark.parametrize("option", ["plain", "amsgrad", "maximize", "groups", "misaligned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_optimizer
+@every_backend
+def test_a_gpu_gives_the_bits_of_the_cpu(backend, optimizer, dtype, option):
+    on_gpu = run(optimizer, backend, "cuda", dtype=dtype, option=option)
+    assert_same_bits(on_gpu, run(optimizer, "cpu", "cpu", dtype=dtype, option=option))
+
+
+@every_optimizer
+def test_the_reference_gives_the_same_bits_on_a_gpu(optimizer):
+    assert_same_bits(run(optimizer, "reference", "cuda"), run(optimizer, "cpu", "cpu"))
+
+
+@every_optimizer
+@every_backend
+def test_more_tensors_than_fit_into_a_kernels_parameters(backend, optimizer):
+    sizes = tuple(index % 5 for index in range(6000))
+    on_gpu = run(optimizer, backend, "cuda", sizes=sizes, steps=3)
+    assert_same_bits(on_gpu, run(optimizer, "cpu", "cpu", sizes=sizes, steps=3))
+
+
+@every_backend
+def test_the_step_runs_on_the_current_stream(backend):
+    """A step on another stream, then one on the default one, without waiting in between."""
+    stream = torch.cuda.Stream()
+    param = torch.nn.Parameter(torch.zeros(1 << 24, device="cuda"))
+    opt = OPTIMIZERS["AdamW"].cls([param], lr=1.0, weight_decay=0.0, backend=backend)
+    param.grad = torch.ones_like(param)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        param.grad.mul_(-1.0)
+        opt.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(param.detach(), torch.ones_like(param))
+
+
+@every_backend
+def test_a_step_does_not_wait_for_the_gpu(backend):
+    param = torch.nn.Parameter(torch.zeros(1000, device="cuda"))
+    param.grad = torch.ones_like(param)
+    opt = OPTIMIZERS["AdamProxL2"].cls([param], backend=backend)
+    opt.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_backend
+def test_capture_is_refused(backend):
+    param = torch.nn.Parameter(torch.zeros(8, device="cuda"))
+    param.grad = torch.ones_like(param)
+    opt = OPTIMIZERS["AdamW"].cls([param], backend=backend)
+    opt.step()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(graph):
+        opt.step()
+
+
+def test_more_than_two_to_the_31_elements():
+    numel = 2**31 + CHUNK_SIZE + 3
+    if torch.cuda.mem_get_info()[0] < 11 * numel:
+        pytest.skip("not enough GPU memory for 2^31 elements")
+    param = torch.nn.Parameter(torch.zeros(numel, dtype=torch.bfloat16, device="cuda"))
+    param.grad = torch.zeros_like(param)
+    param.grad[-1] = 1
+    opt = OPTIMIZERS["AdamW"].cls([param], lr=1.0, weight_decay=0.0, backend="cuda")
+    opt.step()
+    assert param[-1].item() == -1
+    assert param.count_nonzero().item() == 1
+
+
+@every_optimizer
+def test_short_run(optimizer):
+    """What compute-sanitizer looks at: every rule, full and partial tiles, all dtypes."""
+    for dtype in DTYPES:
+        run(optimizer, "cuda", "cuda", dtype=dtype, option="groups", steps=1)
