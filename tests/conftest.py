@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import os
+
 import pytest
 import torch
 
 import cuda_on_host
 from adamprox import backends
+
+# Triton reads it when the kernels are imported; 0 leaves them to a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +21,29 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _lighter_interpreter():
+    """Three times as fast: it patches Triton's language once a device function, not at each call.
+
+    A launch does it anew, and what that does not reach stays patched. Nor does it check each
+    addition of integers for overflow.
+    """
+    if os.environ["TRITON_INTERPRET"] != "1":
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    builder, function = interpreter.interpreter_builder, interpreter.InterpretedFunction
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    patching_call, called = function.__call__, set()
+
+    def call(self, *args, **kwargs):
+        if self in called:
+            return self.rewrite()(*args, **kwargs)
+        called.add(self)
+        return patching_call(self, *args, **kwargs)
+
+    function.__call__ = call
 
 
 @pytest.fixture(scope="session")
