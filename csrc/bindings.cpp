@@ -186,7 +186,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("decay"))
       .def("read", &Gather::read, py::arg("groups"), py::arg("state"), py::arg("staged"))
       .def("tables", &tables)
-      .def("params", &Gather::params)
+      .def("mark_written", &Gather::mark_written)
       .def("count_step", &Gather::count_step)
       .def("release", &Gather::release)
       .def_property_readonly("reader", [](const Gather& g) { return g.reader().interface(); });

@@ -386,12 +386,8 @@ void Gather::report(int group, PyObject* param, const char* key) {
   findings_.push_back({group, py::reinterpret_borrow<py::object>(param), key});
 }
 
-py::list Gather::params() const {
-  py::list result(members.size());
-  for (size_t i = 0; i < members.size(); ++i) {
-    PyList_SET_ITEM(result.ptr(), i, members[i].param.inc_ref().ptr());
-  }
-  return result;
+void Gather::mark_written() const {
+  for (const Member& member : members) reader_.mark_written(member.param.ptr());
 }
 
 void Gather::count_step() {

@@ -50,8 +50,8 @@ class Gather {
   // `staged` maps a param to copies of its tensors, by key, that stand in for them in this step.
   std::vector<Finding> read(const py::list& groups, const py::dict& state, const py::dict& staged);
 
-  // What the step will write to, or its stand-ins.
-  py::list params() const;
+  // Before the update: tells autograd that every param is written to.
+  void mark_written() const;
 
   // After the update: counts the step, once a cohort.
   void count_step();

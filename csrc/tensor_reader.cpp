@@ -55,6 +55,15 @@ void* TensorReader::current_stream(const dlpack::Device& device) const {
   return stream;
 }
 
+void TensorReader::mark_written(PyObject* tensor) const {
+  if (stable_.found && stable_.bump_version != nullptr) {
+    stable_.bump_version(handle_of(tensor));
+  } else {
+    const py::module_ graph = py::module_::import("torch.autograd.graph");
+    graph.attr("increment_version")(py::handle(tensor));
+  }
+}
+
 bool TensorReader::read_dlpack(PyObject* tensor, dlpack::Tensor& out) const {
   if (dlpack_->tensor_from_object(tensor, &out) != 0) {  // sparse, on the meta device, ...
     PyErr_Clear();
@@ -104,6 +113,15 @@ TensorReader::StableAbi TensorReader::find_stable_abi() {
   const py::object plain = torch.attr("empty")(3);
   const py::object param = torch.attr("nn").attr("Parameter")(plain);
   abi.found = complete && handle_holds_cdata(plain) && handle_holds_cdata(param);
+
+  void* bump = dlsym(library, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE");
+  std::memcpy(&abi.bump_version, &bump, sizeof(bump));
+  if (abi.found && bump != nullptr) {
+    const auto version = [&] { return plain.attr("_version").cast<int64_t>(); };
+    const int64_t before = version();
+    abi.bump_version(handle_of(plain.ptr()));
+    if (version() != before + 1) abi.bump_version = nullptr;
+  }
   return abi;
 }
 

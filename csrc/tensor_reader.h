@@ -21,6 +21,10 @@ class TensorReader {
     return stable_.found ? read_stable(tensor, out) : read_dlpack(tensor, out);
   }
 
+  // Tells autograd of a write, as torch's in-place operations do: backward through an older value
+  // is an error then.
+  void mark_written(PyObject* tensor) const;
+
   void* current_stream(const dlpack::Device& device) const;
 
   const char* interface() const { return stable_.found ? "stable ABI" : "DLPack"; }
@@ -28,6 +32,7 @@ class TensorReader {
  private:
   struct StableAbi {
     bool found = false;
+    void (*bump_version)(void*);  // not of the ABI: null where it is not found or does not work
     int32_t (*layout)(void*, int32_t*);
     int32_t (*data)(void*, void**);
     int32_t (*dim)(void*, int64_t*);

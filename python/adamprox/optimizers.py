@@ -154,8 +154,7 @@ class _FusedAdam(Optimizer):
                 mend(self, findings, staged)
             tables = gather.tables()
             chosen = [backends.select(self._backend, table.device[0]) for table in tables]
-            # As torch's in-place operations do: backward through an older value is an error.
-            torch.autograd.graph.increment_version(gather.params())
+            gather.mark_written()
             for table, backend in zip(tables, chosen, strict=True):
                 backend.step(table, self.decay, self.param_groups)
             gather.count_step()
