@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 STEPS = 50
 SHAPES = ((), (0, 3), (1,), (3, 5, 7), (TILE_SIZE - 1,), (TILE_SIZE,), (16, TILE_SIZE // 16 + 1))
-# Where a tensor takes some milliseconds: a full tile and a tail. All sizes follow below.
-FEW_SHAPES = ((3, (TILE_SIZE + 1) // 3), (0, 3))
-FEW_SHAPES_OF_SEVERAL_GROUPS = (*FEW_SHAPES, (5,), ())
+# Where a tensor takes some milliseconds: a full tile, or tails for several groups.
+FEW_SHAPES = ((8, TILE_SIZE // 8), (0, 3))
+SMALL_SHAPES = ((5,), (0, 3), (), (2, 2))
 CHUNK_EDGES = (
     *(0, 1),
     *(TILE_SIZE - 1, TILE_SIZE, TILE_SIZE + 1),
@@ -89,8 +89,7 @@ def check(
 @every_backend
 def test_parity(backend, optimizer, dtype, option):
     generator = torch.Generator().manual_seed(1)
-    several = option in ("groups", "skipped")
-    few = FEW_SHAPES_OF_SEVERAL_GROUPS if several else FEW_SHAPES
+    few = SMALL_SHAPES if option in ("groups", "skipped") else FEW_SHAPES
     shapes = SHAPES if backend == "cpu" else few
     values = [randn(generator, shape, DTYPES[dtype].param) for shape in shapes]
     check(backend, optimizer, values, option=OPTIONS[option], state=DTYPES[dtype].state)
