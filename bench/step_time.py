@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from models import MODELS
 from tqdm import tqdm
 
 import adamprox
+from models import MODELS
 
 Optimizers = dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]]
 
@@ -78,7 +78,9 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, list[float]]:
     optimizers = {}
     for name in args.optimizers:
         params = [
-            torch.nn.Parameter(torch.zeros(shape, device=args.device, dtype=getattr(torch, args.dtype)))
+            torch.nn.Parameter(
+                torch.zeros(shape, device=args.device, dtype=getattr(torch, args.dtype))
+            )
             for shape in MODELS[model]()
         ]
         for param in params:

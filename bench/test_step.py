@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from models import MODELS
 from step_time import OURS, TORCH
 

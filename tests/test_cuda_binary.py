@@ -1,4 +1,4 @@
-"""What the installed extension's machine code and PTX show: the contract, the accesses, the budget."""
+"""What the installed extension's machine code and PTX show: contract, accesses, registers."""
 
 import functools
 import re
@@ -34,7 +34,9 @@ def functions(text: str, header: str) -> dict[str, str]:
 def kernels(text: str, header: str) -> dict[str, str]:
     found = functions(text, header)
     updates = {
-        rule: next(body for name, body in found.items() if f"update_kernelINS_{len(rule)}{rule}" in name)
+        rule: next(
+            body for name, body in found.items() if f"update_kernelINS_{len(rule)}{rule}" in name
+        )
         for rule in RULES
     }
     shrink = next(body for name, body in found.items() if "shrink_kernel" in name)
@@ -87,7 +89,9 @@ def test_registers_are_within_the_budget(architecture: str) -> None:
     usage = cuobjdump("--dump-resource-usage", "--gpu-architecture", f"sm_{architecture}")
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage)
     assert len(found) == len(RULES) + 1
-    assert {name: int(registers) for name, registers, _ in found if int(registers) > REGISTERS} == {}
+    assert {
+        name: int(registers) for name, registers, _ in found if int(registers) > REGISTERS
+    } == {}
     assert {name: int(stack) for name, _, stack in found if int(stack) > 0} == {}
 
 

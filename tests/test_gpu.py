@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from registry import DTYPES, OPTIMIZERS, OPTIONS, assert_same_bits, build, params_of
 
 from adamprox.reference import CHUNK_SIZE, TILE_SIZE
+from registry import DTYPES, OPTIMIZERS, OPTIONS, assert_same_bits, build, params_of
 
 pytestmark = [
     pytest.mark.gpu,

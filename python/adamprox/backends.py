@@ -31,7 +31,8 @@ class ReferenceBackend:
 
     def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
         for *tensors, group, step in table.rows():
-            reference.step(decay, *tensors, reference.step_scalars(decay, groups[group], step))
+            scalars = reference.step_scalars(decay, groups[group], step)
+            reference.step(decay, *tensors, scalars=scalars)
 
 
 class CpuBackend:

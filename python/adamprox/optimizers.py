@@ -119,7 +119,7 @@ class _FusedAdam(Optimizer):
                 group.setdefault("initial_lr", float(group["lr"]))
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``: with a step counter of its own for each param."""
+        """As ``torch.optim.Optimizer.state_dict``: each param with a step counter of its own."""
         result = super().state_dict()
         result["state"] = {
             index: {**state, "step": state["step"].clone()} if "step" in state else state

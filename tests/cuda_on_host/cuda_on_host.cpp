@@ -31,9 +31,8 @@ extern "C" const char* step(int decay, const void* metadata, int64_t num_rows, i
     ++*launches;
   };
   try {
-    with_rule(static_cast<Decay>(decay), [&](auto rule) {
-      launch(update_kernel<typename decltype(rule)::type>);
-    });
+    with_rule(static_cast<Decay>(decay),
+              [&](auto rule) { launch(update_kernel<typename decltype(rule)::type>); });
     if (static_cast<Decay>(decay) == Decay::kProxL2) launch(shrink_kernel);
   } catch (const std::exception& e) {
     error = e.what();

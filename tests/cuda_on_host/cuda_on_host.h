@@ -1,5 +1,5 @@
-// What the kernels of csrc/fused_adam.cuh need of CUDA, for a C++ compiler: each thread of a block is
-// a fiber, a barrier hands over to the next fiber, and blocks run one after another.
+// What the kernels of csrc/fused_adam.cuh need of CUDA, for a C++ compiler: each thread of a block
+// is a fiber, a barrier hands over to the next fiber, and blocks run one after another.
 #pragma once
 
 #include <ucontext.h>
@@ -54,7 +54,8 @@ class Block {
         finished += fibers_[current_].finished;
       }
       if (finished != 0 && finished != fibers_.size()) {
-        throw std::runtime_error("some threads of a block wait at a barrier that others never reach");
+        throw std::runtime_error(
+            "some threads of a block wait at a barrier that others never reach");
       }
     }
   }
