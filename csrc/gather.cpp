@@ -232,11 +232,7 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   dlpack::Tensor p;
   if (!read_tensor(member.param.ptr(), p) || !is_dense(p)) return report(group, param, "param");
   const DType dtype = real_dtype(p.dtype);
-  TensorRow row{};
-  row.param = p.data;
-  row.numel = numel(p) * (p.dtype.code == dlpack::kComplex ? 2 : 1);
-  row.param_dtype = row.state_dtype = dtype;
-  row.aligned = is_aligned(p.data);
+  bool aligned = is_aligned(p.data);
 
   // Reads one more tensor of this row; it must lie as the param does.
   const auto read = [&](const py::object& object, const char* key,
@@ -244,7 +240,7 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
     dlpack::Tensor t;
     if (object && read_tensor(object.ptr(), t) && same_layout(t, p) &&
         same_device(t.device, p.device)) {
-      row.aligned &= is_aligned(t.data);
+      aligned &= is_aligned(t.data);
       type = t.dtype;
       return t.data;
     }
@@ -263,40 +259,52 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   dlpack::DataType grad_type = p.dtype, moment_type = p.dtype;
   void* grad_data = read(member.grad, "grad", grad_type);
   if (grad_type != p.dtype) report(group, param, "grad");
-  row.exp_avg = read(member.exp_avg, "exp_avg", moment_type);
-  if (moment_type != p.dtype) {  // float32 moments of a 16-bit param
-    row.state_dtype = DType::kFloat32;
-    if (p.dtype.bits != 16 || moment_type != kFloat32) report(group, param, "exp_avg");
-  }
-  const bool wide = row.state_dtype != dtype;
-  row.exp_avg_sq = read_state(member.exp_avg_sq, "exp_avg_sq", wide);
-  if (amsgrad) {
-    row.max_exp_avg_sq = read_state(member.max_exp_avg_sq, "max_exp_avg_sq", wide);
-  }
+  void* exp_avg = read(member.exp_avg, "exp_avg", moment_type);
+  const bool wide = moment_type != p.dtype;  // float32 moments of a 16-bit param
+  if (wide && (p.dtype.bits != 16 || moment_type != kFloat32)) report(group, param, "exp_avg");
+  void* exp_avg_sq = read_state(member.exp_avg_sq, "exp_avg_sq", wide);
+  void* max_exp_avg_sq =
+      amsgrad ? read_state(member.max_exp_avg_sq, "max_exp_avg_sq", wide) : nullptr;
   member.cohort = values.step != nullptr ? cohort_of(values.step) : -1;
   if (member.cohort < 0) report(group, param, "step");
   if (findings_.size() != findings) return;
-  const Cohort& cohort = cohorts_[member.cohort];
 
   DeviceTable& device = table_on(p.device);
   TensorTable& table = device.table;
-  // Scalars are shared by the params of a group that are at the same step.
-  const auto known = std::find(device.cohorts.rbegin(), device.cohorts.rend(), member.cohort);
-  row.scalars = static_cast<int32_t>(device.cohorts.rend() - known) - 1;
-  if (known == device.cohorts.rend()) {
-    row.scalars = static_cast<int32_t>(table.scalars.size());
-    table.scalars.push_back(step_scalars(decay_, hyper, cohort.step + 1));
-    device.cohorts.push_back(member.cohort);
-  }
+  const auto index = static_cast<int32_t>(table.rows.size());
+  // Filled in where it lies: a copy would wait for the stores of its narrow fields.
+  TensorRow& row = table.rows.emplace_back();
+  row.param = p.data;
+  row.exp_avg = exp_avg;
+  row.exp_avg_sq = exp_avg_sq;
+  row.max_exp_avg_sq = max_exp_avg_sq;
+  row.numel = numel(p) * (p.dtype.code == dlpack::kComplex ? 2 : 1);
+  row.scalars = scalars_of(device, member.cohort, hyper);
   row.first_chunk = static_cast<int32_t>(table.chunks.size());
-  for (int64_t i = 0; i < TensorTable::num_chunks(row.numel); ++i) {
-    table.chunks.push_back({static_cast<int32_t>(table.rows.size()), static_cast<int32_t>(i)});
+  row.param_dtype = dtype;
+  row.state_dtype = wide ? DType::kFloat32 : dtype;
+  row.aligned = aligned;
+  const auto chunks = static_cast<int32_t>(TensorTable::num_chunks(row.numel));
+  for (int32_t i = 0; i < chunks; ++i) {
+    Chunk& chunk = table.chunks.emplace_back();
+    chunk.row = index;
+    chunk.index = i;
   }
   table.numel += row.numel;
-  table.rows.push_back(row);
   table.grads.push_back(grad_data);
   device.members.push_back(static_cast<int>(members.size()));
   members.push_back(std::move(member));
+}
+
+// The scalars that the params of the group being read share where they are at the same step.
+int32_t Gather::scalars_of(DeviceTable& device, int cohort, const HyperParameters& hyper) {
+  const auto known = std::find(device.cohorts.rbegin(), device.cohorts.rend(), cohort);
+  if (known != device.cohorts.rend()) {
+    return static_cast<int32_t>(device.cohorts.rend() - known) - 1;
+  }
+  device.table.scalars.push_back(step_scalars(decay_, hyper, cohorts_[cohort].step + 1));
+  device.cohorts.push_back(cohort);
+  return static_cast<int32_t>(device.table.scalars.size()) - 1;
 }
 
 bool Gather::read_tensor(PyObject* object, dlpack::Tensor& out) {

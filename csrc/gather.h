@@ -90,6 +90,7 @@ class Gather {
   void read_group(int index, const py::dict& group, const py::dict& staged);
   void read_param(int group, PyObject* param, const HyperParameters& hyper, bool amsgrad,
                   const py::dict& staged);
+  int32_t scalars_of(DeviceTable& device, int cohort, const HyperParameters& hyper);
   bool read_tensor(PyObject* object, dlpack::Tensor& out);
   const TensorType& type_of(PyObject* object);
   py::object grad_of(PyObject* param);

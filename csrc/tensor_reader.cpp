@@ -2,8 +2,10 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 namespace adamprox {
 namespace {
@@ -100,12 +102,18 @@ TensorReader::StableAbi TensorReader::find_stable_abi() {
   constant(abi.strided, "aoti_torch_layout_strided");
   constant(abi.cpu, "aoti_torch_device_type_cpu");
   constant(abi.cuda, "aoti_torch_device_type_cuda");
-  constant(abi.float16, "aoti_torch_dtype_float16");
-  constant(abi.bfloat16, "aoti_torch_dtype_bfloat16");
-  constant(abi.float32, "aoti_torch_dtype_float32");
-  constant(abi.float64, "aoti_torch_dtype_float64");
-  constant(abi.complex64, "aoti_torch_dtype_complex64");
-  constant(abi.complex128, "aoti_torch_dtype_complex128");
+  constant(abi.dtypes[0].number, "aoti_torch_dtype_float32");
+  constant(abi.dtypes[1].number, "aoti_torch_dtype_bfloat16");
+  constant(abi.dtypes[2].number, "aoti_torch_dtype_float16");
+  constant(abi.dtypes[3].number, "aoti_torch_dtype_float64");
+  constant(abi.dtypes[4].number, "aoti_torch_dtype_complex64");
+  constant(abi.dtypes[5].number, "aoti_torch_dtype_complex128");
+  abi.dtypes[0].type = {dlpack::kFloat, 32, 1};
+  abi.dtypes[1].type = {dlpack::kBFloat, 16, 1};
+  abi.dtypes[2].type = {dlpack::kFloat, 16, 1};
+  abi.dtypes[3].type = {dlpack::kFloat, 64, 1};
+  abi.dtypes[4].type = {dlpack::kComplex, 64, 1};
+  abi.dtypes[5].type = {dlpack::kComplex, 128, 1};
 
   const py::module_ torch = py::module_::import("torch");
   const bool is_amd = !torch.attr("version").attr("hip").is_none();
@@ -127,30 +135,21 @@ TensorReader::StableAbi TensorReader::find_stable_abi() {
 
 bool TensorReader::read_stable(PyObject* tensor, dlpack::Tensor& out) const {
   void* handle = handle_of(tensor);
-  int32_t layout, dtype, device_type, device_index;
+  int32_t layout, dtype, device_type, device_index = 0;
   int64_t dim;
   if (stable_.layout(handle, &layout) != 0 || layout != stable_.strided ||
-      stable_.device_type(handle, &device_type) != 0 ||
-      stable_.device_index(handle, &device_index) != 0 || stable_.dtype(handle, &dtype) != 0) {
+      stable_.device_type(handle, &device_type) != 0 || stable_.dtype(handle, &dtype) != 0) {
     return false;
   }
-  if (device_type != stable_.cpu && device_type != stable_.cuda) return false;
-  out.device = device_type == stable_.cpu ? dlpack::Device{dlpack::kCPU, 0}
-                                          : dlpack::Device{stable_.gpu, device_index};
-  if (dtype == stable_.float32)
-    out.dtype = {dlpack::kFloat, 32, 1};
-  else if (dtype == stable_.bfloat16)
-    out.dtype = {dlpack::kBFloat, 16, 1};
-  else if (dtype == stable_.float16)
-    out.dtype = {dlpack::kFloat, 16, 1};
-  else if (dtype == stable_.float64)
-    out.dtype = {dlpack::kFloat, 64, 1};
-  else if (dtype == stable_.complex64)
-    out.dtype = {dlpack::kComplex, 64, 1};
-  else if (dtype == stable_.complex128)
-    out.dtype = {dlpack::kComplex, 128, 1};
-  else
-    return false;
+  const bool on_cpu = device_type == stable_.cpu;
+  if (!on_cpu && device_type != stable_.cuda) return false;
+  if (!on_cpu && stable_.device_index(handle, &device_index) != 0) return false;
+  out.device.type = on_cpu ? dlpack::kCPU : stable_.gpu;
+  out.device.id = device_index;
+  const auto known = std::find_if(std::begin(stable_.dtypes), std::end(stable_.dtypes),
+                                  [dtype](const auto& d) { return d.number == dtype; });
+  if (known == std::end(stable_.dtypes)) return false;
+  out.dtype = known->type;
   if (stable_.data(handle, &out.data) != 0 || stable_.dim(handle, &dim) != 0 ||
       stable_.sizes(handle, &out.shape) != 0 || stable_.strides(handle, &out.strides) != 0) {
     return false;

@@ -43,7 +43,10 @@ class TensorReader {
     int32_t (*device_index)(void*, int32_t*);
     int32_t strided, cpu, cuda;
     dlpack::DeviceType gpu;  // what torch calls cuda: of NVIDIA or AMD
-    int32_t float16, bfloat16, float32, float64, complex64, complex128;
+    struct {
+      int32_t number;  // torch's
+      dlpack::DataType type;
+    } dtypes[6];  // the usual one first
   };
 
   static StableAbi find_stable_abi();

@@ -30,9 +30,9 @@ class ReferenceBackend:
         return None
 
     def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
-        for *tensors, group, step in table.rows():
+        for param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, group, step in table.rows():
             scalars = reference.step_scalars(decay, groups[group], step)
-            reference.step(decay, *tensors, scalars=scalars)
+            reference.step(decay, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars)
 
 
 class CpuBackend:
