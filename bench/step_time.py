@@ -42,7 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="M")
     parser.add_argument("--optimizers", nargs="+", choices=[*TORCH, *OURS], metavar="O",
-                        default=["torch fused", "torch foreach", *OURS])  # fmt: skip
+                        default=["torch fused", *OURS])  # fmt: skip
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
