@@ -76,7 +76,7 @@ class TritonBackend:
 
     def why_not(self, device_type: str | None = None) -> str | None:
         try:
-            from .triton_kernels.update import INTERPRETED  # type: ignore[import-not-found]
+            from .triton_kernels.update import INTERPRETED  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:  # also of numpy, which the interpreter needs
             return f"Triton cannot be imported: {error}"
         if INTERPRETED:
@@ -89,7 +89,7 @@ class TritonBackend:
         if table.num_chunks == 0:
             return
         with _triton_device(table):
-            from .triton_kernels.fused_adam import fused_adam  # type: ignore[import-not-found]
+            from .triton_kernels.fused_adam import fused_adam  # type: ignore[import-not-found, unused-ignore]
 
             upload = _upload_to(table)
             metadata = table.metadata(upload)

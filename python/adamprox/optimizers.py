@@ -11,44 +11,10 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import _C, backends
+from .arguments import document, validate
 from .mending import Staged, mend, unstage
 
 Betas = tuple[float | Tensor, float | Tensor]
-
-_ARGUMENTS = """
-    Args:
-        params: tensors, ``(name, tensor)`` pairs, or dicts that define param groups.
-        lr: learning rate; a float or a tensor of one element (default: 1e-3).
-        betas: the decay rates of the first and the second moment, in [0, 1)
-            (default: (0.9, 0.999)).
-        eps: added to the denominator (default: 1e-8).
-        weight_decay: lambda in the paper (default: {weight_decay}).
-        amsgrad: divide by the largest second moment so far (default: False).
-        maximize: ascend (default: False).
-        foreach, fused: accepted for torch.optim.AdamW's sake; every step is fused.
-        capturable: accepted; step counts stay on the host, and a step cannot be captured into a
-            CUDA graph yet (default: False).
-        differentiable: refused if True.
-        decay_by: what the decay strength ``s`` follows. ``"lr"``: ``s = lr * weight_decay``, as in
-            torch (default). ``"schedule"``: ``s = lr / initial_lr * weight_decay``, the paper's
-            ``eta_t * lambda``; ``initial_lr`` is the param group's, which torch's schedulers write,
-            or else the lr at construction.{decay_by}
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None, the default, takes
-            the environment's ``ADAMPROX_BACKEND`` or the best that can run. All give the same bits.
-
-    Raises:
-        ValueError: an argument is out of its range; the message names it and its value.
-        RuntimeError: ``differentiable=True``, or the backend asked for cannot run here.
-"""
-
-
-def _document(weight_decay: str = "1e-2", decay_by: str = "") -> Callable[[type], type]:
-    def add(cls: type) -> type:
-        assert cls.__doc__ is not None
-        cls.__doc__ += _ARGUMENTS.format(weight_decay=weight_decay, decay_by=decay_by)
-        return cls
-
-    return add
 
 
 class _FusedAdam(Optimizer):
@@ -86,7 +52,7 @@ class _FusedAdam(Optimizer):
             "fused": fused,
             "decay_by": decay_by,
         }
-        _validate(defaults)
+        validate(defaults)
         self._backend = backends.requested(backend)
         self._gather = _C.Gather(self.decay)
         super().__init__(params, defaults)
@@ -95,7 +61,7 @@ class _FusedAdam(Optimizer):
         """As ``torch.optim.Optimizer.add_param_group``; its values are checked first."""
         if isinstance(param_group, dict):
             group = {**self.defaults, **param_group}
-            _validate(group)
+            validate(group)
             if group["decay_by"] == "schedule":
                 # Not the lr itself: schedulers write into a tensor.
                 param_group.setdefault("initial_lr", float(group["lr"]))
@@ -173,53 +139,6 @@ def _step(optimizer: _FusedAdam, closure: Callable[[], float] | None = None) -> 
     return loss
 
 
-def _validate(group: dict[str, Any]) -> None:
-    """Refuses what torch.optim.AdamW refuses, in its words, and what cannot be done here."""
-    lr, betas, eps, weight_decay = (group[k] for k in ("lr", "betas", "eps", "weight_decay"))
-    host_only = group["foreach"] and not group["capturable"]
-    if isinstance(lr, Tensor):
-        if host_only:
-            raise ValueError(
-                "lr as a Tensor is not supported for capturable=False and foreach=True"
-            )
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-    if not 0.0 <= lr:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= eps:
-        raise ValueError(f"Invalid epsilon value: {eps}")
-    for index, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if not 0.0 <= weight_decay:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    if len({isinstance(beta, Tensor) for beta in betas}) != 1 or not all(
-        isinstance(beta, float | Tensor) for beta in betas
-    ):
-        raise ValueError("betas must be either both floats or both Tensors")
-    for index, beta in enumerate(betas):
-        if isinstance(beta, Tensor):
-            if host_only:
-                raise ValueError(
-                    f"betas[{index}] as a Tensor is not supported for capturable=False "
-                    "and foreach=True"
-                )
-            if beta.numel() != 1:
-                raise ValueError(f"Tensor betas[{index}] must be 1-element")
-    if group["decay_by"] not in ("lr", "schedule"):
-        raise ValueError(f"Invalid decay_by: {group['decay_by']!r}, expected 'lr' or 'schedule'")
-    if group["decay_by"] == "schedule" and not group.get("initial_lr", lr) > 0.0:
-        raise ValueError(
-            f"Invalid initial learning rate for decay_by='schedule': {group.get('initial_lr', lr)}"
-        )
-    if group["differentiable"]:
-        raise RuntimeError(
-            "differentiable=True is not supported: the step writes in place, outside of autograd"
-        )
-    if group["fused"] and group["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
-
 _observed_step = Optimizer.profile_hook_step(_step)
 
 
@@ -234,7 +153,7 @@ def _is_observed(optimizer: Optimizer) -> bool:
     )
 
 
-@_document(
+@document(
     weight_decay="0",
     decay_by=""" Without effect here:
             ``weight_decay`` goes into the gradient as it is.""",
@@ -285,7 +204,7 @@ class Adam(_FusedAdam):
         )
 
 
-@_document()
+@document()
 class AdamW(_FusedAdam):
     r"""Adam with decoupled weight decay: the paper's equation (4).
 
@@ -299,7 +218,7 @@ class AdamW(_FusedAdam):
     decay = "decoupled"
 
 
-@_document()
+@document()
 class AdamProx(_FusedAdam):
     r"""Adam with the proximal step of the squared l2 norm: the paper's equation (5).
 
@@ -312,7 +231,7 @@ class AdamProx(_FusedAdam):
     decay = "prox_sq_l2"
 
 
-@_document()
+@document()
 class AdamProxL1(_FusedAdam):
     r"""Adam with the proximal step of the l1 norm, the soft threshold: the paper's section 5.
 
@@ -328,7 +247,7 @@ class AdamProxL1(_FusedAdam):
     decay = "prox_l1"
 
 
-@_document()
+@document()
 class AdamProxL2(_FusedAdam):
     r"""Adam with the proximal step of the l2 norm, not squared: the paper's section 5.
 

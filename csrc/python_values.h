@@ -1,0 +1,104 @@
+// What the gather reads of an optimizer's dicts: hyper-parameters, and the tensors of a state.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "step_scalars.h"
+
+namespace adamprox {
+
+namespace py = pybind11;
+
+// Interned once, so that a dict look-up costs a few nanoseconds.
+inline PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+struct Keys {
+  PyObject *params = interned("params"), *grad = interned("grad"), *step = interned("step"),
+           *exp_avg = interned("exp_avg"), *exp_avg_sq = interned("exp_avg_sq"),
+           *max_exp_avg_sq = interned("max_exp_avg_sq"), *param = interned("param"),
+           *lr = interned("lr"), *betas = interned("betas"), *eps = interned("eps"),
+           *weight_decay = interned("weight_decay"), *amsgrad = interned("amsgrad"),
+           *maximize = interned("maximize"), *decay_by = interned("decay_by"),
+           *initial_lr = interned("initial_lr"), *is_conj = interned("is_conj"),
+           *is_neg = interned("is_neg"), *clone = interned("clone");
+};
+
+inline const Keys& keys() {
+  static const Keys instance;
+  return instance;
+}
+
+inline PyObject* required(const py::dict& group, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(group.ptr(), key);
+  if (value == nullptr) {
+    if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
+    throw py::error_already_set();
+  }
+  return value;
+}
+
+struct StateValues {  // borrowed; null where missing
+  PyObject *step = nullptr, *exp_avg = nullptr, *exp_avg_sq = nullptr, *max_exp_avg_sq = nullptr;
+};
+
+// Walks the few entries of a param's state instead of looking each one up; keys that are not the
+// interned strings (a state that came from a file) are looked up.
+inline StateValues state_values(PyObject* state, bool amsgrad) {
+  const Keys& k = keys();
+  StateValues v;
+  PyObject *key, *value;
+  for (Py_ssize_t position = 0; PyDict_Next(state, &position, &key, &value);) {
+    if (key == k.exp_avg)
+      v.exp_avg = value;
+    else if (key == k.exp_avg_sq)
+      v.exp_avg_sq = value;
+    else if (key == k.step)
+      v.step = value;
+    else if (key == k.max_exp_avg_sq)
+      v.max_exp_avg_sq = value;
+  }
+  const auto look_up = [state](PyObject*& found, PyObject* name) {
+    if (found == nullptr) found = PyDict_GetItemWithError(state, name);
+  };
+  look_up(v.step, k.step);
+  look_up(v.exp_avg, k.exp_avg);
+  look_up(v.exp_avg_sq, k.exp_avg_sq);
+  if (amsgrad) look_up(v.max_exp_avg_sq, k.max_exp_avg_sq);
+  return v;
+}
+
+inline double as_double(PyObject* value) {  // a float, an int or a tensor of one element
+  const double result = PyFloat_AsDouble(value);
+  if (result == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return result;
+}
+
+inline bool as_bool(PyObject* value) {
+  const int result = PyObject_IsTrue(value);
+  if (result < 0) throw py::error_already_set();
+  return result != 0;
+}
+
+inline bool answers_true(PyObject* object, PyObject* method) {
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, method));
+  if (!answer) throw py::error_already_set();
+  return as_bool(answer.ptr());
+}
+
+inline HyperParameters hyper_parameters(const py::dict& group) {
+  const Keys& k = keys();
+  const py::sequence betas = py::reinterpret_borrow<py::sequence>(required(group, k.betas));
+  HyperParameters h{};
+  h.lr = as_double(required(group, k.lr));
+  h.beta1 = as_double(py::object(betas[0]).ptr());
+  h.beta2 = as_double(py::object(betas[1]).ptr());
+  h.eps = as_double(required(group, k.eps));
+  h.weight_decay = as_double(required(group, k.weight_decay));
+  h.maximize = as_bool(required(group, k.maximize));
+  h.decay_by_schedule =
+      PyUnicode_CompareWithASCIIString(required(group, k.decay_by), "schedule") == 0;
+  h.initial_lr = h.decay_by_schedule ? as_double(required(group, k.initial_lr)) : h.lr;
+  return h;
+}
+
+}  // namespace adamprox
