@@ -187,7 +187,7 @@ def test_unknown_backend(optimizer, monkeypatch):
     with pytest.raises(ValueError, match=r"Invalid backend: 'abacus', expected one of .*reference"):
         make(optimizer, make_params((2,)), backend="abacus")
     monkeypatch.setenv("ADAMPROX_BACKEND", "abacus")
-    with pytest.raises(ValueError, match="Invalid backend: 'abacus'"):
+    with pytest.raises(ValueError, match="Invalid ADAMPROX_BACKEND: 'abacus'"):
         make(optimizer, make_params((2,)))
 
 

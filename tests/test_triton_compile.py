@@ -132,8 +132,9 @@ def test_amdgcn(compiled, decay):
     flags = r"= f(?:add|sub|mul|div|neg) (?:fast|contract|afn|arcp|reassoc|nnan|ninf|nsz)"
     assert re.findall(flags, texts["llir"]) == []
     gcn = instructions(texts["amdgcn"])
-    # A division is built from FMAs, and so is the root beside it: that many a pair, and no more.
-    for fmas, dtype in ((10, "f32"), (12, "f64")):
+    # A division is built from FMAs, and so is the root beside it: that many a pair, and no more,
+    # by the LLVM of Triton 3.7, which constraints.txt names (3.6: 10 in float32).
+    for fmas, dtype in ((7, "f32"), (12, "f64")):
         pairs = count(gcn, rf"v_div_fixup_{dtype}")
         scalar = count(gcn, rf"v_(fma|fmac|mad|mac)_{dtype}.*")
         packed = count(gcn, rf"v_pk_fma_{dtype}.*")

@@ -78,7 +78,7 @@ class TritonBackend:
         try:
             from .triton_kernels.update import INTERPRETED  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:  # also of numpy, which the interpreter needs
-            return f"Triton cannot be imported: {error}"
+            return f"Triton cannot be imported: {error} (pip install 'adamprox[triton]')"
         if INTERPRETED:
             return _only_on("cpu", device_type, "in Triton's interpreter ")
         if not torch.cuda.is_available():
@@ -123,12 +123,13 @@ def requested(backend: str | None) -> str | None:
         RuntimeError: it cannot run here; the message says why.
     """
     name = backend or os.environ.get("ADAMPROX_BACKEND") or None
+    source = "backend" if backend else "ADAMPROX_BACKEND"
     if name is None:
         return None
     if name not in BACKENDS:
-        raise ValueError(f"Invalid backend: {name!r}, expected one of {', '.join(BACKENDS)}")
+        raise ValueError(f"Invalid {source}: {name!r}, expected one of {', '.join(BACKENDS)}")
     if reason := BACKENDS[name].why_not():
-        raise RuntimeError(f"backend={name!r} cannot run: {reason}")
+        raise RuntimeError(f"{source}={name!r} cannot run: {reason}")
     return name
 
 
