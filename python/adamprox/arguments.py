@@ -24,8 +24,8 @@ ARGUMENTS = """
         decay_by: what the decay strength ``s`` follows. ``"lr"``: ``s = lr * weight_decay``, as in
             torch (default). ``"schedule"``: ``s = lr / initial_lr * weight_decay``, the paper's
             ``eta_t * lambda``; ``initial_lr`` is the param group's, which torch's schedulers write,
-            or else the lr at construction. The same
-            decay needs ``initial_lr`` times the ``weight_decay`` that it takes by ``"lr"``.{decay_by}
+            or else the lr at construction. The same decay needs ``initial_lr`` times the
+            ``weight_decay`` that it takes by ``"lr"``.{decay_by}
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None, the default, takes
             the environment's ``ADAMPROX_BACKEND`` or the best that can run. All give the same bits.
 
