@@ -5,8 +5,8 @@
 //   update      = step_size * exp_avg / (sqrt(exp_avg_sq) + eps)
 //
 // with step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t) and eps already times sqrt(1 - beta2^t):
-// the paper's alpha * mhat / (sqrt(vhat) + eps), both sides of the division times sqrt(1 -
-// beta2^t).
+// the paper's alpha * mhat / (sqrt(vhat) + eps), with both sides of the division multiplied by
+// sqrt(1 - beta2^t).
 #pragma once
 
 #include <cmath>

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <memory>
 #include <set>
@@ -131,7 +132,10 @@ class Table {
 
   void step_cpu(int threads) const {
     const py::gil_scoped_release release;
+    const auto start = std::chrono::steady_clock::now();
     fused_adam_cpu(device_.table, threads);
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    gather_->update_seconds = elapsed.count();
   }
 
  private:
@@ -189,5 +193,6 @@ PYBIND11_MODULE(_C, m) {
       .def("mark_written", &Gather::mark_written)
       .def("count_step", &Gather::count_step)
       .def("release", &Gather::release)
+      .def_readonly("update_seconds", &Gather::update_seconds)
       .def_property_readonly("reader", [](const Gather& g) { return g.reader().interface(); });
 }

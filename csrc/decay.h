@@ -1,13 +1,13 @@
 // The decay rules, one small struct each: `couple` puts decay into the gradient, `apply` steps the
-// param by Adam's update and decays it. `decay` is k below, with s the decay strength.
+// param by Adam's update and decays it. With z = param - update and the decay strength s:
 //
-//   Coupled    Adam        param <- z,  z = param - update;  grad <- grad + k * param,  k =
-//   weight_decay Decoupled  AdamW       param <- (1 - s) * param - update k = s ProxSqL2   AdamProx
-//   param <- z / (1 + s)                                         k = s / (1 + s) ProxL1 AdamProxL1
-//   param <- sign(z) * max(abs(z) - s, 0)                        k = s ProxL2     AdamProxL2  param
-//   <- max(1 - s / norm(z), 0) * z                         k = s
+//   Coupled    Adam        param <- z, grad having become grad + k * param     k = weight_decay
+//   Decoupled  AdamW       param <- (1 - s) * param - update                   k = s
+//   ProxSqL2   AdamProx    param <- z / (1 + s)                                k = s / (1 + s)
+//   ProxL1     AdamProxL1  param <- sign(z) * max(abs(z) - s, 0)               k = s
+//   ProxL2     AdamProxL2  param <- max(1 - s / norm(z), 0) * z                k = s
 //
-// A factor close to 1 is applied as a subtraction, so that param is rounded once.
+// `decay` is k. A factor close to 1 is applied as a subtraction, so that param is rounded once.
 #pragma once
 
 #include <cmath>
@@ -71,8 +71,7 @@ struct ProxL2 : Rule {
     return param - update;
   }
 
-  // The fraction of a block that is taken away: 1 (all of it) up to norm = s, also where both are
-  // 0.
+  // The fraction of a block that is taken away: all of it up to norm = s, where both are 0 too.
   static HOST_DEVICE double shrinkage(double sum_of_squares, double strength) {
     using std::sqrt;
     const double norm = sqrt(sum_of_squares);

@@ -65,6 +65,7 @@ class Gather {
 
   std::vector<DeviceTable> tables;
   std::vector<Member> members;
+  double update_seconds = 0;  // what the CPU's update took in the last step: the rest is host time
 
  private:
   // Params that share one step counter, a tensor.
