@@ -6,6 +6,7 @@
 #include <chrono>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -44,6 +45,38 @@ void append_bytes(std::string& out, const std::vector<T>& values) {
   out.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
 }
 
+// Steps of fewer elements keep the GIL: they are over before another thread would get it, and as
+// nothing else runs meanwhile, nothing needs to be kept alive.
+constexpr int64_t kBriefNumel = 1 << 15;
+
+void update_on_cpu(Gather& gather, const TensorTable& table, int threads) {
+  std::optional<py::gil_scoped_release> release;
+  if (table.numel > kBriefNumel) release.emplace();
+  const auto start = std::chrono::steady_clock::now();
+  fused_adam_cpu(table, threads);
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+  gather.update_seconds = elapsed.count();
+}
+
+// The usual step on the CPU, in one call. False: there is something to mend or a tensor elsewhere,
+// and nothing was written.
+bool step_on_cpu(Gather& gather, const py::list& groups, const py::dict& state, int threads) {
+  struct Release {
+    Gather& gather;
+    ~Release() { gather.release(); }
+  } release{gather};
+  if (!gather.read(groups, state, py::dict()).empty() || !gather.only_on_cpu()) return false;
+  const bool brief = std::all_of(gather.tables.begin(), gather.tables.end(),
+                                 [](const auto& t) { return t.table.numel <= kBriefNumel; });
+  if (!brief || !gather.reader().marks_without_python()) gather.hold();
+  gather.mark_written();
+  for (const DeviceTable& device : gather.tables) {
+    if (!device.table.rows.empty()) update_on_cpu(gather, device.table, threads);
+  }
+  gather.count_step();
+  return true;
+}
+
 // What a backend sees of one device's share of a step.
 class Table {
  public:
@@ -63,10 +96,11 @@ class Table {
   // (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq or None, group's index, step) of each row.
   py::list rows() const {
     py::list result;
+    const auto object = [](PyObject* o) { return py::handle(o != nullptr ? o : Py_None); };
     for (const int index : device_.members) {
       const Member& m = gather_->members[index];
-      const py::object max = m.max_exp_avg_sq ? m.max_exp_avg_sq : py::none();
-      result.append(py::make_tuple(m.param, m.grad, m.exp_avg, m.exp_avg_sq, max, m.group,
+      result.append(py::make_tuple(object(m.param), object(m.grad), object(m.exp_avg),
+                                   object(m.exp_avg_sq), object(m.max_exp_avg_sq), m.group,
                                    gather_->step_of(m)));
     }
     return result;
@@ -130,13 +164,7 @@ class Table {
   }
 #endif
 
-  void step_cpu(int threads) const {
-    const py::gil_scoped_release release;
-    const auto start = std::chrono::steady_clock::now();
-    fused_adam_cpu(device_.table, threads);
-    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-    gather_->update_seconds = elapsed.count();
-  }
+  void step_cpu(int threads) const { update_on_cpu(*gather_, device_.table, threads); }
 
  private:
   std::shared_ptr<Gather> gather_;
@@ -189,7 +217,10 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::arg("decay"))
       .def("read", &Gather::read, py::arg("groups"), py::arg("state"), py::arg("staged"))
+      .def("step_on_cpu", &step_on_cpu, py::arg("groups"), py::arg("state"), py::arg("threads"))
+      .def_property_readonly("only_on_cpu", &Gather::only_on_cpu)
       .def("tables", &tables)
+      .def("hold", &Gather::hold)
       .def("mark_written", &Gather::mark_written)
       .def("count_step", &Gather::count_step)
       .def("release", &Gather::release)

@@ -12,48 +12,34 @@ Gather::Gather(Decay decay) : decay_(decay) {}
 std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
                                   const py::dict& staged) {
   release();
-  PyObject *param, *value;
-  for (Py_ssize_t position = 0; PyDict_Next(state.ptr(), &position, &param, &value);) {
-    entries_.push_back({param, value, false});
-  }
+  StateCursor states(state.ptr());
   int index = 0;
   for (const py::handle group : groups) {
-    read_group(index++, py::reinterpret_borrow<py::dict>(group), staged);
+    read_group(index++, py::reinterpret_borrow<py::dict>(group), states, staged);
   }
-  for (DeviceTable& t : tables) {
-    t.table.decay = decay_;
-  }
+  if (!states.all_taken()) find_skipped_states(states);
+  for (DeviceTable& t : tables) t.table.decay = decay_;
   return std::move(findings_);
 }
 
-void Gather::read_group(int index, const py::dict& group, const py::dict& staged) {
+void Gather::read_group(int index, const py::dict& group, StateCursor& states,
+                        const py::dict& staged) {
   const HyperParameters hyper = hyper_parameters(group);
   const bool amsgrad = as_bool(required(group, keys().amsgrad));
-  for (DeviceTable& t : tables) t.cohorts.assign(t.table.scalars.size(), -1);
-  const py::list params = py::reinterpret_borrow<py::list>(required(group, keys().params));
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-    read_param(index, PyList_GET_ITEM(params.ptr(), i), hyper, amsgrad, staged);
+  for (DeviceTable& t : tables) t.scalars_of_cohort.clear();
+  PyObject* params = required(group, keys().params);
+  if (!PyList_Check(params)) throw py::type_error("param_groups[...]['params'] must be a list");
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+    read_param(index, PyList_GET_ITEM(params, i), hyper, amsgrad, states, staged);
   }
 }
 
 void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper, bool amsgrad,
-                        const py::dict& staged) {
+                        StateCursor& states, const py::dict& staged) {
   const Keys& k = keys();
-  const py::object grad = grad_of(param);
-  bool twice = false;
-  PyObject* state = state_of(param, twice);
-  if (twice) return report(group, param, "twice");
-  if (grad.is_none()) {
-    if (state != nullptr && PyDict_CheckExact(state)) {
-      PyObject* counter = PyDict_GetItemWithError(state, k.step);
-      if (counter != nullptr) skipped_states_.push_back(py::reinterpret_borrow<py::object>(state));
-    }
-    return;
-  }
-  if (state == nullptr || !PyDict_Check(state) || PyDict_GET_SIZE(state) == 0) {
-    return report(group, param, "state");
-  }
-
+  Member member{};
+  member.group = group;
+  member.owner = param;
   PyObject* stand_ins = nullptr;
   if (PyDict_GET_SIZE(staged.ptr()) != 0) {
     stand_ins = PyDict_GetItemWithError(staged.ptr(), param);
@@ -61,58 +47,58 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   }
   const auto pick = [&](PyObject* key, PyObject* original) {
     PyObject* stand_in = stand_ins ? PyDict_GetItemWithError(stand_ins, key) : nullptr;
-    return py::reinterpret_borrow<py::object>(stand_in != nullptr ? stand_in : original);
+    return stand_in != nullptr ? stand_in : original;
   };
 
+  member.grad = pick(k.grad, nullptr);
+  dlpack::Tensor g;
+  const TensorReader::Grad grad = read_grad(member, g);
+  if (grad == TensorReader::Grad::kNone) {
+    skipped_.push_back({group, param, states.next(param)});
+    return;
+  }
+  bool twice = false;
+  PyObject* state = states.find(param, twice);
+  if (twice) return report(group, param, "twice");
+  if (state == nullptr || !PyDict_Check(state) || PyDict_GET_SIZE(state) == 0) {
+    return report(group, param, "state");
+  }
   const StateValues values = state_values(state, amsgrad);
-  Member member;
-  member.group = group;
-  member.state = py::reinterpret_borrow<py::object>(state);
+  member.state = state;
   member.param = pick(k.param, param);
-  member.grad = pick(k.grad, grad.ptr());
   member.exp_avg = pick(k.exp_avg, values.exp_avg);
   member.exp_avg_sq = pick(k.exp_avg_sq, values.exp_avg_sq);
-  if (amsgrad) {
-    member.max_exp_avg_sq = pick(k.max_exp_avg_sq, values.max_exp_avg_sq);
-    if (!member.max_exp_avg_sq) return report(group, param, "max_exp_avg_sq");
-  }
+  member.max_exp_avg_sq = amsgrad ? pick(k.max_exp_avg_sq, values.max_exp_avg_sq) : nullptr;
 
   dlpack::Tensor p;
-  if (!read_tensor(member.param.ptr(), p) || !is_dense(p)) return report(group, param, "param");
+  if (!read_tensor(member.param, p) || !is_dense(p)) return report(group, param, "param");
   const DType dtype = real_dtype(p.dtype);
+  const size_t findings = findings_.size();
   bool aligned = is_aligned(p.data);
-
-  // Reads one more tensor of this row; it must lie as the param does.
-  const auto read = [&](const py::object& object, const char* key,
-                        dlpack::DataType& type) -> void* {
-    dlpack::Tensor t;
-    if (object && read_tensor(object.ptr(), t) && same_layout(t, p) &&
-        same_device(t.device, p.device)) {
+  // Every other tensor of this row must lie as the param does, and be of the type expected.
+  const auto accept = [&](bool readable, const dlpack::Tensor& t, const char* key,
+                          dlpack::DataType type) -> void* {
+    if (readable && t.dtype == type && same_layout(t, p) && same_device(t.device, p.device)) {
       aligned &= is_aligned(t.data);
-      type = t.dtype;
       return t.data;
     }
     report(group, param, key);
     return nullptr;
   };
-  const auto read_state = [&](const py::object& object, const char* key, bool wide) -> void* {
-    dlpack::DataType type = p.dtype;
-    void* data = read(object, key, type);
-    const dlpack::DataType expected = wide ? kFloat32 : p.dtype;
-    if (type != expected) report(group, param, key);
-    return data;
-  };
+  void* grad_data = accept(grad == TensorReader::Grad::kRead, g, "grad", p.dtype);
 
-  const size_t findings = findings_.size();
-  dlpack::DataType grad_type = p.dtype, moment_type = p.dtype;
-  void* grad_data = read(member.grad, "grad", grad_type);
-  if (grad_type != p.dtype) report(group, param, "grad");
-  void* exp_avg = read(member.exp_avg, "exp_avg", moment_type);
-  const bool wide = moment_type != p.dtype;  // float32 moments of a 16-bit param
-  if (wide && (p.dtype.bits != 16 || moment_type != kFloat32)) report(group, param, "exp_avg");
-  void* exp_avg_sq = read_state(member.exp_avg_sq, "exp_avg_sq", wide);
-  void* max_exp_avg_sq =
-      amsgrad ? read_state(member.max_exp_avg_sq, "max_exp_avg_sq", wide) : nullptr;
+  dlpack::Tensor t;
+  bool readable = member.exp_avg != nullptr && read_tensor(member.exp_avg, t);
+  const bool wide = readable && p.dtype.bits == 16 && t.dtype == kFloat32;  // moments
+  const dlpack::DataType moment_type = wide ? kFloat32 : p.dtype;
+  void* exp_avg = accept(readable, t, "exp_avg", moment_type);
+  readable = member.exp_avg_sq != nullptr && read_tensor(member.exp_avg_sq, t);
+  void* exp_avg_sq = accept(readable, t, "exp_avg_sq", moment_type);
+  void* max_exp_avg_sq = nullptr;
+  if (amsgrad) {
+    readable = member.max_exp_avg_sq != nullptr && read_tensor(member.max_exp_avg_sq, t);
+    max_exp_avg_sq = accept(readable, t, "max_exp_avg_sq", moment_type);
+  }
   member.cohort = values.step != nullptr ? cohort_of(values.step) : -1;
   if (member.cohort < 0) report(group, param, "step");
   if (findings_.size() != findings) return;
@@ -141,27 +127,55 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   table.numel += row.numel;
   table.grads.push_back(grad_data);
   device.members.push_back(static_cast<int>(members.size()));
-  members.push_back(std::move(member));
+  members.push_back(member);
+}
+
+// Of the params without a grad: those that took part in earlier steps have a state.
+void Gather::find_skipped_states(StateCursor& states) {
+  for (Skipped& s : skipped_) {
+    bool twice = false;
+    if (s.state == nullptr) s.state = states.find(s.param, twice);
+    if (twice) report(s.group, s.param, "twice");
+  }
 }
 
 // The scalars that the params of the group being read share where they are at the same step.
 int32_t Gather::scalars_of(DeviceTable& device, int cohort, const HyperParameters& hyper) {
-  const auto known = std::find(device.cohorts.rbegin(), device.cohorts.rend(), cohort);
-  if (known != device.cohorts.rend()) {
-    return static_cast<int32_t>(device.cohorts.rend() - known) - 1;
+  for (const auto& [known, scalars] : device.scalars_of_cohort) {
+    if (known == cohort) return scalars;
   }
-  device.table.scalars.push_back(step_scalars(decay_, hyper, cohorts_[cohort].step + 1));
-  device.cohorts.push_back(cohort);
-  return static_cast<int32_t>(device.table.scalars.size()) - 1;
+  bias_.update(hyper, cohorts_[cohort].step + 1);
+  device.table.scalars.push_back(step_scalars(decay_, hyper, bias_));
+  const auto index = static_cast<int32_t>(device.table.scalars.size()) - 1;
+  device.scalars_of_cohort.emplace_back(cohort, index);
+  return index;
+}
+
+// Lazy conjugation and negation do not show in the memory. A negated view of reals is dense only if
+// it has one element (it comes from the imaginary part of a conjugate).
+bool may_be_lazy(const dlpack::Tensor& t) {
+  return t.dtype.code == dlpack::kComplex || numel(t) == 1;
+}
+
+bool is_lazy(PyObject* object, const dlpack::Tensor& t) {
+  return (t.dtype.code == dlpack::kComplex && answers_true(object, keys().is_conj)) ||
+         answers_true(object, keys().is_neg);
 }
 
 bool Gather::read_tensor(PyObject* object, dlpack::Tensor& out) {
-  if (!type_of(object).plain || !reader_.read(object, out)) return false;
-  // Lazy conjugation and negation do not show in the memory. A negated view of reals is dense only
-  // if it has one element (it comes from the imaginary part of a conjugate).
-  const bool complex = out.dtype.code == dlpack::kComplex;
-  if (complex && answers_true(object, keys().is_conj)) return false;
-  return !((complex || numel(out) == 1) && answers_true(object, keys().is_neg));
+  return type_of(object).plain && reader_.read(object, out) &&
+         !(may_be_lazy(out) && is_lazy(object, out));
+}
+
+TensorReader::Grad Gather::read_grad(Member& member, dlpack::Tensor& out) {
+  using Grad = TensorReader::Grad;
+  if (member.grad == nullptr && reader_.reads_grads() && type_of(member.owner).plain) {
+    const Grad result = reader_.read_grad(member.owner, out);
+    if (result != Grad::kRead || !may_be_lazy(out)) return result;
+  }
+  if (member.grad == nullptr) member.grad = grad_of(member.owner);
+  if (member.grad == Py_None) return Grad::kNone;
+  return read_tensor(member.grad, out) ? Grad::kRead : Grad::kUnreadable;
 }
 
 const Gather::TensorType& Gather::type_of(PyObject* object) {
@@ -183,34 +197,31 @@ const Gather::TensorType& Gather::type_of(PyObject* object) {
   return types_.back();
 }
 
-// param.grad; where the type's own getter is a C function, without looking it up each time.
-py::object Gather::grad_of(PyObject* param) {
+// param.grad, held; where the type's own getter is a C function, without looking it up each time.
+PyObject* Gather::grad_of(PyObject* param) {
   const PyGetSetDef* getset = type_of(param).grad;
   PyObject* grad = getset != nullptr ? getset->get(param, getset->closure)
                                      : PyObject_GetAttr(param, keys().grad);
   if (grad == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(grad);
+  return held_.emplace_back(py::reinterpret_steal<py::object>(grad)).ptr();
 }
 
-// optimizer.state[param] without hashing: entries are read in the order of the dict, which is that
-// of the params as long as all of them took part in the first step.
-PyObject* Gather::state_of(PyObject* param, bool& twice) {
-  if (next_entry_ >= entries_.size() || entries_[next_entry_].param != param) {
-    if (entry_index_.empty()) {
-      for (size_t i = 0; i < entries_.size(); ++i) entry_index_[entries_[i].param] = i;
+void Gather::hold() {
+  const auto keep = [this](PyObject* object) {
+    if (object != nullptr) held_.push_back(py::reinterpret_borrow<py::object>(object));
+  };
+  for (Member& m : members) {
+    if (m.grad == nullptr) m.grad = grad_of(m.owner);
+    for (PyObject* o : {m.param, m.grad, m.exp_avg, m.exp_avg_sq, m.max_exp_avg_sq, m.state}) {
+      keep(o);
     }
-    const auto found = entry_index_.find(param);
-    if (found == entry_index_.end()) return nullptr;
-    next_entry_ = found->second;
   }
-  StateEntry& entry = entries_[next_entry_++];
-  twice = entry.used;
-  entry.used = true;
-  return entry.state;
+  for (const Skipped& s : skipped_) keep(s.state);
+  for (const Cohort& c : cohorts_) keep(c.counter);
 }
 
 int Gather::cohort_of(PyObject* counter) {
-  if (!cohorts_.empty() && cohorts_.back().counter.ptr() == counter) {
+  if (!cohorts_.empty() && cohorts_.back().counter == counter) {
     return static_cast<int>(cohorts_.size()) - 1;
   }
   const auto known = cohort_index_.find(counter);
@@ -224,7 +235,7 @@ int Gather::cohort_of(PyObject* counter) {
   const double step =
       is_double ? *static_cast<double*>(t.data) : double{*static_cast<float*>(t.data)};
   const int index = static_cast<int>(cohorts_.size());
-  cohorts_.push_back({py::reinterpret_borrow<py::object>(counter), t.data, is_double, step});
+  cohorts_.push_back({counter, t.data, is_double, step});
   cohort_index_[counter] = index;
   return index;
 }
@@ -238,27 +249,34 @@ DeviceTable& Gather::table_on(const dlpack::Device& device) {
   return tables.back();
 }
 
+bool Gather::only_on_cpu() const {
+  return std::all_of(tables.begin(), tables.end(), [](const DeviceTable& t) {
+    return t.device.type == dlpack::kCPU || t.table.rows.empty();
+  });
+}
+
 void Gather::report(int group, PyObject* param, const char* key) {
   findings_.push_back({group, py::reinterpret_borrow<py::object>(param), key});
 }
 
 void Gather::mark_written() const {
-  for (const Member& member : members) reader_.mark_written(member.param.ptr());
+  for (const Member& member : members) reader_.mark_written(member.param);
 }
 
 void Gather::count_step() {
   const Keys& k = keys();
-  const auto set_counter = [&](const py::object& state, const py::object& counter) {
-    if (PyDict_SetItem(state.ptr(), k.step, counter.ptr()) != 0) throw py::error_already_set();
+  const auto set_counter = [&](PyObject* state, PyObject* counter) {
+    if (PyDict_SetItem(state, k.step, counter) != 0) throw py::error_already_set();
   };
   // A param that was skipped leaves its cohort, with a counter that stays behind.
   std::unordered_map<PyObject*, py::object> left_behind;
-  for (const py::object& state : skipped_states_) {
-    PyObject* counter = PyDict_GetItemWithError(state.ptr(), k.step);
+  for (const Skipped& skipped : skipped_) {
+    if (skipped.state == nullptr || !PyDict_Check(skipped.state)) continue;
+    PyObject* counter = PyDict_GetItemWithError(skipped.state, k.step);
     if (counter == nullptr || cohort_index_.find(counter) == cohort_index_.end()) continue;
     py::object& copy = left_behind[counter];
     if (!copy) copy = py::reinterpret_borrow<py::object>(counter).attr("clone")();
-    set_counter(state, copy);
+    set_counter(skipped.state, copy.ptr());
   }
   // Cohorts at the same step become one.
   std::vector<int> leaders(cohorts_.size());
@@ -285,16 +303,14 @@ void Gather::release() {
   for (DeviceTable& t : tables) {
     t.table.clear();
     t.members.clear();
-    t.cohorts.clear();
+    t.scalars_of_cohort.clear();
   }
   members.clear();
-  entries_.clear();
-  entry_index_.clear();
-  next_entry_ = 0;
   cohorts_.clear();
   cohort_index_.clear();
-  skipped_states_.clear();
+  skipped_.clear();
   findings_.clear();
+  held_.clear();
 }
 
 }  // namespace adamprox

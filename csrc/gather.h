@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "state_cursor.h"
 #include "step_scalars.h"
 #include "tensor_reader.h"
 #include "tensor_table.h"
@@ -15,10 +16,13 @@ namespace adamprox {
 
 namespace py = pybind11;
 
-// One param of this step, with everything it needs kept alive.
+// One param of this step, and what it is read from; borrowed until hold().
 struct Member {
-  py::object param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq;  // the last one null or a tensor
-  py::object state;                                             // the param's dict
+  PyObject* param;  // or its stand-in, as with the others
+  PyObject* grad;   // null: param's own, of which no Python object has been asked for yet
+  PyObject *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last one null or a tensor
+  PyObject* state;                                  // the param's dict
+  PyObject* owner;                                  // the param itself
   int group;
   int cohort;
 };
@@ -27,7 +31,8 @@ struct DeviceTable {
   dlpack::Device device;
   TensorTable table;
   std::vector<int> members;  // one a row
-  std::vector<int> cohorts;  // one a row of table.scalars, of the group that is being read
+  // Which scalars the cohorts of the group that is being read have.
+  std::vector<std::pair<int, int32_t>> scalars_of_cohort;
   // The rows and chunks as they were last copied to the device, and the copy.
   std::string uploaded_bytes;
   py::object uploaded;
@@ -46,9 +51,13 @@ class Gather {
  public:
   explicit Gather(Decay decay);
 
-  // An empty result means that `tables` are ready and nothing has been written yet.
+  // An empty result means that `tables` are ready and nothing has been written yet; they are good
+  // for as long as the GIL is held, or until release() after hold().
   // `staged` maps a param to copies of its tensors, by key, that stand in for them in this step.
   std::vector<Finding> read(const py::list& groups, const py::dict& state, const py::dict& staged);
+
+  // Keeps every tensor of the step alive.
+  void hold();
 
   // Before the update: tells autograd that every param is written to.
   void mark_written() const;
@@ -58,6 +67,9 @@ class Gather {
 
   // Lets go of every tensor.
   void release();
+
+  // Whether all that the last read() put into tables is there.
+  bool only_on_cpu() const;
 
   const TensorReader& reader() const { return reader_; }
 
@@ -70,7 +82,7 @@ class Gather {
  private:
   // Params that share one step counter, a tensor.
   struct Cohort {
-    py::object counter;
+    PyObject* counter;
     void* data;
     bool is_double;
     double step;
@@ -82,20 +94,21 @@ class Gather {
     const PyGetSetDef* grad;  // the C getter of its grad, or null
   };
 
-  struct StateEntry {
+  struct Skipped {  // a param without a grad
+    int group;
     PyObject* param;
-    PyObject* state;
-    bool used;
+    PyObject* state;  // null: it has none
   };
 
-  void read_group(int index, const py::dict& group, const py::dict& staged);
+  void read_group(int index, const py::dict& group, StateCursor& states, const py::dict& staged);
   void read_param(int group, PyObject* param, const HyperParameters& hyper, bool amsgrad,
-                  const py::dict& staged);
+                  StateCursor& states, const py::dict& staged);
+  void find_skipped_states(StateCursor& states);
   int32_t scalars_of(DeviceTable& device, int cohort, const HyperParameters& hyper);
   bool read_tensor(PyObject* object, dlpack::Tensor& out);
+  TensorReader::Grad read_grad(Member& member, dlpack::Tensor& out);
   const TensorType& type_of(PyObject* object);
-  py::object grad_of(PyObject* param);
-  PyObject* state_of(PyObject* param, bool& twice);
+  PyObject* grad_of(PyObject* param);
   int cohort_of(PyObject* counter);
   DeviceTable& table_on(const dlpack::Device& device);
   void report(int group, PyObject* param, const char* key);
@@ -103,12 +116,11 @@ class Gather {
   const Decay decay_;
   const TensorReader reader_;
   std::vector<TensorType> types_;
-  std::vector<StateEntry> entries_;
-  size_t next_entry_ = 0;
-  std::unordered_map<PyObject*, size_t> entry_index_;
   std::vector<Cohort> cohorts_;
   std::unordered_map<PyObject*, int> cohort_index_;
-  std::vector<py::object> skipped_states_;  // of params without a grad
+  std::vector<Skipped> skipped_;
+  BiasCorrections bias_;
+  std::vector<py::object> held_;
   std::vector<Finding> findings_;
 };
 

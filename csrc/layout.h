@@ -61,8 +61,8 @@ inline DType real_dtype(const dlpack::DataType& t) {
 
 constexpr dlpack::DataType kFloat32{dlpack::kFloat, 32, 1};
 
-inline bool operator!=(const dlpack::DataType& a, const dlpack::DataType& b) {
-  return a.code != b.code || a.bits != b.bits || a.lanes != b.lanes;
+inline bool operator==(const dlpack::DataType& a, const dlpack::DataType& b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
 }
 
 inline bool same_device(const dlpack::Device& a, const dlpack::Device& b) {

@@ -26,14 +26,27 @@ inline double decay_constant(Decay decay, const HyperParameters& h) {
   return decay == Decay::kProxSqL2 ? strength / (1 + strength) : strength;
 }
 
-inline Scalars step_scalars(Decay decay, const HyperParameters& h, double step) {
-  const double bias_correction1 = 1 - std::pow(h.beta1, step);
-  const double bias_correction2_sqrt = std::sqrt(1 - std::pow(h.beta2, step));
+// Kept from one param group to the next, which mostly share them: powers are slow.
+struct BiasCorrections {
+  double beta1 = -1, beta2 = -1, step = -1;
+  double correction1 = 0, correction2_sqrt = 0;
+
+  void update(const HyperParameters& h, double at_step) {
+    if (h.beta1 == beta1 && h.beta2 == beta2 && at_step == step) return;
+    beta1 = h.beta1;
+    beta2 = h.beta2;
+    step = at_step;
+    correction1 = 1 - std::pow(beta1, step);
+    correction2_sqrt = std::sqrt(1 - std::pow(beta2, step));
+  }
+};
+
+inline Scalars step_scalars(Decay decay, const HyperParameters& h, const BiasCorrections& bias) {
   return {
       1 - h.beta1,
       1 - h.beta2,
-      h.lr * bias_correction2_sqrt / bias_correction1,
-      h.eps * bias_correction2_sqrt,
+      h.lr * bias.correction2_sqrt / bias.correction1,
+      h.eps * bias.correction2_sqrt,
       decay_constant(decay, h),
       h.maximize ? -1.0 : 1.0,
   };

@@ -26,13 +26,15 @@ const dlpack::ExchangeApi* exchange_api() {
   return api;
 }
 
-// The stable ABI's handle of a Python tensor: the address of its pointer to the implementation.
-void* handle_of(PyObject* tensor) { return reinterpret_cast<char*>(tensor) + sizeof(PyObject); }
+// The implementation of the tensor that has this handle.
+void* implementation(void* handle) {
+  void* result;
+  std::memcpy(&result, handle, sizeof(result));
+  return result;
+}
 
-bool handle_holds_cdata(const py::object& tensor) {
-  void* implementation;
-  std::memcpy(&implementation, handle_of(tensor.ptr()), sizeof(implementation));
-  return implementation == PyLong_AsVoidPtr(tensor.attr("_cdata").ptr());
+void* implementation(const py::object& tensor) {
+  return PyLong_AsVoidPtr(tensor.attr("_cdata").ptr());
 }
 
 bool is_supported(const dlpack::Tensor& t) {
@@ -47,6 +49,11 @@ bool is_supported(const dlpack::Tensor& t) {
 
 }  // namespace
 
+// The stable ABI's handle of a Python tensor: the address of its pointer to the implementation.
+void* TensorReader::handle_of(PyObject* tensor) {
+  return reinterpret_cast<char*>(tensor) + sizeof(PyObject);
+}
+
 TensorReader::TensorReader() : dlpack_(exchange_api()), stable_(find_stable_abi()) {}
 
 void* TensorReader::current_stream(const dlpack::Device& device) const {
@@ -58,7 +65,7 @@ void* TensorReader::current_stream(const dlpack::Device& device) const {
 }
 
 void TensorReader::mark_written(PyObject* tensor) const {
-  if (stable_.found && stable_.bump_version != nullptr) {
+  if (marks_without_python()) {
     stable_.bump_version(handle_of(tensor));
   } else {
     const py::module_ graph = py::module_::import("torch.autograd.graph");
@@ -120,21 +127,51 @@ TensorReader::StableAbi TensorReader::find_stable_abi() {
   abi.gpu = is_amd ? dlpack::kROCm : dlpack::kCUDA;
   const py::object plain = torch.attr("empty")(3);
   const py::object param = torch.attr("nn").attr("Parameter")(plain);
-  abi.found = complete && handle_holds_cdata(plain) && handle_holds_cdata(param);
-
-  void* bump = dlsym(library, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE");
-  std::memcpy(&abi.bump_version, &bump, sizeof(bump));
-  if (abi.found && bump != nullptr) {
-    const auto version = [&] { return plain.attr("_version").cast<int64_t>(); };
-    const int64_t before = version();
-    abi.bump_version(handle_of(plain.ptr()));
-    if (version() != before + 1) abi.bump_version = nullptr;
-  }
+  const auto handle_holds = [](const py::object& tensor) {
+    return implementation(handle_of(tensor.ptr())) == implementation(tensor);
+  };
+  abi.found = complete && handle_holds(plain) && handle_holds(param);
+  if (abi.found) find_cxx_functions(abi, library);
   return abi;
 }
 
-bool TensorReader::read_stable(PyObject* tensor, dlpack::Tensor& out) const {
-  void* handle = handle_of(tensor);
+// Each is tried on a tensor before it is trusted.
+void TensorReader::find_cxx_functions(StableAbi& abi, void* library) {
+  const auto find = [library](auto& function, const char* name) {
+    void* symbol = dlsym(library, name);
+    std::memcpy(&function, &symbol, sizeof(symbol));
+  };
+  const py::object tensor = py::module_::import("torch").attr("empty")(3);
+  const py::object other = tensor.attr("clone")();
+
+  find(abi.bump_version, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE");
+  if (abi.bump_version != nullptr) {
+    const auto version = [&] { return tensor.attr("_version").cast<int64_t>(); };
+    const int64_t before = version();
+    abi.bump_version(handle_of(tensor.ptr()));
+    if (version() != before + 1) abi.bump_version = nullptr;
+  }
+
+  find(abi.grad, "_ZNK3c1010TensorImpl4gradEv");
+  if (abi.grad != nullptr) {
+    const auto grad = [&](const py::object& of) {
+      return implementation(abi.grad(implementation(of)));
+    };
+    abi.undefined = grad(other);  // without autograd's data yet
+    tensor.attr("grad") = other;
+    const bool works = grad(tensor) == implementation(other);
+    tensor.attr("grad") = py::none();
+    if (!works || grad(tensor) != abi.undefined) abi.grad = nullptr;
+  }
+}
+
+TensorReader::Grad TensorReader::read_grad(PyObject* tensor, dlpack::Tensor& out) const {
+  void* handle = stable_.grad(implementation(handle_of(tensor)));
+  if (implementation(handle) == stable_.undefined) return Grad::kNone;
+  return read_stable(handle, out) ? Grad::kRead : Grad::kUnreadable;
+}
+
+bool TensorReader::read_stable(void* handle, dlpack::Tensor& out) const {
   int32_t layout, dtype, device_type, device_index = 0;
   int64_t dim;
   if (stable_.layout(handle, &layout) != 0 || layout != stable_.strided ||

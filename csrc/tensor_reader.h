@@ -18,12 +18,18 @@ class TensorReader {
   // Reads a torch.Tensor (the caller has checked that its memory is its own). False, without an
   // exception, for one that has no strided memory of floating-point numbers on a CPU or a GPU.
   bool read(PyObject* tensor, dlpack::Tensor& out) const {
-    return stable_.found ? read_stable(tensor, out) : read_dlpack(tensor, out);
+    return stable_.found ? read_stable(handle_of(tensor), out) : read_dlpack(tensor, out);
   }
+
+  // Reads tensor.grad without making a Python object of it, where reads_grads().
+  enum class Grad { kNone, kRead, kUnreadable };
+  Grad read_grad(PyObject* tensor, dlpack::Tensor& out) const;
+  bool reads_grads() const { return stable_.grad != nullptr; }
 
   // Tells autograd of a write, as torch's in-place operations do: backward through an older value
   // is an error then.
   void mark_written(PyObject* tensor) const;
+  bool marks_without_python() const { return stable_.bump_version != nullptr; }
 
   void* current_stream(const dlpack::Device& device) const;
 
@@ -32,7 +38,10 @@ class TensorReader {
  private:
   struct StableAbi {
     bool found = false;
-    void (*bump_version)(void*);  // not of the ABI: null where it is not found or does not work
+    // Two functions of C++, not of the ABI: null where they are not found or do not work.
+    void (*bump_version)(void* handle) = nullptr;
+    void* (*grad)(void* implementation) = nullptr;  // a handle; of `undefined` where there is none
+    void* undefined = nullptr;
     int32_t (*layout)(void*, int32_t*);
     int32_t (*data)(void*, void**);
     int32_t (*dim)(void*, int64_t*);
@@ -49,8 +58,10 @@ class TensorReader {
     } dtypes[6];  // the usual one first
   };
 
+  static void* handle_of(PyObject* tensor);
   static StableAbi find_stable_abi();
-  bool read_stable(PyObject* tensor, dlpack::Tensor& out) const;
+  static void find_cxx_functions(StableAbi& abi, void* library);
+  bool read_stable(void* handle, dlpack::Tensor& out) const;
   bool read_dlpack(PyObject* tensor, dlpack::Tensor& out) const;
 
   const dlpack::ExchangeApi* dlpack_;
