@@ -2,6 +2,7 @@
 // AVX2 and the baseline from the one definition in update.h, and chosen when the library loads.
 #include <algorithm>
 #include <atomic>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -23,6 +24,8 @@ namespace {
 
 // Below this many elements, waking a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;
+// As many chunks at most a thread takes at a time.
+constexpr int64_t kMaxTake = 8;
 
 struct Span {  // some elements of one row
   const TensorRow& row;
@@ -79,32 +82,86 @@ class Step {
 
   template <typename Rule>
   void update() const {
-    for_each_chunk([&](int64_t, const Span& span) { update_chunk<Rule>(span); });
+    share_out(static_cast<int64_t>(table_.chunks.size()),
+              [&](int64_t chunk) { update_chunk<Rule>(span_of(chunk)); });
   }
 
-  // AdamProxL2: the second sweep needs the norms, so every chunk's sum of squares.
+  // AdamProxL2. A tensor of one chunk shrinks at once; one of several when all of them have been
+  // updated, soon enough to find what was updated last in the cache.
   void update_and_shrink() const {
+    const std::vector<Item> items = items_in_order();
     std::vector<double> sums(table_.chunks.size());
-    for_each_chunk([&](int64_t chunk, const Span& span) {
-      update_chunk<ProxL2>(span);
-      with_dtype(span.row.param_dtype, [&](auto param) {
-        using Param = typename decltype(param)::type;
-        sums[chunk] = tree_sum<AddSquare>(span.at<Param>(span.row.param), span.count);
-      });
-    });
-    std::vector<double> shrinkages;
-    for (const TensorRow& row : table_.rows) {
-      const double sum = tree_sum<Add>(&sums[row.first_chunk], TensorTable::num_chunks(row.numel));
-      shrinkages.push_back(ProxL2::shrinkage(sum, table_.scalars[row.scalars].decay));
-    }
-    for_each_chunk([&](int64_t chunk, const Span& span) {
-      with_dtype(span.row.param_dtype, [&](auto param) {
-        shrink_span<typename decltype(param)::type>(span, shrinkages[table_.chunks[chunk].row]);
-      });
+    std::vector<RowProgress> progress(table_.rows.size());
+    share_out(static_cast<int64_t>(items.size()), [&](int64_t i) {
+      const auto [chunk, sweep] = items[i];
+      const int32_t index = table_.chunks[chunk].row;
+      const TensorRow& row = table_.rows[index];
+      const int64_t chunks = TensorTable::num_chunks(row.numel);
+      const Span span = span_of(chunk);
+      RowProgress& p = progress[index];
+      if (sweep == Sweep::kUpdate) {
+        update_chunk<ProxL2>(span);
+        sums[chunk] = sum_of_squares(span);
+        if (p.updated.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks) return;
+        const double sum = tree_sum<Add>(&sums[row.first_chunk], chunks);
+        p.shrinkage = ProxL2::shrinkage(sum, table_.scalars[row.scalars].decay);
+        p.ready.store(true, std::memory_order_release);
+        if (chunks > 1) return;
+      }
+      // Items are taken in order, so the updates that this one waits for are under way.
+      while (!p.ready.load(std::memory_order_acquire)) std::this_thread::yield();
+      shrink_chunk(span, p.shrinkage);
     });
   }
 
  private:
+  enum class Sweep { kUpdate, kShrink };
+
+  struct Item {
+    int64_t chunk;
+    Sweep sweep;
+  };
+
+  struct RowProgress {
+    std::atomic<int64_t> updated{0};
+    double shrinkage = 0;
+    std::atomic<bool> ready{false};
+  };
+
+  // The second sweep of a tensor goes backwards, from what is still cached, and begins a few chunks
+  // into the next tensor, so that nobody waits for the last of its updates.
+  std::vector<Item> items_in_order() const {
+    std::vector<Item> items;
+    const TensorRow* previous = nullptr;
+    const auto shrink_previous = [&] {
+      if (previous == nullptr) return;
+      for (int64_t i = TensorTable::num_chunks(previous->numel); i-- > 0;) {
+        items.push_back({previous->first_chunk + i, Sweep::kShrink});
+      }
+      previous = nullptr;
+    };
+    for (const TensorRow& row : table_.rows) {
+      const int64_t chunks = TensorTable::num_chunks(row.numel);
+      for (int64_t i = 0; i < chunks; ++i) {
+        items.push_back({row.first_chunk + i, Sweep::kUpdate});
+        if (i + 1 == threads_) shrink_previous();
+      }
+      if (chunks > 1) {
+        shrink_previous();
+        previous = &row;
+      }
+    }
+    shrink_previous();
+    return items;
+  }
+
+  Span span_of(int64_t chunk) const {
+    const Chunk& c = table_.chunks[chunk];
+    const TensorRow& row = table_.rows[c.row];
+    const int64_t first = int64_t{c.index} * kChunkSize;
+    return Span{row, table_.grads[c.row], first, std::min(row.numel - first, kChunkSize)};
+  }
+
   template <typename Rule>
   void update_chunk(const Span& span) const {
     with_dtypes(span.row.param_dtype, span.row.state_dtype, [&](auto param, auto state) {
@@ -114,26 +171,34 @@ class Step {
     });
   }
 
+  static double sum_of_squares(const Span& span) {
+    double sum = 0;
+    with_dtype(span.row.param_dtype, [&](auto param) {
+      using Param = typename decltype(param)::type;
+      sum = tree_sum<AddSquare>(span.at<Param>(span.row.param), span.count);
+    });
+    return sum;
+  }
+
+  static void shrink_chunk(const Span& span, double shrinkage) {
+    with_dtype(span.row.param_dtype,
+               [&](auto param) { shrink_span<typename decltype(param)::type>(span, shrinkage); });
+  }
+
+  // Calls f(0), ..., f(count - 1), begun in this order, on several threads where it pays.
   template <typename F>
-  void for_each_chunk(F f) const {
-    const int64_t chunks = static_cast<int64_t>(table_.chunks.size());
+  void share_out(int64_t count, F f) const {
     const int64_t useful = std::max<int64_t>(1, table_.numel / kElementsPerThread);
     const int threads = static_cast<int>(std::min<int64_t>(threads_, useful));
     // Several takes a thread, so that one that starts late or is disturbed holds up nobody.
-    const int64_t take = std::max<int64_t>(1, std::min<int64_t>(64, chunks / (8 * threads)));
+    const int64_t take = std::max<int64_t>(1, std::min<int64_t>(kMaxTake, count / (16 * threads)));
     std::atomic<int64_t> next{0};
     run_in_parallel(threads - 1, [&] {
       for (;;) {
         const int64_t begin = next.fetch_add(take, std::memory_order_relaxed);
-        if (begin >= chunks) return;
-        const int64_t end = std::min(begin + take, chunks);
-        for (int64_t i = begin; i < end; ++i) {
-          const Chunk& chunk = table_.chunks[i];
-          const TensorRow& row = table_.rows[chunk.row];
-          const int64_t first = int64_t{chunk.index} * kChunkSize;
-          const int64_t count = std::min(row.numel - first, kChunkSize);
-          f(i, Span{row, table_.grads[chunk.row], first, count});
-        }
+        if (begin >= count) return;
+        const int64_t end = std::min(begin + take, count);
+        for (int64_t i = begin; i < end; ++i) f(i);
       }
     });
   }

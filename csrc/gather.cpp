@@ -13,6 +13,7 @@ std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
                                   const py::dict& staged) {
   release();
   StateCursor states(state.ptr());
+  trail_.start();
   int index = 0;
   for (const py::handle group : groups) {
     read_group(index++, py::reinterpret_borrow<py::dict>(group), states, staged);
@@ -63,6 +64,8 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   if (state == nullptr || !PyDict_Check(state) || PyDict_GET_SIZE(state) == 0) {
     return report(group, param, "state");
   }
+  trail_.visit(state);
+  trail_.visit<192>(reinterpret_cast<PyDictObject*>(state)->ma_keys);
   const StateValues values = state_values(state, amsgrad);
   member.state = state;
   member.param = pick(k.param, param);
@@ -72,33 +75,45 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
 
   dlpack::Tensor p;
   if (!read_tensor(member.param, p) || !is_dense(p)) return report(group, param, "param");
+  const int64_t count = numel(p);
+  const bool complex = p.dtype.code == dlpack::kComplex;
+  // Lazy conjugation and negation do not show in the memory. A negated view of reals is dense only
+  // if it has one element (it comes from the imaginary part of a conjugate).
+  const bool may_be_lazy = complex || count == 1;
+  const auto is_lazy = [&](PyObject* tensor) {
+    return (complex && answers_true(tensor, k.is_conj)) || answers_true(tensor, k.is_neg);
+  };
+  if (may_be_lazy && is_lazy(member.param)) return report(group, param, "param");
   const DType dtype = real_dtype(p.dtype);
   const size_t findings = findings_.size();
   bool aligned = is_aligned(p.data);
+  trail_.visit(p.data);
   // Every other tensor of this row must lie as the param does, and be of the type expected.
-  const auto accept = [&](bool readable, const dlpack::Tensor& t, const char* key,
-                          dlpack::DataType type) -> void* {
-    if (readable && t.dtype == type && same_layout(t, p) && same_device(t.device, p.device)) {
+  const auto accept = [&](bool readable, const dlpack::Tensor& t, PyObject* tensor, const char* key,
+                          const dlpack::DataType& type) -> void* {
+    if (readable && t.dtype == type && same_layout(t, p) && same_device(t.device, p.device) &&
+        !(may_be_lazy && is_lazy(tensor))) {
       aligned &= is_aligned(t.data);
+      trail_.visit(t.data);
       return t.data;
     }
     report(group, param, key);
     return nullptr;
   };
-  void* grad_data = accept(grad == TensorReader::Grad::kRead, g, "grad", p.dtype);
+  if (may_be_lazy && member.grad == nullptr) member.grad = grad_of(param);
+  void* grad_data = accept(grad == TensorReader::Grad::kRead, g, member.grad, "grad", p.dtype);
 
   dlpack::Tensor t;
-  bool readable = member.exp_avg != nullptr && read_tensor(member.exp_avg, t);
+  bool readable = read_tensor(member.exp_avg, t);
   const bool wide = readable && p.dtype.bits == 16 && t.dtype == kFloat32;  // moments
-  const dlpack::DataType moment_type = wide ? kFloat32 : p.dtype;
-  void* exp_avg = accept(readable, t, "exp_avg", moment_type);
-  readable = member.exp_avg_sq != nullptr && read_tensor(member.exp_avg_sq, t);
-  void* exp_avg_sq = accept(readable, t, "exp_avg_sq", moment_type);
-  void* max_exp_avg_sq = nullptr;
-  if (amsgrad) {
-    readable = member.max_exp_avg_sq != nullptr && read_tensor(member.max_exp_avg_sq, t);
-    max_exp_avg_sq = accept(readable, t, "max_exp_avg_sq", moment_type);
-  }
+  const dlpack::DataType& moment_type = wide ? kFloat32 : p.dtype;
+  const auto read_moment = [&](PyObject* tensor, const char* key) {
+    const bool readable = read_tensor(tensor, t);
+    return accept(readable, t, tensor, key, moment_type);
+  };
+  void* exp_avg = accept(readable, t, member.exp_avg, "exp_avg", moment_type);
+  void* exp_avg_sq = read_moment(member.exp_avg_sq, "exp_avg_sq");
+  void* max_exp_avg_sq = amsgrad ? read_moment(member.max_exp_avg_sq, "max_exp_avg_sq") : nullptr;
   member.cohort = values.step != nullptr ? cohort_of(values.step) : -1;
   if (member.cohort < 0) report(group, param, "step");
   if (findings_.size() != findings) return;
@@ -112,7 +127,7 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   row.exp_avg = exp_avg;
   row.exp_avg_sq = exp_avg_sq;
   row.max_exp_avg_sq = max_exp_avg_sq;
-  row.numel = numel(p) * (p.dtype.code == dlpack::kComplex ? 2 : 1);
+  row.numel = count * (complex ? 2 : 1);
   row.scalars = scalars_of(device, member.cohort, hyper);
   row.first_chunk = static_cast<int32_t>(table.chunks.size());
   row.param_dtype = dtype;
@@ -151,38 +166,25 @@ int32_t Gather::scalars_of(DeviceTable& device, int cohort, const HyperParameter
   return index;
 }
 
-// Lazy conjugation and negation do not show in the memory. A negated view of reals is dense only if
-// it has one element (it comes from the imaginary part of a conjugate).
-bool may_be_lazy(const dlpack::Tensor& t) {
-  return t.dtype.code == dlpack::kComplex || numel(t) == 1;
-}
-
-bool is_lazy(PyObject* object, const dlpack::Tensor& t) {
-  return (t.dtype.code == dlpack::kComplex && answers_true(object, keys().is_conj)) ||
-         answers_true(object, keys().is_neg);
-}
-
 bool Gather::read_tensor(PyObject* object, dlpack::Tensor& out) {
-  return type_of(object).plain && reader_.read(object, out) &&
-         !(may_be_lazy(out) && is_lazy(object, out));
+  if (object == nullptr || !type_of(object).plain) return false;
+  reader_.visit(object, trail_);
+  return reader_.read(object, out);
 }
 
 TensorReader::Grad Gather::read_grad(Member& member, dlpack::Tensor& out) {
-  using Grad = TensorReader::Grad;
-  if (member.grad == nullptr && reader_.reads_grads() && type_of(member.owner).plain) {
-    const Grad result = reader_.read_grad(member.owner, out);
-    if (result != Grad::kRead || !may_be_lazy(out)) return result;
+  if (member.grad == nullptr) {
+    if (reader_.reads_grads() && type_of(member.owner).plain) {
+      return reader_.read_grad(member.owner, out, trail_);
+    }
+    member.grad = grad_of(member.owner);
   }
-  if (member.grad == nullptr) member.grad = grad_of(member.owner);
-  if (member.grad == Py_None) return Grad::kNone;
-  return read_tensor(member.grad, out) ? Grad::kRead : Grad::kUnreadable;
+  if (member.grad == Py_None) return TensorReader::Grad::kNone;
+  return read_tensor(member.grad, out) ? TensorReader::Grad::kRead
+                                       : TensorReader::Grad::kUnreadable;
 }
 
-const Gather::TensorType& Gather::type_of(PyObject* object) {
-  PyTypeObject* type = Py_TYPE(object);
-  for (const TensorType& known : types_) {
-    if (known.type == type) return known;
-  }
+const Gather::TensorType& Gather::learn_type(PyTypeObject* type) {
   const py::module_ torch = py::module_::import("torch");
   const py::handle t(reinterpret_cast<PyObject*>(type));
   const bool plain =

@@ -11,6 +11,7 @@
 #include "step_scalars.h"
 #include "tensor_reader.h"
 #include "tensor_table.h"
+#include "trail.h"
 
 namespace adamprox {
 
@@ -107,7 +108,13 @@ class Gather {
   int32_t scalars_of(DeviceTable& device, int cohort, const HyperParameters& hyper);
   bool read_tensor(PyObject* object, dlpack::Tensor& out);
   TensorReader::Grad read_grad(Member& member, dlpack::Tensor& out);
-  const TensorType& type_of(PyObject* object);
+  const TensorType& learn_type(PyTypeObject* type);
+  const TensorType& type_of(PyObject* object) {
+    for (const TensorType& known : types_) {
+      if (known.type == Py_TYPE(object)) return known;
+    }
+    return learn_type(Py_TYPE(object));
+  }
   PyObject* grad_of(PyObject* param);
   int cohort_of(PyObject* counter);
   DeviceTable& table_on(const dlpack::Device& device);
@@ -121,6 +128,7 @@ class Gather {
   std::vector<Skipped> skipped_;
   BiasCorrections bias_;
   std::vector<py::object> held_;
+  Trail trail_;  // of what read() touches
   std::vector<Finding> findings_;
 };
 

@@ -47,7 +47,10 @@ inline StateValues state_values(PyObject* state, bool amsgrad) {
   const Keys& k = keys();
   StateValues v;
   PyObject *key, *value;
-  for (Py_ssize_t position = 0; PyDict_Next(state, &position, &key, &value);) {
+  int found = 0;
+  const int wanted = amsgrad ? 4 : 3;
+  for (Py_ssize_t position = 0; found < wanted && PyDict_Next(state, &position, &key, &value);) {
+    ++found;
     if (key == k.exp_avg)
       v.exp_avg = value;
     else if (key == k.exp_avg_sq)

@@ -2,10 +2,8 @@
 
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <iterator>
 
 namespace adamprox {
 namespace {
@@ -26,16 +24,7 @@ const dlpack::ExchangeApi* exchange_api() {
   return api;
 }
 
-// The implementation of the tensor that has this handle.
-void* implementation(void* handle) {
-  void* result;
-  std::memcpy(&result, handle, sizeof(result));
-  return result;
-}
-
-void* implementation(const py::object& tensor) {
-  return PyLong_AsVoidPtr(tensor.attr("_cdata").ptr());
-}
+void* cdata(const py::object& tensor) { return PyLong_AsVoidPtr(tensor.attr("_cdata").ptr()); }
 
 bool is_supported(const dlpack::Tensor& t) {
   const auto [code, bits, lanes] = t.dtype;
@@ -48,11 +37,6 @@ bool is_supported(const dlpack::Tensor& t) {
 }
 
 }  // namespace
-
-// The stable ABI's handle of a Python tensor: the address of its pointer to the implementation.
-void* TensorReader::handle_of(PyObject* tensor) {
-  return reinterpret_cast<char*>(tensor) + sizeof(PyObject);
-}
 
 TensorReader::TensorReader() : dlpack_(exchange_api()), stable_(find_stable_abi()) {}
 
@@ -128,7 +112,7 @@ TensorReader::StableAbi TensorReader::find_stable_abi() {
   const py::object plain = torch.attr("empty")(3);
   const py::object param = torch.attr("nn").attr("Parameter")(plain);
   const auto handle_holds = [](const py::object& tensor) {
-    return implementation(handle_of(tensor.ptr())) == implementation(tensor);
+    return implementation(handle_of(tensor.ptr())) == cdata(tensor);
   };
   abi.found = complete && handle_holds(plain) && handle_holds(param);
   if (abi.found) find_cxx_functions(abi, library);
@@ -154,45 +138,13 @@ void TensorReader::find_cxx_functions(StableAbi& abi, void* library) {
 
   find(abi.grad, "_ZNK3c1010TensorImpl4gradEv");
   if (abi.grad != nullptr) {
-    const auto grad = [&](const py::object& of) {
-      return implementation(abi.grad(implementation(of)));
-    };
+    const auto grad = [&](const py::object& of) { return implementation(abi.grad(cdata(of))); };
     abi.undefined = grad(other);  // without autograd's data yet
     tensor.attr("grad") = other;
-    const bool works = grad(tensor) == implementation(other);
+    const bool works = grad(tensor) == cdata(other);
     tensor.attr("grad") = py::none();
     if (!works || grad(tensor) != abi.undefined) abi.grad = nullptr;
   }
-}
-
-TensorReader::Grad TensorReader::read_grad(PyObject* tensor, dlpack::Tensor& out) const {
-  void* handle = stable_.grad(implementation(handle_of(tensor)));
-  if (implementation(handle) == stable_.undefined) return Grad::kNone;
-  return read_stable(handle, out) ? Grad::kRead : Grad::kUnreadable;
-}
-
-bool TensorReader::read_stable(void* handle, dlpack::Tensor& out) const {
-  int32_t layout, dtype, device_type, device_index = 0;
-  int64_t dim;
-  if (stable_.layout(handle, &layout) != 0 || layout != stable_.strided ||
-      stable_.device_type(handle, &device_type) != 0 || stable_.dtype(handle, &dtype) != 0) {
-    return false;
-  }
-  const bool on_cpu = device_type == stable_.cpu;
-  if (!on_cpu && device_type != stable_.cuda) return false;
-  if (!on_cpu && stable_.device_index(handle, &device_index) != 0) return false;
-  out.device.type = on_cpu ? dlpack::kCPU : stable_.gpu;
-  out.device.id = device_index;
-  const auto known = std::find_if(std::begin(stable_.dtypes), std::end(stable_.dtypes),
-                                  [dtype](const auto& d) { return d.number == dtype; });
-  if (known == std::end(stable_.dtypes)) return false;
-  out.dtype = known->type;
-  if (stable_.data(handle, &out.data) != 0 || stable_.dim(handle, &dim) != 0 ||
-      stable_.sizes(handle, &out.shape) != 0 || stable_.strides(handle, &out.strides) != 0) {
-    return false;
-  }
-  out.ndim = static_cast<int32_t>(dim);
-  return true;
 }
 
 }  // namespace adamprox

@@ -1,20 +1,27 @@
 #include "thread_pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <cfenv>
 #include <condition_variable>
+#include <cstdint>
+#include <cstring>
 #include <mutex>
 #include <thread>
 
 namespace adamprox {
 namespace {
 
+using Work = std::function<void()>;
+
+// Threads of our own: for a forked child, where OpenMP's would be waited for in vain, and for a
+// torch that does not lend its own.
 class ThreadPool {
  public:
-  void run(int helpers, const std::function<void()>& work) {
+  void run(int helpers, const Work& work) {
     std::unique_lock<std::mutex> lock(mutex_);
-    if (helpers <= 0 || work_ != nullptr) {
+    if (work_ != nullptr) {  // another thread has the helpers
       lock.unlock();
       return work();
     }
@@ -23,7 +30,6 @@ class ThreadPool {
     }
     work_ = &work;
     vacancies_ = helpers;
-    std::fegetenv(&environment_);
     lock.unlock();
     for (int i = 0; i < helpers; ++i) wake_.notify_one();
     work();
@@ -40,9 +46,7 @@ class ThreadPool {
       wake_.wait(lock, [this] { return vacancies_ > 0; });
       --vacancies_;
       ++active_;
-      // The caller's rounding and flush-to-zero modes, so that the helpers give the same bits.
-      std::fesetenv(&environment_);
-      const std::function<void()>& work = *work_;
+      const Work& work = *work_;
       lock.unlock();
       work();
       lock.lock();
@@ -52,24 +56,58 @@ class ThreadPool {
 
   std::mutex mutex_;
   std::condition_variable wake_, idle_;
-  const std::function<void()>* work_ = nullptr;
-  std::fenv_t environment_{};
+  const Work* work_ = nullptr;
   int threads_ = 0, vacancies_ = 0, active_ = 0;
 };
+
+// torch's own threads, by libtorch's stable C ABI: they are awake where a backward pass has just
+// ended, and spin for a while then, on the cores that threads of our own would need.
+using TorchParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain,
+                                     void (*body)(int64_t, int64_t, void*), void* context);
+
+TorchParallelFor find_torch_parallel_for() {
+  TorchParallelFor function = nullptr;
+  if (void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_NOW)) {
+    void* symbol = dlsym(library, "torch_parallel_for");
+    std::memcpy(&function, &symbol, sizeof(symbol));
+  }
+  return function;
+}
+
+TorchParallelFor torch_parallel_for = nullptr;
 
 // Never destroyed: its threads outlive static destructors. A forked child has the object but not
 // the threads, and perhaps a locked mutex, so it starts over.
 ThreadPool* pool = nullptr;
 
+void start_over() {
+  pool = new ThreadPool;
+  torch_parallel_for = nullptr;
+}
+
 }  // namespace
 
-void run_in_parallel(int helpers, const std::function<void()>& work) {
+void run_in_parallel(int helpers, const Work& work) {
+  if (helpers <= 0) return work();
   static std::once_flag once;
   std::call_once(once, [] {
-    pool = new ThreadPool;
-    pthread_atfork(nullptr, nullptr, [] { pool = new ThreadPool; });
+    start_over();
+    torch_parallel_for = find_torch_parallel_for();
+    pthread_atfork(nullptr, nullptr, &start_over);
   });
-  pool->run(helpers, work);
+  // The caller's rounding and flush-to-zero modes, so that the helpers give the same bits.
+  std::fenv_t callers;
+  std::fegetenv(&callers);
+  const Work alike = [&] {
+    std::fenv_t own;
+    std::fegetenv(&own);
+    std::fesetenv(&callers);
+    work();
+    std::fesetenv(&own);
+  };
+  if (torch_parallel_for == nullptr) return pool->run(helpers, alike);
+  const auto body = [](int64_t, int64_t, void* context) { (*static_cast<const Work*>(context))(); };
+  torch_parallel_for(0, helpers + 1, 1, body, const_cast<Work*>(&alike));
 }
 
 }  // namespace adamprox
