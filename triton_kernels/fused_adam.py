@@ -182,7 +182,6 @@ def shrink_kernel(metadata, payload, sums, num_rows, DTYPES: tl.constexpr):
 def fused_adam(
     metadata: Tensor,
     payload: Tensor,
-    chunk_sums: Tensor | None,
     num_rows: int,
     num_chunks: int,
     decay: str,
@@ -197,7 +196,11 @@ def fused_adam(
     dtypes = sorted(dtypes)
     variants = tuple(p | s << 8 | a << 16 for p, s in dtypes for a in range(1 + amsgrad))
     grid = (num_chunks,)
-    update_kernel[grid](metadata, payload, chunk_sums, num_rows, decay, variants, **OPTIONS)
+    sums = None
+    if decay == "prox_l2":  # behind the chunks and the Workspace's ticket
+        first = num_rows * ROW_WORDS.value + num_chunks + 1
+        sums = metadata[first : first + num_chunks].view(torch.float64)
+    update_kernel[grid](metadata, payload, sums, num_rows, decay, variants, **OPTIONS)
     if decay == "prox_l2":
         params = tuple(sorted({p for p, _ in dtypes}))
-        shrink_kernel[grid](metadata, payload, chunk_sums, num_rows, params, **OPTIONS)
+        shrink_kernel[grid](metadata, payload, sums, num_rows, params, **OPTIONS)
