@@ -118,7 +118,7 @@ __device__ __forceinline__ void for_each_element(int count, bool aligned, F f, F
   const int in_vectors = aligned ? count - count % kWidth : 0;
   int at = threadIdx.x * kWidth;
   at = for_each_vector<kVectors, kWidth>(at, in_vectors, f, first, streams...);
-  for_each_vector<1, kWidth>(at, in_vectors, f, first, streams...);
+  if constexpr (kVectors > 1) for_each_vector<1, kWidth>(at, in_vectors, f, first, streams...);
   if (in_vectors == count) return;
   __syncthreads();  // elements change hands
   for_each_vector<1, 1>(in_vectors + threadIdx.x, count, f, first, streams...);
