@@ -18,14 +18,14 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 RULES = ("Coupled", "Decoupled", "ProxSqL2", "ProxL1", "ProxL2")
 ARCHITECTURES = [a.removesuffix("-real") for a in _C.cuda_architectures.split()]
 
-# The budget: 2 blocks of 256 threads a multiprocessor, whose 65,536 registers are given out to warps
-# in units of 256. AdamProxL2 has 16 KB of lanes in shared memory, and CUDA takes 1 KB a block itself.
+# The budget: 2 blocks of 256 threads a multiprocessor, whose 65,536 registers are given out to
+# warps in units of 256. AdamProxL2 has 16 KB of lanes in shared memory; CUDA takes 1 KB a block.
 THREADS, BLOCKS = 256, 2
 REGISTERS_PER_MULTIPROCESSOR = 65_536
 SHARED_KB_PER_MULTIPROCESSOR = {"75": 64, "80": 164, "90": 228, "100": 228, "120": 100}
 
-# How many vectors of each tensor a thread has in flight in full tiles, and how many 128-bit loads and
-# stores these are, by (param, state, amsgrad): of param, grad and each state; of all but the grad.
+# By (param, state, amsgrad): how many vectors of each tensor a thread has in flight, and how many
+# loads (of param, grad and states) and stores (of all but the grad) of 128 bits these are.
 VECTORS = {
     ("float32", "float32", False): (4, 16, 12),
     ("float32", "float32", True): (2, 10, 8),
