@@ -41,7 +41,7 @@ struct Convert<BFloat16> {
   using Compute = float;
   static HOST_DEVICE float widen(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
   static HOST_DEVICE BFloat16 narrow(float x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // in one instruction
     BFloat16 rounded;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(x));
     return rounded;

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections import defaultdict
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 # They end a path, or go where only run time knows: out of any loop of ours.
 _LEAVES = {"EXIT", "RET", "BRX", "JMX"}
+_LOAD, _STORE = (re.compile(rf"{kind}\..*\b128\b.*") for kind in ("LDG", "STG"))  # of 128 bits
 
 
 class Instruction(NamedTuple):
@@ -34,13 +37,12 @@ class Loop:
     def __init__(self, instructions: list[Instruction]) -> None:
         self.instructions = instructions
 
-    def count(self, pattern: str) -> int:
-        return sum(bool(re.fullmatch(pattern, i.opcode)) for i in self.instructions)
-
     @cached_property
     def vectors(self) -> tuple[int, int]:
         """How many loads and stores of 128 bits it makes."""
-        return self.count(r"LDG\..*\b128\b.*"), self.count(r"STG\..*\b128\b.*")
+        loads = [i for i in self.instructions if _LOAD.fullmatch(i.opcode)]
+        stores = [i for i in self.instructions if _STORE.fullmatch(i.opcode)]
+        return len(loads), len(stores)
 
     @cached_property
     def others(self) -> list[str]:
@@ -54,7 +56,7 @@ class Loop:
         awaited: set[int] = set()
         count = 0
         for instruction in self.instructions:
-            load = re.fullmatch(r"LDG\..*\b128\b.*", instruction.opcode)
+            load = _LOAD.fullmatch(instruction.opcode)
             _, _, address = instruction.operands.partition(",")
             used = instruction._replace(operands=address).uses if load else instruction.uses
             if used & awaited:
@@ -101,6 +103,17 @@ def vector_loops(code: str) -> list[Loop]:
             todo.extend(new)
         if head == 0 or 0 not in body:
             bodies.append(body)
-    found = {frozenset(b) for b in bodies if any("128" in listing[i].opcode for i in b)}
+    vectors = {
+        i for i, x in enumerate(listing) if _LOAD.fullmatch(x.opcode) or _STORE.fullmatch(x.opcode)
+    }
+    found = {frozenset(body) for body in bodies if body & vectors}
     innermost = [b for b in found if not any(other < b for other in found)]
     return [Loop([listing[i] for i in sorted(body)]) for body in innermost]
+
+
+def cuobjdump(path: str | Path, *arguments: str) -> str:
+    """What Triton's copy of it says of a binary."""
+    import triton
+
+    command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", *arguments, path]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import functools
 import re
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
-import triton
 
 import sass
 from adamprox import _C
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 RULES = ("Coupled", "Decoupled", "ProxSqL2", "ProxL1", "ProxL2")
 ARCHITECTURES = [a.removesuffix("-real") for a in _C.cuda_architectures.split()]
 
@@ -49,8 +45,7 @@ every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 @functools.cache
 def cuobjdump(*arguments: str) -> str:
-    command = [TOOLS / "cuobjdump", *arguments, _C.__file__]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return sass.cuobjdump(_C.__file__, *arguments)
 
 
 def kernels(text: str, header: str) -> dict[str, str]:

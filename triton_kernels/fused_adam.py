@@ -28,7 +28,8 @@ SCALARS_WORDS = tl.constexpr(6)  # sizeof(Scalars) / 8
 STORAGE = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))
 COMPUTE = tl.constexpr((tl.float32, tl.float64, tl.float32, tl.float32))
 
-# Threads of 8 elements, of a warp's 64 threads on AMD and 32 on NVIDIA; no contraction.
+# Threads of 8 elements, 128 bits of 16-bit numbers; of a warp's 64 threads on AMD and 32 on NVIDIA.
+# No contraction.
 OPTIONS = {"num_warps": 4 if torch.version.hip else 8, "enable_fp_fusion": False}
 
 
@@ -106,13 +107,16 @@ def shrink_tile(param, k, first, mask, lanes):
 def for_each_tile(f: tl.constexpr, tensors, args, row, count):
     """Calls f on the tiles of a chunk; returns the lanes that f adds to."""
     lanes = tl.zeros([TILE_SIZE], tl.float64)
-    aligned = ((tl.load(row + 6) >> 16) & 1) == 1
-    for tile in range(0, CHUNK_SIZE // TILE_SIZE):
-        first = tile * TILE_SIZE
-        if aligned & (first + TILE_SIZE <= count):
-            lanes = f(tensors, args, first, None, lanes)
-        elif first < count:
-            lanes = f(tensors, args, first, first + tl.arange(0, TILE_SIZE) < count, lanes)
+    # Two loops, since one with both kinds of access takes all registers that there are.
+    aligned = (tl.load(row + 6) >> 16) & 1
+    full = (count // TILE_SIZE * TILE_SIZE) * aligned.to(tl.int32)
+    first = 0
+    while first < full:
+        lanes = f(tensors, args, first, None, lanes)
+        first += TILE_SIZE
+    while first < count:
+        lanes = f(tensors, args, first, first + tl.arange(0, TILE_SIZE) < count, lanes)
+        first += TILE_SIZE
     return lanes
 
 
