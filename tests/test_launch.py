@@ -73,7 +73,7 @@ def test_a_step_is_one_launch_with_cuda(cuda, optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_step_is_one_launch_with_triton(optimizer, monkeypatch):
-    """Two for AdamProxL2: Triton has no way to wait for another program."""
+    """Two for AdamProxL2, whose second sweep is a launch of its own."""
     kernels = pytest.importorskip("adamprox.triton_kernels.fused_adam")
     launches = []
 
