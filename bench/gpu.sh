@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, offline, with this machine's own torch and tools, in under ten
-# minutes: build, GPU tests, memcheck and racecheck, benchmarks.
+# minutes: build, GPU tests, memcheck, racecheck and synccheck, benchmarks.
 #
 #   bench/gpu.sh OUT     writes records with their provenance to the folder OUT
 #
@@ -52,10 +52,11 @@ export PYTHONPATH=$out/.site${PYTHONPATH:+:$PYTHONPATH}
 export -f build provenance sanitize benchmark
 export out python
 part provenance 30 bash -c provenance
-part build 200 bash -c build
+part build 170 bash -c build
 part tests 150 "$python" -m pytest tests -q -p no:cacheprovider -m gpu
-part memcheck 60 bash -c 'sanitize memcheck'
+part memcheck 50 bash -c 'sanitize memcheck'
 part racecheck 60 bash -c 'sanitize racecheck'
+part synccheck 40 bash -c 'sanitize synccheck'
 part benchmark 90 bash -c benchmark
 rm -rf "$out/.site"
 tail -n 5 "$out/tests.log" >&2

@@ -124,16 +124,17 @@ class Table {
                        [](const TensorRow& row) { return row.max_exp_avg_sq != nullptr; });
   }
 
-  // What seldom changes, TensorRow[num_rows] and Chunk[num_chunks], as upload(bytes) put it on the
-  // device; called again only if the bytes or the stream have changed since.
+  // What seldom changes, TensorRow[num_rows] and Chunk[num_chunks], and a Workspace, as upload(bytes)
+  // put it on the device; called again only if the bytes or the stream have changed since. So
+  // two streams never share a Workspace.
   py::object metadata(const py::function& upload) const {
     const uintptr_t stream = this->stream();
     std::string bytes(reinterpret_cast<const char*>(&stream), sizeof(stream));
     append_bytes(bytes, device_.table.rows);
     append_bytes(bytes, device_.table.chunks);
     if (!device_.uploaded || bytes != device_.uploaded_bytes) {
-      device_.uploaded =
-          upload(py::bytes(bytes.data() + sizeof(stream), bytes.size() - sizeof(stream)));
+      const std::string work(Workspace::bytes(device_.table.decay, num_chunks()), '\0');
+      device_.uploaded = upload(py::bytes(bytes.substr(sizeof(stream)) + work));
       device_.uploaded_bytes = std::move(bytes);
     }
     return device_.uploaded;
@@ -154,11 +155,10 @@ class Table {
   }
 
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
-  // `payload` and `chunk_sums` are addresses on the device, 0 where there is none.
-  void step_cuda(uintptr_t metadata, uintptr_t payload, uintptr_t chunk_sums) const {
-    CudaStep step{device_.device.id, reinterpret_cast<void*>(stream()),
-                  reinterpret_cast<const void*>(metadata), reinterpret_cast<const void*>(payload),
-                  reinterpret_cast<double*>(chunk_sums)};
+  // Addresses on the device; of a payload that is too long to be passed inline, else 0.
+  void step_cuda(uintptr_t metadata, uintptr_t payload) const {
+    const CudaStep step{device_.device.id, reinterpret_cast<void*>(stream()),
+                        reinterpret_cast<void*>(metadata), reinterpret_cast<const void*>(payload)};
     const py::gil_scoped_release release;
     fused_adam_cuda(device_.table, step);
   }
@@ -207,8 +207,7 @@ PYBIND11_MODULE(_C, m) {
       .def("payload", &Table::payload)
       .def_property_readonly("payload_size", &Table::payload_size)
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
-      .def("step_cuda", &Table::step_cuda, py::arg("metadata"), py::arg("payload"),
-           py::arg("chunk_sums"))
+      .def("step_cuda", &Table::step_cuda, py::arg("metadata"), py::arg("payload"))
 #endif
       .def("step_cpu", &Table::step_cpu, py::arg("threads"));
   py::class_<Gather, std::shared_ptr<Gather>>(m, "Gather")

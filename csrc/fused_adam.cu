@@ -1,4 +1,4 @@
-// One step on an NVIDIA GPU: launches the kernels of fused_adam.cuh on the caller's stream.
+// One step on an NVIDIA GPU: launches the kernel of fused_adam.cuh on the caller's stream.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -33,7 +33,7 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
-// As many blocks as the device holds at once; each takes chunk after chunk.
+// As many blocks as the device holds at once.
 int resident_blocks(const void* kernel, int device) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> known;
@@ -61,13 +61,8 @@ void launch(void (*kernel)(LaunchArgs), LaunchArgs& args, const CudaStep& step) 
 void fused_adam_cuda(const TensorTable& table, const CudaStep& step) {
   if (table.chunks.empty()) return;
   const DeviceGuard guard(step.device);
-  LaunchArgs args;
-  args.rows = static_cast<const TensorRow*>(step.metadata);
-  args.num_rows = static_cast<int64_t>(table.rows.size());
-  args.chunks = reinterpret_cast<const Chunk*>(args.rows + args.num_rows);
-  args.num_chunks = static_cast<int64_t>(table.chunks.size());
-  args.chunk_sums = step.chunk_sums;
-  args.payload = static_cast<const unsigned char*>(step.payload);
+  LaunchArgs args(step.metadata, static_cast<int64_t>(table.rows.size()),
+                  static_cast<int64_t>(table.chunks.size()), step.payload);
   if (args.payload == nullptr) {
     const size_t grads = table.grads.size() * sizeof(void*);
     std::memcpy(args.inline_payload, table.grads.data(), grads);
@@ -76,7 +71,6 @@ void fused_adam_cuda(const TensorTable& table, const CudaStep& step) {
   }
   with_rule(table.decay,
             [&](auto rule) { launch(update_kernel<typename decltype(rule)::type>, args, step); });
-  if (table.decay == Decay::kProxL2) launch(shrink_kernel, args, step);
 }
 
 int64_t cuda_inline_payload() { return kInlinePayload; }

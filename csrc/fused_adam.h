@@ -13,9 +13,8 @@ const char* cpu_instruction_set();
 struct CudaStep {
   int device;
   void* stream;
-  const void* metadata;  // on the device: TensorRow[] and Chunk[]
-  const void* payload;   // on the device: the grads and Scalars[]; null where they fit inline
-  double* chunk_sums;    // on the device, one a chunk; AdamProxL2 only
+  void* metadata;       // on the device: TensorRow[], Chunk[] and the Workspace
+  const void* payload;  // on the device: the grads and Scalars[]; null where they fit inline
 };
 
 void fused_adam_cuda(const TensorTable& table, const CudaStep& step);

@@ -1,4 +1,4 @@
-// The CUDA loop over one tile: 128-bit loads, a functor, 128-bit stores. It knows memory; not Adam.
+// The CUDA loop over a chunk: 128-bit loads, a functor, 128-bit stores. It knows memory; not Adam.
 #pragma once
 
 #include <cstdint>
@@ -10,134 +10,118 @@
 namespace adamprox {
 
 constexpr int kThreads = 256;
-constexpr int kPerThread = kTileSize / kThreads;
-constexpr int kBlocksPerMultiprocessor = 2;  // so 128 registers a thread; nothing spills
 
-// The place in a tile of the calling thread's element i: vectors of kWidth elements, a block's
-// width apart, so that neighbouring threads touch neighbouring memory.
-template <int kWidth>
-__device__ __forceinline__ int64_t place_in_tile(int i) {
-  return (i / kWidth) * (kThreads * kWidth) + threadIdx.x * kWidth + i % kWidth;
-}
-
-// Where a tile lies in its tensor, and how it may be read.
-struct TileRange {
-  int64_t begin;
-  int64_t end;   // of the tensor, or of the tile where that comes first
-  bool vectors;  // a full tile of aligned tensors: no bounds to check, so accesses are 128-bit
-};
+// A stream that is touched once a step: in the L2 cache it makes room for those that are not.
+template <typename Stream>
+struct Once : Stream {};
 
 template <typename Stream>
-struct IsOptional : std::false_type {};
-template <typename Storage>
-struct IsOptional<Optional<Storage>> : std::true_type {};
+struct IsOnce : std::false_type {};
+template <typename Stream>
+struct IsOnce<Once<Stream>> : std::true_type {};
 
-// kWidth elements as 128-bit words. By intrinsics, past L1, which has nothing to give to data that
-// is touched once; and plain accesses are taken apart for sm_100 and later (CUDA 13.0).
-template <typename Storage, int kWidth>
-struct Vector {
-  uint4 word[kWidth * sizeof(Storage) / sizeof(uint4)];
-
-  static __device__ __forceinline__ Vector load(const Storage* from) {
-    Vector vector;
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(word) / sizeof(uint4)); ++i) {
-      vector.word[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
-    }
-    return vector;
-  }
-
-  __device__ __forceinline__ void store(Storage* to) const {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(word) / sizeof(uint4)); ++i) {
-      __stcg(reinterpret_cast<uint4*>(to) + i, word[i]);
-    }
-  }
-
-  struct Elements {
-    Storage element[kWidth];
-  };
-};
-
-// What one thread holds of a stream at a time: kVectors of the places above.
-template <int kWidth, int kVectors, typename Stream>
+// What one thread holds of a stream at a time, as it is stored: kVectors times kWidth elements.
+//
+// A vector moves as 128-bit words, by intrinsics: plain accesses are taken apart for sm_100 and
+// later (CUDA 13.0).
+template <int kVectors, int kWidth, typename Stream>
 struct Held {
   using Storage = typename Stream::Element;
-  using T = typename Stream::T;
-  using Words = Vector<Storage, kWidth>;
-  using Elements = typename Words::Elements;
+  static constexpr int kWords = kWidth * sizeof(Storage) / sizeof(uint4);
+  struct Elements {
+    Storage at[kWidth];
+  };
+  struct Words {
+    uint4 at[kWords > 0 ? kWords : 1];
+  };
   Stream stream;
-  T value[kVectors * kWidth];
+  Elements vector[kVectors];
+  typename Stream::T value;  // of the element that is being worked on
 
-  __device__ __forceinline__ void load(const TileRange& range, int first) {
-    if constexpr (IsOptional<Stream>::value) {
-      if (stream.data == nullptr) {
+  __device__ __forceinline__ void load(int v, int at) {
+    if constexpr (kWords == 0) {
+      vector[v].at[0] = stream.data[at];
+    } else {
+      Words words;
 #pragma unroll
-        for (T& v : value) v = stream.absent;
-        return;
+      for (int i = 0; i < kWords; ++i) {
+        const uint4* from = reinterpret_cast<const uint4*>(stream.data + at) + i;
+        words.at[i] = IsOnce<Stream>::value ? __ldcs(from) : __ldcg(from);
       }
-    }
-#pragma unroll
-    for (int i = 0; i < kVectors * kWidth; i += kWidth) {
-      const int64_t at = range.begin + place_in_tile<kWidth>(first + i);
-      if (range.vectors) {
-        const auto vector = bit_cast<Elements>(Words::load(stream.data + at));
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) value[i + j] = Convert<Storage>::widen(vector.element[j]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          value[i + j] = at + j < range.end ? stream.load(at + j) : T(0);
-        }
-      }
+      vector[v] = bit_cast<Elements>(words);
     }
   }
 
-  __device__ __forceinline__ void store(const TileRange& range, int first) const {
+  __device__ __forceinline__ void open(int v, int i) {
+    value = Convert<Storage>::widen(vector[v].at[i]);
+  }
+
+  __device__ __forceinline__ void close(int v, int i) {
+    if constexpr (Stream::kWritten) vector[v].at[i] = Convert<Storage>::narrow(value);
+  }
+
+  __device__ __forceinline__ void store(int v, int at) const {
     if constexpr (Stream::kWritten) {
-      if (IsOptional<Stream>::value && stream.data == nullptr) return;
+      if constexpr (kWords == 0) {
+        stream.data[at] = vector[v].at[0];
+      } else {
+        const Words words = bit_cast<Words>(vector[v]);
 #pragma unroll
-      for (int i = 0; i < kVectors * kWidth; i += kWidth) {
-        const int64_t at = range.begin + place_in_tile<kWidth>(first + i);
-        if (range.vectors) {
-          Elements vector;
-#pragma unroll
-          for (int j = 0; j < kWidth; ++j) {
-            vector.element[j] = Convert<Storage>::narrow(value[i + j]);
-          }
-          bit_cast<Words>(vector).store(stream.data + at);
-        } else {
-#pragma unroll
-          for (int j = 0; j < kWidth; ++j) {
-            if (at + j < range.end) stream.store(at + j, value[i + j]);
-          }
+        for (int i = 0; i < kWords; ++i) {
+          uint4* to = reinterpret_cast<uint4*>(stream.data + at) + i;
+          IsOnce<Stream>::value ? __stcs(to, words.at[i]) : __stcg(to, words.at[i]);
         }
       }
     }
   }
 };
 
-// Calls f(i, element...) for the calling thread's elements of a tile, i from 0 to kPerThread - 1;
-// its streams' elements are loaded before and stored after.
-template <int kWidth, typename F, typename... Streams>
-__device__ __forceinline__ void for_each_in_tile(const TileRange& range, F f, Streams... streams) {
-  // Two vectors of each stream at a time keep enough loads in flight; of doubles, one: their
-  // registers count twice, and none may spill.
-  constexpr int kVectors = kWidth == 4 ? 2 : 1;
-  const auto run = [&](int first, auto... held) {
-    (held.load(range, first), ...);
+// Vectors of the calling thread from `at` on, a block's width apart, so that neighbouring threads
+// touch neighbouring memory; as long as kVectors of them begin before `end`, whose loads are all
+// under way before the first one is needed. Returns where it stopped.
+template <int kVectors, int kWidth, typename F, typename... Streams>
+__device__ __forceinline__ int for_each_vector(int at, int end, F f, Streams... streams) {
+  constexpr int kStride = kThreads * kWidth;
+  const auto run = [&](auto... held) {
 #pragma unroll
-    for (int i = 0; i < kVectors * kWidth; ++i) {
-      if (range.vectors || range.begin + place_in_tile<kWidth>(first + i) < range.end) {
-        f(first + i, held.value[i]...);
+    for (int v = 0; v < kVectors; ++v) (held.load(v, at + v * kStride), ...);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        (held.open(v, i), ...);
+        f(at + v * kStride + i, held.value...);
+        (held.close(v, i), ...);
       }
+      (held.store(v, at + v * kStride), ...);
     }
-    (held.store(range, first), ...);
   };
-#pragma unroll
-  for (int first = 0; first < kPerThread; first += kVectors * kWidth) {
-    run(first, Held<kWidth, kVectors, Streams>{streams, {}}...);
+#pragma unroll 1
+  for (; at + (kVectors - 1) * kStride < end; at += kVectors * kStride) {
+    run(Held<kVectors, kWidth, Streams>{streams, {}, {}}...);
   }
+  return at;
+}
+
+// Calls f(i, element...) for `count` elements of the streams, which point to the first ones: they
+// are loaded before and stored after. `aligned`: the streams are, at 16 bytes. All threads of a
+// block call it; of i and i + kTileSize, the same one works on both.
+template <int kMostVectors, typename F, typename First, typename... Streams>
+__device__ __forceinline__ void for_each_element(int count, bool aligned, F f, First first,
+                                                 Streams... streams) {
+  constexpr int kSize = sizeof(typename First::Element);  // no other stream's is smaller
+  constexpr int kWidth = sizeof(uint4) / kSize;
+  // At most 16 loads of 128 bits are in flight; beyond that, registers spill.
+  constexpr int kLoads = (kSize + ... + sizeof(typename Streams::Element)) / kSize;
+  constexpr int kFit = kSize == 4 && kLoads <= 4 ? 4 : kLoads <= 6 ? 2 : 1;
+  constexpr int kVectors = kFit < kMostVectors ? kFit : kMostVectors;
+  const int in_vectors = aligned ? count - count % kWidth : 0;
+  int at = threadIdx.x * kWidth;
+  at = for_each_vector<kVectors, kWidth>(at, in_vectors, f, first, streams...);
+  if constexpr (kVectors > 1) for_each_vector<1, kWidth>(at, in_vectors, f, first, streams...);
+  if (in_vectors == count) return;
+  __syncthreads();  // elements change hands
+  for_each_vector<1, 1>(in_vectors + threadIdx.x, count, f, first, streams...);
 }
 
 }  // namespace adamprox

@@ -27,10 +27,4 @@ struct ReadWrite {
   HOST_DEVICE void store(int64_t i, T value) const { data[i] = Convert<Storage>::narrow(value); }
 };
 
-// Updated in place where there is one; else each element is `absent` and nothing is stored.
-template <typename Storage>
-struct Optional : ReadWrite<Storage> {
-  Compute<Storage> absent;
-};
-
 }  // namespace adamprox

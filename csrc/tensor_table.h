@@ -46,6 +46,30 @@ struct Chunk {
   int32_t index;  // within the tensor: it starts at index * kChunkSize
 };
 
+// How far AdamProxL2 is on a GPU.
+struct Progress {
+  uint32_t done;  // at a tensor's first chunk: how many it has updated, and then shrunk
+  int32_t below;  // the chunk that the same block put aside before this one, or -1
+};
+
+// Where the kernels on a GPU work: behind the metadata, zeros at first. What counts (the ticket and
+// Progress::done) is zero again after every launch.
+struct Workspace {
+  uint32_t* ticket;  // how many chunks blocks have taken
+  double* sums;      // AdamProxL2: of squares, one a chunk; and then
+  Progress* progress;
+
+  Workspace(void* memory, int64_t num_chunks)
+      : ticket(static_cast<uint32_t*>(memory)),
+        sums(static_cast<double*>(memory) + 1),
+        progress(reinterpret_cast<Progress*>(sums + num_chunks)) {}
+
+  static size_t bytes(Decay decay, int64_t num_chunks) {
+    const bool norms = decay == Decay::kProxL2;
+    return sizeof(double) + norms * num_chunks * (sizeof(double) + sizeof(Progress));
+  }
+};
+
 struct TensorTable {
   Decay decay = Decay::kCoupled;
   std::vector<TensorRow> rows;

@@ -17,6 +17,8 @@ pytestmark = [
 ]
 
 SIZES = (0, 1, TILE_SIZE - 1, TILE_SIZE, TILE_SIZE + 1, CHUNK_SIZE + 1, 5 * CHUNK_SIZE + 7)
+# A huge tensor, and thousands of tiny ones between some of a few chunks: AdamProxL2's blocks wait.
+MIXED_SIZES = (300 * CHUNK_SIZE + 5, *((1, 7, 64, 3 * CHUNK_SIZE) * 20), *((2,) * 4000))
 every_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
@@ -68,6 +70,77 @@ def test_more_tensors_than_fit_into_a_kernels_parameters(backend, optimizer):
     sizes = tuple(index % 5 for index in range(6000))
     on_gpu = run(optimizer, backend, "cuda", sizes=sizes, steps=3)
     assert_same_bits(on_gpu, run(optimizer, "cpu", "cpu", sizes=sizes, steps=3))
+
+
+@every_backend
+def test_blocks_wait_for_one_another(backend):
+    """Step after step: what they count is zero again after each."""
+    on_gpu = run("AdamProxL2", backend, "cuda", sizes=MIXED_SIZES, option="groups", steps=5)
+    on_cpu = run("AdamProxL2", "cpu", "cpu", sizes=MIXED_SIZES, option="groups", steps=5)
+    assert_same_bits(on_gpu, on_cpu)
+
+
+def l2_with_grads(sizes: tuple[int, ...], device: str, backend: str) -> torch.optim.Optimizer:
+    values = [value.to(device) for value in values_of(sizes, torch.float32)]
+    opt = build("AdamProxL2", values, OPTIONS["plain"], backend, None)
+    for param in params_of(opt):
+        param.grad = param.detach().clone()
+    return opt
+
+
+def test_blocks_of_two_streams_wait_at_the_same_time():
+    """More blocks than a GPU holds, of two launches, each of which waits for its own."""
+    sizes = (2000 * CHUNK_SIZE,)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    optimizers = [l2_with_grads(sizes, "cuda", "cuda") for _ in streams]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, opt in zip(streams, optimizers, strict=True):
+            with torch.cuda.stream(stream):
+                opt.step()
+    torch.cuda.synchronize()
+    on_cpu_alone = l2_with_grads(sizes, "cpu", "cpu")
+    for _ in range(20):
+        on_cpu_alone.step()
+    for opt in optimizers:
+        assert_same_bits(on_cpu(opt), on_cpu_alone)
+
+
+def test_a_step_on_another_stream_works_in_memory_of_its_own():
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    opt = l2_with_grads(MIXED_SIZES, "cuda", "cuda")
+    torch.cuda.synchronize()
+    for step in range(6):
+        stream, other = streams[step % 2], streams[(step + 1) % 2]
+        stream.wait_stream(other)
+        with torch.cuda.stream(stream):
+            opt.step()
+    torch.cuda.synchronize()
+    on_cpu_alone = l2_with_grads(MIXED_SIZES, "cpu", "cpu")
+    for _ in range(6):
+        on_cpu_alone.step()
+    assert_same_bits(on_cpu(opt), on_cpu_alone)
+
+
+@every_optimizer
+@every_backend
+def test_a_step_is_one_launch(backend, optimizer):
+    values = [
+        torch.ones(1 + i % 5, dtype=(torch.float32, torch.bfloat16)[i % 2], device="cuda")
+        for i in range(400)
+    ]
+    opt = build(optimizer, values, OPTIONS["groups"], backend, None)
+    for param in params_of(opt):
+        param.grad = torch.ones_like(param)
+    opt.step()  # which also makes the states
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        opt.step()
+        torch.cuda.synchronize()
+    on_gpu = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in on_gpu if not name.startswith("Mem")]
+    twice = backend == "triton" and optimizer == "AdamProxL2"
+    assert len(kernels) == (2 if twice else 1), kernels
 
 
 @every_backend
@@ -126,5 +199,6 @@ def test_more_than_two_to_the_31_elements():
 @every_optimizer
 def test_short_run(optimizer):
     """What compute-sanitizer looks at: every rule, full and partial tiles, all dtypes."""
+    sizes = (*SIZES, 40 * CHUNK_SIZE, 2 * CHUNK_SIZE)
     for dtype in DTYPES:
-        run(optimizer, "cuda", "cuda", dtype=dtype, option="groups", steps=1)
+        run(optimizer, "cuda", "cuda", dtype=dtype, option="groups", sizes=sizes, steps=2)

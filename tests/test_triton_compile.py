@@ -10,9 +10,11 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
+from typing import Any
 
 import pytest
 
+import sass
 from adamprox import reference
 
 pytest.importorskip("triton")
@@ -31,8 +33,10 @@ STORAGE = [("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32"), ("f64", "f64")]
 ELEMENTS_PER_THREAD = reference.TILE_SIZE // 256
 
 
-def compile_kernel(target: str, decay: str, options: dict[str, object]) -> dict[str, str]:
-    """The texts that Triton makes on its way, for all of STORAGE in one kernel."""
+def compile_kernel(
+    target: str, decay: str, options: dict[str, object], storage: list[tuple[str, str]]
+) -> dict[str, Any]:
+    """The texts that Triton makes on its way, and the binary, for all of storage in one kernel."""
     import triton
     import triton.language as tl
     from adamprox.triton_kernels import fused_adam, update
@@ -40,7 +44,7 @@ def compile_kernel(target: str, decay: str, options: dict[str, object]) -> dict[
 
     backend, arch, warp_size = TARGETS[target]
     update.HIP = tl.constexpr(backend == "hip")
-    numbers = [(DTYPES[param][0], DTYPES[state][0]) for param, state in STORAGE]
+    numbers = [(DTYPES[param][0], DTYPES[state][0]) for param, state in storage]
     signature = {"metadata": "*i64", "payload": "*i64", "sums": "*fp64", "num_rows": "i32"}
     if decay == "shrink":
         kernel = fused_adam.shrink_kernel
@@ -60,7 +64,7 @@ def compile_kernel(target: str, decay: str, options: dict[str, object]) -> dict[
         target=GPUTarget(backend, arch, warp_size),
         options={**fused_adam.OPTIONS, "num_warps": 256 // warp_size, **options},
     )
-    return {stage: text for stage, text in compiled.asm.items() if isinstance(text, str)}
+    return dict(compiled.asm)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +76,12 @@ def compiled():
             pool.submit(int).result()  # it starts here
 
         @cache
-        def call(target: str, decay: str, fusion: bool | None = None) -> dict[str, str]:
+        def call(
+            target: str, decay: str, fusion: bool | None = None, only: tuple[str, str] | None = None
+        ) -> dict[str, Any]:
             options = {} if fusion is None else {"enable_fp_fusion": fusion}
-            return pool.submit(compile_kernel, target, decay, options).result()
+            storage = STORAGE if only is None else [only]
+            return pool.submit(compile_kernel, target, decay, options, storage).result()
 
         yield call
 
@@ -124,6 +131,23 @@ def test_ptx(compiled, target, decay):
 
 def test_contraction_would_show(compiled):
     assert contractions(instructions(compiled("sm_90", "shrink", True)["ptx"])) != []
+
+
+@pytest.mark.parametrize("only", STORAGE[:3], ids="-".join)
+@pytest.mark.parametrize("decay", ["decoupled", "prox_l2"])
+def test_the_budget_of_the_machine_code(compiled, decay, only, tmp_path):
+    """A loop over full tiles whose loads are all under way at once; 2 blocks a multiprocessor."""
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(compiled("sm_90", decay, only=only)["cubin"])
+    (loop,) = sass.vector_loops(sass.cuobjdump(binary, "--dump-sass"))
+    param_bytes, state_bytes = (DTYPES[dtype][1] for dtype in only)
+    loads = 2 * (param_bytes + state_bytes) * ELEMENTS_PER_THREAD // 16
+    assert loop.vectors[0] == loop.loads_in_flight == loads
+    assert loop.others == []
+    usage = sass.cuobjdump(binary, "--dump-resource-usage")
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    assert registers <= 128
+    assert stack == 0
 
 
 @pytest.mark.parametrize("decay", [*reference.DECAYS, "shrink"])

@@ -28,7 +28,8 @@ SCALARS_WORDS = tl.constexpr(6)  # sizeof(Scalars) / 8
 STORAGE = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))
 COMPUTE = tl.constexpr((tl.float32, tl.float64, tl.float32, tl.float32))
 
-# Threads of 8 elements, of a warp's 64 threads on AMD and 32 on NVIDIA; no contraction.
+# Threads of 8 elements, 128 bits of 16-bit numbers; of a warp's 64 threads on AMD and 32 on NVIDIA.
+# No contraction.
 OPTIONS = {"num_warps": 4 if torch.version.hip else 8, "enable_fp_fusion": False}
 
 
@@ -106,13 +107,16 @@ def shrink_tile(param, k, first, mask, lanes):
 def for_each_tile(f: tl.constexpr, tensors, args, row, count):
     """Calls f on the tiles of a chunk; returns the lanes that f adds to."""
     lanes = tl.zeros([TILE_SIZE], tl.float64)
-    aligned = ((tl.load(row + 6) >> 16) & 1) == 1
-    for tile in range(0, CHUNK_SIZE // TILE_SIZE):
-        first = tile * TILE_SIZE
-        if aligned & (first + TILE_SIZE <= count):
-            lanes = f(tensors, args, first, None, lanes)
-        elif first < count:
-            lanes = f(tensors, args, first, first + tl.arange(0, TILE_SIZE) < count, lanes)
+    # Two loops, since one with both kinds of access takes all registers that there are.
+    aligned = (tl.load(row + 6) >> 16) & 1
+    full = (count // TILE_SIZE * TILE_SIZE) * aligned.to(tl.int32)
+    first = 0
+    while first < full:
+        lanes = f(tensors, args, first, None, lanes)
+        first += TILE_SIZE
+    while first < count:
+        lanes = f(tensors, args, first, first + tl.arange(0, TILE_SIZE) < count, lanes)
+        first += TILE_SIZE
     return lanes
 
 
@@ -182,7 +186,6 @@ def shrink_kernel(metadata, payload, sums, num_rows, DTYPES: tl.constexpr):
 def fused_adam(
     metadata: Tensor,
     payload: Tensor,
-    chunk_sums: Tensor | None,
     num_rows: int,
     num_chunks: int,
     decay: str,
@@ -197,7 +200,11 @@ def fused_adam(
     dtypes = sorted(dtypes)
     variants = tuple(p | s << 8 | a << 16 for p, s in dtypes for a in range(1 + amsgrad))
     grid = (num_chunks,)
-    update_kernel[grid](metadata, payload, chunk_sums, num_rows, decay, variants, **OPTIONS)
+    sums = None
+    if decay == "prox_l2":  # behind the chunks and the Workspace's ticket
+        first = num_rows * ROW_WORDS.value + num_chunks + 1
+        sums = metadata[first : first + num_chunks].view(torch.float64)
+    update_kernel[grid](metadata, payload, sums, num_rows, decay, variants, **OPTIONS)
     if decay == "prox_l2":
         params = tuple(sorted({p for p, _ in dtypes}))
-        shrink_kernel[grid](metadata, payload, chunk_sums, num_rows, params, **OPTIONS)
+        shrink_kernel[grid](metadata, payload, sums, num_rows, params, **OPTIONS)

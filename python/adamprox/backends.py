@@ -63,12 +63,7 @@ class CudaBackend:
         # A payload that fits rides in the kernel's parameters.
         inline = table.payload_size <= _C.cuda_inline_payload
         payload = None if inline else upload(table.payload())
-        sums = _chunk_sums(table, metadata) if decay == "prox_l2" else None
-        table.step_cuda(
-            metadata.data_ptr(),
-            0 if payload is None else payload.data_ptr(),
-            0 if sums is None else sums.data_ptr(),
-        )
+        table.step_cuda(metadata.data_ptr(), 0 if payload is None else payload.data_ptr())
 
 
 class TritonBackend:
@@ -92,11 +87,9 @@ class TritonBackend:
             from .triton_kernels.fused_adam import fused_adam  # type: ignore[import-not-found, unused-ignore]
 
             upload = _upload_to(table)
-            metadata = table.metadata(upload)
             fused_adam(
-                metadata,
+                table.metadata(upload),
                 upload(table.payload()),
-                _chunk_sums(table, metadata) if decay == "prox_l2" else None,
                 table.num_rows,
                 table.num_chunks,
                 decay,
@@ -171,11 +164,6 @@ def _upload_to(table: _C.Table) -> Callable[[bytes], Tensor]:
         return words.pin_memory().to(device, non_blocking=True)
 
     return upload
-
-
-def _chunk_sums(table: _C.Table, metadata: Tensor) -> Tensor:
-    """Room for the sum of squares of each chunk, which prox_l2's second launch reads."""
-    return metadata.new_empty(table.num_chunks, dtype=torch.float64)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The CUDA kernels as a backend on CPU tensors: compiled by g++ through a small shim."""
+"""The CUDA kernel as a backend on CPU tensors: compiled by g++ through a small shim."""
 
 import ctypes
 import os
@@ -8,20 +8,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adamprox import _C, reference
 
 _HERE = Path(__file__).parent
 _CSRC = _HERE.parents[1] / "csrc"
+_ROW, _CHUNK = 56, 8  # sizeof(TensorRow), sizeof(Chunk)
+
+
+class _Step(ctypes.Structure):
+    """As in cuda_on_host.cpp."""
+
+    _fields_ = (
+        ("decay", ctypes.c_int),
+        ("metadata", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("num_chunks", ctypes.c_int64),
+        ("payload", ctypes.c_char_p),
+        ("payload_bytes", ctypes.c_int64),
+        ("blocks", ctypes.c_uint),
+        ("resident", ctypes.c_uint),
+        ("seed", ctypes.c_uint),
+        ("launches", ctypes.c_int),
+        ("sleeps", ctypes.c_int),
+    )
 
 
 class CudaOnHostBackend:
-    """Runs the device code of csrc/fused_adam.cuh; counts its launches."""
+    """Runs the device code of csrc/fused_adam.cuh, and counts its launches.
+
+    ``blocks`` in the random order of ``seed``, of which ``resident`` at a time; ``sleeps`` counts
+    how often one had to wait for another.
+    """
 
     def __init__(self, library: Path) -> None:
         self._step = ctypes.CDLL(str(library)).step
         self._step.restype = ctypes.c_char_p
-        self.launches = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """One block after another, so that each step takes the least time."""
+        self.blocks, self.resident, self.seed = 3, 1, 0
+        self.launches = self.sleeps = 0
 
     def why_not(self, device_type: str | None = None) -> str | None:
         return None if device_type in (None, "cpu") else "it runs on cpu tensors"
@@ -29,25 +58,34 @@ class CudaOnHostBackend:
     def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
         metadata = table.metadata(lambda b: torch.frombuffer(bytearray(b), dtype=torch.uint8))
         payload = table.payload()
-        sums = torch.empty(table.num_chunks, dtype=torch.float64)
-        launches = ctypes.c_int(0)
-        error = self._step(
-            ctypes.c_int(reference.DECAYS.index(decay)),
-            ctypes.c_void_p(metadata.data_ptr()),
-            ctypes.c_int64(table.num_rows),
-            ctypes.c_int64(table.num_chunks),
-            payload,
-            ctypes.c_int64(len(payload)),
-            ctypes.c_void_p(sums.data_ptr()),
-            ctypes.byref(launches),
+        step = _Step(
+            decay=reference.DECAYS.index(decay),
+            metadata=metadata.data_ptr(),
+            num_rows=table.num_rows,
+            num_chunks=table.num_chunks,
+            payload=payload,
+            payload_bytes=len(payload),
+            blocks=self.blocks,
+            resident=self.resident,
+            seed=self.seed,
         )
-        if error:
+        if error := self._step(ctypes.byref(step)):
             raise RuntimeError(error.decode())
-        self.launches += launches.value
+        self.launches += step.launches
+        self.sleeps += step.sleeps
+        self.seed += 1
+        work = metadata[table.num_rows * _ROW + table.num_chunks * _CHUNK :]
+        assert _counts(work, table.num_chunks).count_nonzero() == 0, "not ready for the next launch"
+
+
+def _counts(work: Tensor, num_chunks: int) -> Tensor:
+    """What counts in a Workspace: its ticket, and for AdamProxL2 each Progress::done."""
+    words = work.view(torch.int32)
+    return torch.cat([words[:2], words[2 + 2 * num_chunks :: 2]])
 
 
 def build(directory: Path) -> CudaOnHostBackend:
-    """Compiles the kernels for the host and loads them."""
+    """Compiles the kernel for the host and loads it."""
     library = directory / "cuda_on_host.so"
     subprocess.run(
         [
@@ -55,7 +93,7 @@ def build(directory: Path) -> CudaOnHostBackend:
             *("-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-shared", "-fPIC"),
             f"-I{_CSRC}",
             str(_HERE / "cuda_on_host.cpp"),
-            *("-o", str(library)),
+            *("-o", str(library), "-pthread"),
         ],
         check=True,
     )

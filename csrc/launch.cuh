@@ -1,0 +1,93 @@
+// What a launch is given, and how its blocks share it out: chunk by chunk, each as soon as it is free.
+#pragma once
+
+#include <cstdint>
+
+#include "multi_tensor_apply.cuh"
+#include "tensor_table.h"
+
+namespace adamprox {
+
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
+constexpr int kParameters = 4096;  // the bytes that a kernel's parameters may take
+#else
+constexpr int kParameters = 32764;  // from CUDA 12.1 on
+#endif
+constexpr int kInlinePayload = (kParameters - 64) / 16 * 16;  // beside 8 words
+
+struct LaunchArgs {
+  const TensorRow* rows;
+  const Chunk* chunks;
+  int64_t num_rows;
+  int64_t num_chunks;
+  Workspace work;
+  // What changes at each step: void*[num_rows], the grads, then Scalars[]. It rides along in the
+  // kernel's parameters, and so needs no copy of its own, unless it is too long.
+  const unsigned char* payload;  // null: inline_payload
+  alignas(16) unsigned char inline_payload[kInlinePayload];
+
+  LaunchArgs(void* metadata, int64_t num_rows, int64_t num_chunks, const void* payload)
+      : rows(static_cast<const TensorRow*>(metadata)),
+        chunks(reinterpret_cast<const Chunk*>(rows + num_rows)),
+        num_rows(num_rows),
+        num_chunks(num_chunks),
+        work(const_cast<Chunk*>(chunks + num_chunks), num_chunks),
+        payload(static_cast<const unsigned char*>(payload)) {}
+};
+static_assert(sizeof(LaunchArgs) <= kParameters, "more than a kernel's parameters may be");
+
+// One chunk of the table.
+struct Work {
+  int32_t row_index;
+  const TensorRow& row;
+  int64_t begin;
+  int count;
+  const unsigned char* payload;
+
+  __device__ __forceinline__ Work(const LaunchArgs& args, int32_t index)
+      : row_index(args.chunks[index].row),
+        row(args.rows[row_index]),
+        begin(args.chunks[index].index * kChunkSize),
+        count(row.numel - begin < kChunkSize ? row.numel - begin : kChunkSize),
+        payload(args.payload != nullptr ? args.payload : args.inline_payload) {}
+
+  __device__ __forceinline__ void* grad() const {
+    return reinterpret_cast<void* const*>(payload)[row_index];
+  }
+
+  __device__ __forceinline__ const Scalars& scalars(const LaunchArgs& args) const {
+    const auto* all = reinterpret_cast<const Scalars*>(payload + args.num_rows * sizeof(void*));
+    return all[row.scalars];
+  }
+
+  // Its elements of a tensor, known to the compiler to be in global memory.
+  template <typename T>
+  __device__ __forceinline__ T* at(void* data) const {
+#if defined(__CUDA_ARCH__)
+    __builtin_assume(__isGlobal(data));
+#endif
+    return static_cast<T*>(data) + begin;
+  }
+};
+
+// Calls f(index) for chunk after chunk, with all threads of a block. Each block takes the next one
+// when it is free: a fixed share could be all the weights, and another one all the biases.
+template <typename F>
+__device__ __forceinline__ void for_each_chunk(const LaunchArgs& args, F f) {
+  __shared__ int32_t index, next;
+  const auto count = static_cast<uint32_t>(args.num_chunks);
+  // Every block takes one ticket too many, of which the last one sets the count to zero.
+  const auto take = [&] { return atomicInc(args.work.ticket, count + gridDim.x - 1); };
+  const bool takes = threadIdx.x == kThreads - 1;  // the thread with the least to do
+  if (takes) next = take();
+  while (true) {
+    if (takes) index = next;
+    __syncthreads();
+    if (index >= count) return;
+    if (takes) next = take();  // on its way while the chunk is being worked on
+    f(index);
+    __syncthreads();
+  }
+}
+
+}  // namespace adamprox

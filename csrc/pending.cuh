@@ -1,0 +1,114 @@
+// AdamProxL2's second sweep, in the same launch as the first one.
+//
+// A tensor of one chunk is shrunk at once. A chunk whose tensor has others waits for their sums of
+// squares: its block puts it aside, and takes the next one. Only blocks that have no chunk left to
+// update ever wait for others, and those that have one never wait: somebody always gets on, however
+// few of the blocks the GPU runs at a time. What was put aside last is shrunk first, since it may
+// still be in the L2 cache; and each element by the thread that has written it.
+#pragma once
+
+#include "dispatch.h"
+#include "launch.cuh"
+#include "reduction_tree.h"
+#include "update.h"
+
+namespace adamprox {
+
+// The lanes that a block sums in shared memory.
+__device__ __forceinline__ double sum_of_block(double* lanes, int64_t active) {
+  __syncthreads();
+  return sum_lanes(lanes, active, threadIdx.x, kThreads, [] { __syncthreads(); });
+}
+
+struct Pending {
+  const LaunchArgs& args;
+  double* lanes;
+  int32_t& top;  // in shared memory, as is all that the loop over elements has no register for
+
+  // Of a chunk that is updated, with its squares in the lanes.
+  __device__ __forceinline__ void add(const int32_t& index) {
+    const Work work(args, index);
+    const double sum = sum_of_block(lanes, work.count);
+    if (work.row.numel <= kChunkSize) return shrink(work, sum);
+    if (threadIdx.x == 0) {
+      args.work.sums[index] = sum;
+      __threadfence();
+      count(work.row);
+    }
+    const int32_t below = shrink_all(false);
+    __syncthreads();  // everyone has read top
+    if (threadIdx.x == 0) {
+      args.work.progress[index].below = below;
+      top = index;
+    }
+  }
+
+  // As far as it gets without waiting, or to the end; returns the chunk that is on top now.
+  __device__ __forceinline__ int32_t shrink_all(bool wait) {
+    int32_t current = -1;
+    double sum = 0;
+    int32_t index = top;
+    while (index >= 0) {
+      const Work work(args, index);
+      if (work.row_index != current) {
+        if (!updated(work.row, wait)) break;
+        current = work.row_index;
+        sum = sum_of_tensor(work.row);
+      }
+      shrink(work, sum);
+      if (threadIdx.x == 0) count(work.row);
+      index = args.work.progress[index].below;
+    }
+    return index;
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t num_chunks(const TensorRow& row) {
+    return static_cast<uint32_t>((row.numel + kChunkSize - 1) / kChunkSize);
+  }
+
+  __device__ __forceinline__ uint32_t* done(const TensorRow& row) {
+    return &args.work.progress[row.first_chunk].done;
+  }
+
+  // Every chunk counts twice, updated and shrunk; the last one sets the count to zero.
+  __device__ __forceinline__ void count(const TensorRow& row) {
+    atomicInc(done(row), 2 * num_chunks(row) - 1);
+  }
+
+  // Whether all of a tensor's chunks are updated.
+  __device__ __forceinline__ bool updated(const TensorRow& row, bool wait) {
+    bool all = false;
+    if (threadIdx.x == 0) {
+      const volatile uint32_t* count = done(row);
+      while (!(all = *count >= num_chunks(row)) && wait) __nanosleep(100);
+      __threadfence();
+    }
+    return __syncthreads_or(all);
+  }
+
+  __device__ __forceinline__ double sum_of_tensor(const TensorRow& row) {
+    const int64_t count = num_chunks(row);
+    for (int lane = threadIdx.x; lane < kTileSize; lane += kThreads) {
+      lanes[lane] = 0;
+      for (int64_t i = lane; i < count; i += kTileSize) {
+        double term = __ldcg(&args.work.sums[row.first_chunk + i]);  // not from an old L1 line
+        Add{}(term, lanes[lane]);
+      }
+    }
+    return sum_of_block(lanes, count);
+  }
+
+  __device__ __forceinline__ void shrink(const Work& work, double sum) {
+    const double shrinkage = ProxL2::shrinkage(sum, work.scalars(args).decay);
+    with_dtype(work.row.param_dtype, [&](auto dtype) {
+      using Param = typename decltype(dtype)::type;
+      const Shrink<Compute<Param>> shrink{static_cast<Compute<Param>>(shrinkage)};
+      const ReadWrite<Param> param{work.at<Param>(work.row.param)};
+      for_each_element<4>(
+          work.count, work.row.aligned != 0, [&](int, Compute<Param>& p) { shrink(p); }, param);
+    });
+  }
+};
+
+}  // namespace adamprox
