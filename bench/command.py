@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     names = providers.NAMES if "all" in args.optimizers else args.optimizers
     chosen, skipped = providers.providers(names, device, args.backends)
     if not chosen:
-        _fail(f"argument --optimizers: none can run: {skipped}")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        _fail(f"argument --optimizers: none can run: {reasons}")
     torch.set_num_threads(args.threads)
     results = suite.measure(args.parts, args.models, chosen, device, args.dtype, args.seconds)
     results.skipped.update(skipped)

@@ -16,7 +16,7 @@ from adamprox.resnet import ResNet
 
 from .providers import BASELINE, VALUES, Provider, providers
 from .small_gpt import SmallGPT
-from .timing import synchronize
+from .timing import enough, synchronize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-WARM_UP = 2  # turns that do not count
-MIN_TURNS = 7
+WARM_UP = 1  # turns that do not count
+TURNS = 10
 
 
 class Network(NamedTuple):
@@ -67,17 +67,17 @@ def end_to_end(
     times: list[list[tuple[float, float]]] = [[] for _ in contenders]
     order = list(range(len(contenders)))
     shuffle = random.Random(0).shuffle
-    spent, turn = 0.0, 0
-    while turn < WARM_UP + MIN_TURNS or spent < seconds:
-        began = time.perf_counter()
+    turn, elapsed = -WARM_UP, 0.0
+    while not enough(turn, TURNS, elapsed, seconds):
+        start = time.perf_counter()
         shuffle(order)
         for index in order:
             took = _train(models[index], optimizers[index], inputs, targets, device)
-            if turn >= WARM_UP:
+            if turn >= 0:
                 times[index].append(took)
-        took_turn = time.perf_counter() - began
-        advance(max(0.0, min(took_turn, seconds - spent)))
-        spent += took_turn
+        took_turn = time.perf_counter() - start
+        advance(max(0.0, min(took_turn, seconds - elapsed)))
+        elapsed += took_turn
         turn += 1
     tensors = [p.numel() for p in first.parameters()]
     about = {"network": name, "tensors": len(tensors), "elements": sum(tensors)}

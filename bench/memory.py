@@ -41,7 +41,8 @@ def peak_extra_bytes(step: Callable[[], object], device: torch.device) -> int:
 def peak_extra_bytes_of(model: str, optimizer: str, backend: str, dtype: str = "float32") -> int:
     """Of a step on the CPU, in a process of its own, on as many threads as here."""
     threads = str(torch.get_num_threads())
-    command = [sys.executable, "-m", __name__, model, optimizer, backend, dtype, threads]
+    code = "import sys; from adamprox.bench.memory import main; main(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, model, optimizer, backend, dtype, threads]
     # So that malloc gives whatever is larger back to the system as soon as it is freed.
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     result = subprocess.run(
@@ -58,7 +59,8 @@ def _status(key: str) -> int:
     raise KeyError(key)
 
 
-def _main(model: str, optimizer: str, backend: str, dtype: str, threads: str) -> None:
+def main(model: str, optimizer: str, backend: str, dtype: str, threads: str) -> None:
+    """Prints the extra bytes of a step, in the process that :func:`peak_extra_bytes_of` starts."""
     torch.set_num_threads(int(threads))
     device = torch.device("cpu")
     found, _ = providers([optimizer], device, [backend])
@@ -66,7 +68,3 @@ def _main(model: str, optimizer: str, backend: str, dtype: str, threads: str) ->
     step = made[0].optimizer.step
     step()
     print(peak_extra_bytes(step, device))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -25,7 +25,6 @@ Row = dict[str, Any]
 HOST_BUDGET_US = 15.0
 HOST_BUDGET_US_PER_TENSOR = 0.25
 
-MIN_TURNS = 25  # for a median
 CACHE_BYTES = 1 << 28  # no cache is larger
 
 
@@ -53,7 +52,6 @@ def rows_of(
         [contender.optimizer for contender in made],
         settings.copy,
         settings.seconds,
-        MIN_TURNS,
         in_cache=sum(contender.cost.bytes for contender in made if contender.cost) < CACHE_BYTES,
         advance=settings.advance,
     )

@@ -121,7 +121,7 @@ def _table(title: str | None, headings: Sequence[str], caption: str | None = Non
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(headings[0], no_wrap=True)
     for heading in headings[1:]:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
@@ -129,5 +129,5 @@ def _print(table: Table) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, emoji=False)
-    console.width = max(console.width, 90)  # what the widest takes: broken lines would say less
+    console.width = max(console.width, 120)  # columns that are too narrow would say less
     console.print(table)

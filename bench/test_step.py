@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+
 from adamprox.bench.contenders import DTYPES, contenders
 from adamprox.bench.models import MODELS
 from adamprox.bench.providers import NAMES, OURS, providers

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+TURNS = 25  # for a median, and for 20 and 80 in a hundred
 WARM_UP = 3  # turns that do not count: threads start, kernels are compiled, caches fill
 COPY_EVERY = 0.25  # seconds
 COPY_NUMEL = 1 << 26  # 256 MiB, far larger than a cache
@@ -66,7 +67,6 @@ def measure(
     optimizers: Sequence[Optimizer],
     copy: Copy,
     seconds: float,
-    min_turns: int,
     in_cache: bool,
     advance: Callable[[float], object],
 ) -> Timing:
@@ -75,8 +75,7 @@ def measure(
     Args:
         optimizers: each has made its states already.
         copy: timed now and then between the turns.
-        seconds: to spend, without the warm-up.
-        min_turns: to make however long they take.
+        seconds: to spend, without the warm-up; up to three times as many for ``TURNS`` turns.
         in_cache: the tensors of all fit into the cache, from which a copy has driven them.
         advance: of a progress bar of so many seconds.
     """
@@ -85,7 +84,7 @@ def measure(
     shuffle = random.Random(0).shuffle
     turn, shown = -WARM_UP, 0.0
     start = copied = -math.inf
-    while turn < min_turns or time.perf_counter() - start < seconds:
+    while not enough(turn, TURNS, time.perf_counter() - start, seconds):
         if turn == 0:
             start = time.perf_counter()
         if time.perf_counter() - copied > COPY_EVERY:
@@ -105,6 +104,11 @@ def measure(
             advance(elapsed - shown)
             shown = elapsed
     return timing
+
+
+def enough(turns: int, wanted: int, elapsed: float, seconds: float) -> bool:
+    """Whether to stop: the turns wanted may take three times the seconds, two there must be."""
+    return turns >= (wanted if elapsed < 3 * seconds else 2) and elapsed >= seconds
 
 
 def time_step(optimizer: Any, device: torch.device) -> Step:

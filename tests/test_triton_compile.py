@@ -35,8 +35,9 @@ def compile_kernel(target: str, decay: str, options: dict[str, object]) -> dict[
     """The texts that Triton makes on its way, for all of STORAGE in one kernel."""
     import triton
     import triton.language as tl
-    from adamprox.triton_kernels import fused_adam, update
     from triton.backends.compiler import GPUTarget
+
+    from adamprox.triton_kernels import fused_adam, update
 
     backend, arch, warp_size = TARGETS[target]
     update.HIP = tl.constexpr(backend == "hip")
