@@ -30,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backends", nargs="+", choices=list(backends.BACKENDS), default=[], metavar="BACKEND",
         help="what runs ours (default: the best that can run)")  # fmt: skip
     add("--parts", nargs="+", choices=suite.PARTS, default=list(suite.PARTS), metavar="PART",
-        help="what to measure (default: everything)")  # fmt: skip
+        help="what to do, see below (default: everything)")  # fmt: skip
     add("--device", type=_device, default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32",
         help="of params, grads and states, or params_states (default: %(default)s)")  # fmt: skip
     add("--threads", type=_positive(int), default=torch.get_num_threads(),
         help="of the CPU (default: PyTorch's, here %(default)s)")  # fmt: skip
-    add("--seconds", type=_positive(float), default=6.0,
-        help="to spend on each model (default: %(default)s)")  # fmt: skip
+    add("--seconds", type=_positive(float), default=5.0,
+        help="to spend on each model, twice as many if it is slow (default: %(default)s)")  # fmt: skip
     add("--out", type=Path, default=Path("adamprox-bench"), metavar="DIR",
         help="where to append the rows and draw the picture (default: %(default)s)")  # fmt: skip
     add("--json", action="store_true", help="print the rows as JSON instead of tables")
@@ -52,6 +52,7 @@ parts:
   sizes        the same on one tensor of 2^10 to 2^24 elements
   memory       what a step takes beyond params, grads and states (models of 2^26 elements and more)
   end-to-end   the share of a training step that the optimizer takes, before and after
+  picture      of the rows of sizes, and of steps on many small tensors
 
 Rows go to DIR/DEVICE.csv and DIR/DEVICE-end-to-end.csv, the picture to DIR/DEVICE.png. Each row
 has the bandwidth that a step achieves and its share of a copy's, timed between the steps. On a
@@ -60,10 +61,15 @@ shared machine a time means little, and its ratio to its neighbour's in the same
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, writes and prints; ends with an error's message if something is missing."""
-    for package in ("tqdm", "rich", "matplotlib"):
+    """Measures, prints and writes; ends with an error's message if something is missing."""
+    for package, used in (
+        ("tqdm", True),
+        ("rich", not args.json),
+        ("matplotlib", "picture" in args.parts),
+    ):
         try:
-            import_module(package)
+            if used:
+                import_module(package)
         except ImportError as error:
             _fail(f"{error}; please pip install 'adamprox[bench]'")
     device: torch.device = args.device
@@ -89,20 +95,22 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(results._asdict(), indent=2))
     else:
         _print(results)
-    _write(args.out, device, results)  # last: an error there should cost nobody the results
+    # Last: an error there should cost nobody the results.
+    _write(args.out, device, results, picture="picture" in args.parts)
     return 0
 
 
-def _write(out: Path, device: torch.device, results: suite.Results) -> None:
-    from .picture import draw
-
+def _write(out: Path, device: torch.device, results: suite.Results, picture: bool) -> None:
     steps, sizes = results.steps, results.sizes
     try:
         records.append(out / f"{device.type}.csv", steps + sizes)
         records.append(out / f"{device.type}-end-to-end.csv", results.end_to_end)
     except (OSError, ValueError) as error:
         _fail(f"argument --out: {error}")
-    draw(out / f"{device.type}.png", sizes, steps)
+    if picture:
+        from .picture import draw
+
+        draw(out / f"{device.type}.png", sizes, steps)
 
 
 def _print(results: suite.Results) -> None:

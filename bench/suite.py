@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-PARTS = ("steps", "sizes", "memory", "end-to-end")
+PARTS = ("steps", "sizes", "memory", "end-to-end", "picture")
 LARGE = 1 << 26  # elements, from which on a step's extra memory is worth a process of its own
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s"

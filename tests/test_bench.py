@@ -221,7 +221,7 @@ def bench(out, *args):
 
 
 def test_command_writes_rows_and_a_picture(tmp_path, capsys):
-    args = ["--models", "400 x 16", "--parts", "steps", "--json"]
+    args = ["--models", "400 x 16", "--parts", "steps", "picture", "--json"]
     assert bench(tmp_path, *args) == 0
     results = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in results["steps"]] == list(SHORT_PROVIDERS)
@@ -240,7 +240,7 @@ def test_command_prints_tables(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("adamprox.bench.suite.SIZES", {"2^10": Model([(1024,)])})
     args = ["--models", "400 x 16", "--optimizers", "AdamProx", "optimi AdamW"]
     monkeypatch.setitem(sys.modules, "optimi", None)
-    assert bench(tmp_path, *args, "--parts", "steps", "sizes", "memory") == 0
+    assert bench(tmp_path, *args, "--parts", "steps", "sizes", "memory", "picture") == 0
     out = capsys.readouterr().out
     for text in ("400 x 16", "AdamProx", "elements of one tensor", "1,024"):
         assert text in out
