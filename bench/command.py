@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=_positive(int), default=torch.get_num_threads(),
         help="of the CPU (default: PyTorch's, here %(default)s)")  # fmt: skip
     add("--seconds", type=_positive(float), default=5.0,
-        help="to spend on each model, twice as many if it is slow (default: %(default)s)")  # fmt: skip
+        help="to spend on each model; a slow one takes more (default: %(default)s)")  # fmt: skip
     add("--out", type=Path, default=Path("adamprox-bench"), metavar="DIR",
         help="where to append the rows and draw the picture (default: %(default)s)")  # fmt: skip
     add("--json", action="store_true", help="print the rows as JSON instead of tables")
@@ -50,7 +50,7 @@ EPILOG = """\
 parts:
   steps        each optimizer's step on each model, timed in turns
   sizes        the same on one tensor of 2^10 to 2^24 elements
-  memory       what a step takes beyond params, grads and states (models of 2^26 elements and more)
+  memory       what those steps take beyond params, grads and states (for 2^26 elements and more)
   end-to-end   the share of a training step that the optimizer takes, before and after
   picture      of the rows of sizes, and of steps on many small tensors
 

@@ -59,8 +59,8 @@ def _roofline(axes: Axes, rows: Sequence[Row], colors: Colors) -> None:
     copied = statistics.median(row["copy_gb_per_s"] for row in rows)
     axes.axhline(copied, color="black", linestyle="--", linewidth=1)
     label = f"copy, {copied:.0f} GB/s"
-    largest = max(row["elements"] for row in rows)
-    axes.annotate(label, (largest, copied), (0, 4), textcoords="offset points", ha="right")
+    smallest = min(row["elements"] for row in rows)
+    axes.annotate(label, (smallest, copied), (0, 4), textcoords="offset points")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -91,8 +91,9 @@ def _small_tensors(axes: Axes, rows: Sequence[Row], colors: Colors) -> None:
             position += 1
         budget = HOST_BUDGET_US / tensors + HOST_BUDGET_US_PER_TENSOR
         axes.vlines(budget, top, position - 0.5, color="black", linestyle="--", linewidth=1)
-        axes.text(1, top, model, transform=axes.get_yaxis_transform(), ha="right", weight="bold")
-        position += 1  # a gap
+        heading: Row = {"transform": axes.get_yaxis_transform(), "ha": "right", "weight": "bold"}
+        axes.text(1, top - 0.3, model, **heading)
+        position += 1.3  # a gap
     axes.set_yticks(*zip(*ticks, strict=True))
     axes.invert_yaxis()
     axes.margins(x=0.15)

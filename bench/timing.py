@@ -77,7 +77,7 @@ def measure(
     Args:
         optimizers: each has made its states already.
         copy: timed now and then between the turns.
-        seconds: to spend, without the warm-up; up to twice as many for ``TURNS`` turns.
+        seconds: to spend, without the warm-up; up to three times as many for ``TURNS`` turns.
         in_cache: whether the tensors fit into the cache.
         advance: of a progress bar of so many seconds.
     """
@@ -108,8 +108,8 @@ def measure(
 
 
 def enough(turns: int, wanted: int, elapsed: float, seconds: float) -> bool:
-    """Whether to stop: the turns wanted may take twice the seconds; two turns there must be."""
-    return turns >= (wanted if elapsed < 2 * seconds else 2) and elapsed >= seconds
+    """Whether to stop: the turns wanted may take three times the seconds; two there must be."""
+    return turns >= (wanted if elapsed < 3 * seconds else 2) and elapsed >= seconds
 
 
 def time_step(optimizer: Any, device: torch.device) -> Step:
