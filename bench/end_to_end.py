@@ -57,7 +57,8 @@ def end_to_end(
 ) -> list[Row]:
     """Trains a network for so many seconds, a step with each optimizer in turns."""
     default = partial(torch.optim.AdamW, **VALUES)  # torch chooses between for-loop and foreach
-    before = Provider("torch default", "", "torch", "AdamW", "default", default)
+    default_torch = ("torch", torch.__version__, "AdamW", "default")
+    before = Provider("torch default", "torch default", *default_torch, default)
     contenders = [before, *providers([BASELINE, "AdamW"], device)[0]]
     network = NETWORKS[name]
     inputs, targets = network.inputs().to(device), network.targets().to(device)

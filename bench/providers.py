@@ -7,7 +7,7 @@ their own), so that the work is the same; the peers' defaults differ.
 from __future__ import annotations
 
 from functools import partial
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ class Provider(NamedTuple):
     name: str  # in the table
     choice: str  # on the command line
     provider: str
+    version: str
     optimizer: str
     backend: str
     make: Callable[[Any], Optimizer]  # imports what it needs
@@ -80,17 +81,19 @@ def providers(
                     skipped[label] = reason
                 else:
                     make = partial(getattr(adamprox, name), **VALUES, backend=backend)
-                    found.append(Provider(label, name, "adamprox", name, backend, make))
+                    ours = ("adamprox", adamprox.__version__, name, backend)
+                    found.append(Provider(label, name, *ours, make))
         elif name in TORCH:
             make = partial(torch.optim.AdamW, **VALUES, **TORCH[name])
-            found.append(Provider(name, name, "torch", "AdamW", name.removeprefix("torch "), make))
+            torchs = ("torch", torch.__version__, "AdamW", name.removeprefix("torch "))
+            found.append(Provider(name, name, *torchs, make))
         elif reason := why_not(PEERS[name], device):
             skipped[name] = reason
         else:
-            cls = getattr(import_module(PEERS[name].module), PEERS[name].optimizer)
-            make = partial(cls, **VALUES)
-            provider = name.split()[0]
-            found.append(Provider(name, name, provider, PEERS[name].optimizer, device.type, make))
+            module, optimizer, _ = PEERS[name]
+            make = partial(getattr(import_module(module), optimizer), **VALUES)
+            theirs = (name.split()[0], _version(module), optimizer, device.type)
+            found.append(Provider(name, name, *theirs, make))
     return found, skipped
 
 
@@ -109,3 +112,9 @@ def why_not(peer: Peer, device: torch.device) -> str | None:
     except ImportError as error:
         return f"not installed: {error}"
     return None
+
+
+def _version(module: str) -> str:
+    """Of the installed distribution that a module is part of."""
+    package = module.partition(".")[0]
+    return metadata.version(metadata.packages_distributions()[package][0])

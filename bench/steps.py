@@ -52,7 +52,7 @@ def rows_of(
         [contender.optimizer for contender in made],
         settings.copy,
         settings.seconds,
-        in_cache=all(contender.cost and contender.cost.bytes < IN_CACHE for contender in made),
+        in_cache=max((c.cost.bytes for c in made if c.cost), default=0) < IN_CACHE,
         advance=settings.advance,
     )
     copied = statistics.median(timing.copies)
@@ -87,6 +87,7 @@ def _about(contender: Contender) -> Row:
     return {
         "name": provider.name,
         "provider": provider.provider,
+        "version": provider.version,
         "optimizer": provider.optimizer,
         "backend": provider.backend,
         "state_dtype": cost and str(cost.state_dtype).removeprefix("torch."),

@@ -130,8 +130,10 @@ def test_peers_are_skipped_with_a_reason(monkeypatch):
 def test_an_installed_peer_is_made_with_the_values_of_all(monkeypatch):
     monkeypatch.setattr(torch, "AdamW", torch.optim.AdamW, raising=False)
     monkeypatch.setitem(sys.modules, "optimi", torch)
+    monkeypatch.setattr("adamprox.bench.providers._version", lambda module: f"of {module}")
     [peer], skipped = providers(["optimi AdamW"], CPU)
     assert not skipped
+    assert (peer.provider, peer.version, peer.optimizer) == ("optimi", "of optimi", "AdamW")
     defaults = peer.make([torch.nn.Parameter(torch.zeros(1))]).defaults
     assert {key: defaults[key] for key in VALUES} == VALUES
 
