@@ -39,8 +39,9 @@ def compile_kernel(
     """The texts that Triton makes on its way, and the binary, for all of storage in one kernel."""
     import triton
     import triton.language as tl
-    from adamprox.triton_kernels import fused_adam, update
     from triton.backends.compiler import GPUTarget
+
+    from adamprox.triton_kernels import fused_adam, update
 
     backend, arch, warp_size = TARGETS[target]
     update.HIP = tl.constexpr(backend == "hip")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "info": "what is installed, which backends can run here, and why the others cannot",
     "demo": "train the paper's kind of network with every optimizer, and compare (about a minute)",
+    "bench": "time the optimizers beside torch's and other peers' (under three minutes)",
 }
 
 

@@ -1,0 +1,160 @@
+"""``adamprox bench``: how fast the optimizers are here, beside torch's and other peers'."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from adamprox import backends
+
+from . import models, providers, records, suite, tables
+from .contenders import DTYPES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's options."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    add = parser.add_argument
+    add("--models", nargs="+", choices=models.MODELS, default=list(models.SHORT), metavar="MODEL",
+        help="whose steps to time (default: a short selection; see --list)")  # fmt: skip
+    add("--optimizers", nargs="+", choices=[*providers.NAMES, "all"], metavar="OPTIMIZER",
+        default=list(providers.SHORT),
+        help="which to time, or all (default: a short selection; see --list)")  # fmt: skip
+    add("--backends", nargs="+", choices=list(backends.BACKENDS), default=[], metavar="BACKEND",
+        help="what runs ours (default: the best that can run)")  # fmt: skip
+    add("--parts", nargs="+", choices=suite.PARTS, default=list(suite.PARTS), metavar="PART",
+        help="what to do, see below (default: everything)")  # fmt: skip
+    add("--device", type=_device, default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32",
+        help="of params, grads and states, or params_states (default: %(default)s)")  # fmt: skip
+    add("--threads", type=_positive(int), default=torch.get_num_threads(),
+        help="of the CPU (default: PyTorch's, here %(default)s)")  # fmt: skip
+    add("--seconds", type=_positive(float), default=5.0,
+        help="to spend on each model; a slow one takes more (default: %(default)s)")  # fmt: skip
+    add("--out", type=Path, default=Path("adamprox-bench"), metavar="DIR",
+        help="where to append the rows and draw the picture (default: %(default)s)")  # fmt: skip
+    add("--json", action="store_true", help="print the rows as JSON instead of tables")
+    add("--list", action="store_true", help="print the names to choose from, and measure nothing")
+    add("--markdown", action="store_true",
+        help="print README's table of the newest rows in DIR, and measure nothing")  # fmt: skip
+
+
+EPILOG = """\
+parts:
+  steps        each optimizer's step on each model, timed in turns
+  sizes        the same on one tensor of 2^10 to 2^24 elements
+  memory       what those steps take beyond params, grads and states (for 2^26 elements and more)
+  end-to-end   the share of a training step that the optimizer takes, before and after
+  picture      of the rows of sizes, and of steps on many small tensors
+
+Rows go to DIR/DEVICE.csv and DIR/DEVICE-end-to-end.csv, the picture to DIR/DEVICE.png. Each row
+has the bandwidth that a step achieves and its share of a copy's, timed between the steps. On a
+shared machine a time means little, and its ratio to its neighbour's in the same run a lot.
+"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints and writes; ends with an error's message if something is missing."""
+    for package, used in (
+        ("tqdm", True),
+        ("rich", not args.json),
+        ("matplotlib", "picture" in args.parts),
+    ):
+        try:
+            if used:
+                import_module(package)
+        except ImportError as error:
+            _fail(f"{error}; please pip install 'adamprox[bench]'")
+    device: torch.device = args.device
+    if args.list:
+        _list(device)
+        return 0
+    csv = args.out / f"{device.type}.csv"
+    if args.markdown:
+        try:
+            print(tables.markdown(records.newest(csv, "float32")))
+        except (OSError, KeyError) as error:
+            _fail(f"argument --out: {csv} has no rows of the short selection: {error!r}")
+        return 0
+    names = providers.NAMES if "all" in args.optimizers else args.optimizers
+    chosen, skipped = providers.providers(names, device, args.backends)
+    if not chosen:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        _fail(f"argument --optimizers: none can run: {reasons}")
+    torch.set_num_threads(args.threads)
+    results = suite.measure(args.parts, args.models, chosen, device, args.dtype, args.seconds)
+    results.skipped.update(skipped)
+    if args.json:
+        print(json.dumps(results._asdict(), indent=2))
+    else:
+        _print(results)
+    # Last: an error there should cost nobody the results.
+    _write(args.out, device, results, picture="picture" in args.parts)
+    return 0
+
+
+def _write(out: Path, device: torch.device, results: suite.Results, picture: bool) -> None:
+    steps, sizes = results.steps, results.sizes
+    try:
+        records.append(out / f"{device.type}.csv", steps + sizes)
+        records.append(out / f"{device.type}-end-to-end.csv", results.end_to_end)
+    except (OSError, ValueError) as error:
+        _fail(f"argument --out: {error}")
+    if picture:
+        from .picture import draw
+
+        draw(out / f"{device.type}.png", sizes, steps)
+
+
+def _print(results: suite.Results) -> None:
+    if results.steps:
+        tables.print_steps(results.steps)
+    if results.sizes:
+        tables.print_sizes(results.sizes)
+    if results.end_to_end:
+        tables.print_end_to_end(results.end_to_end)
+    for name, reason in results.skipped.items():
+        print(f"skipped {name}: {reason}")
+
+
+def _list(device: torch.device) -> None:
+    _, skipped = providers.providers(providers.NAMES, device)
+    tables.print_names(
+        [(name, len(model.shapes), model.numel) for name, model in models.MODELS.items()],
+        {name: skipped.get(name, "can run") for name in providers.NAMES},
+    )
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("it is neither cpu nor cuda")
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch's own differ by device
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from error
+    return device
+
+
+def _positive(kind: type[int] | type[float]) -> Any:
+    def positive(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a positive {kind.__name__}")
+        return value
+
+    return positive
+
+
+def _fail(message: str) -> NoReturn:
+    sys.exit(f"adamprox bench: error: {message}")

@@ -1,0 +1,120 @@
+"""Who is timed: this package on each of its backends, torch, and peers if they are installed.
+
+All do Adam with decoupled weight decay at the same values (AdamProx and its kin with a decay of
+their own), so that the work is the same; the peers' defaults differ.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+import adamprox
+from adamprox import backends
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch.optim import Optimizer
+
+LR = 1e-3
+VALUES: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+
+OURS = ("AdamW", "AdamProx", "AdamProxL1", "AdamProxL2", "Adam")
+BASELINE = "torch fused"  # what "times as fast" refers to
+
+
+class Provider(NamedTuple):
+    """An optimizer to be timed, as its row names it."""
+
+    name: str  # in the table
+    choice: str  # on the command line
+    provider: str
+    version: str
+    optimizer: str
+    backend: str
+    make: Callable[[Any], Optimizer]  # imports what it needs
+
+
+class Peer(NamedTuple):
+    """Where a peer's optimizer is, and which devices it runs on."""
+
+    module: str
+    optimizer: str
+    devices: tuple[str, ...] = ("cuda",)
+
+
+# Decoupled weight decay is the default of each.
+PEERS = {
+    "Apex FusedAdam": Peer("apex.optimizers", "FusedAdam"),
+    "TransformerEngine FusedAdam": Peer("transformer_engine.pytorch.optimizers", "FusedAdam"),
+    "DeepSpeed CPUAdam": Peer("deepspeed.ops.adam", "DeepSpeedCPUAdam", ("cpu",)),
+    "DeepSpeed FusedAdam": Peer("deepspeed.ops.adam", "FusedAdam"),
+    "bitsandbytes AdamW": Peer("bitsandbytes.optim", "AdamW", ("cpu", "cuda")),
+    "torchao AdamW8bit": Peer("torchao.optim", "AdamW8bit", ("cpu", "cuda")),
+    "optimi AdamW": Peer("optimi", "AdamW", ("cpu", "cuda")),
+    "FlashOptim FlashAdamW": Peer("flashoptim", "FlashAdamW"),
+}
+TORCH: dict[str, dict[str, Any]] = {
+    "torch for-loop": {"foreach": False},
+    "torch foreach": {"foreach": True},
+    BASELINE: {"fused": True},
+}
+NAMES = (*TORCH, *OURS, *PEERS)
+SHORT = (BASELINE, "AdamW", "AdamProx", "AdamProxL1", "AdamProxL2")
+
+
+def providers(
+    names: Iterable[str], device: torch.device, our_backends: Sequence[str] = ()
+) -> tuple[list[Provider], dict[str, str]]:
+    """The providers of these names (ours on each of the backends), and why others cannot run."""
+    found, skipped = [], {}
+    default = default_backend(device)
+    for name in names:
+        if name in OURS:
+            for backend in our_backends or (default,):
+                label = name if backend == default else f"{name}, {backend}"
+                if reason := backends.BACKENDS[backend].why_not(device.type):
+                    skipped[label] = reason
+                else:
+                    make = partial(getattr(adamprox, name), **VALUES, backend=backend)
+                    ours = ("adamprox", adamprox.__version__, name, backend)
+                    found.append(Provider(label, name, *ours, make))
+        elif name in TORCH:
+            make = partial(torch.optim.AdamW, **VALUES, **TORCH[name])
+            torchs = ("torch", torch.__version__, "AdamW", name.removeprefix("torch "))
+            found.append(Provider(name, name, *torchs, make))
+        elif reason := why_not(PEERS[name], device):
+            skipped[name] = reason
+        else:
+            module, optimizer, _ = PEERS[name]
+            make = partial(getattr(import_module(module), optimizer), **VALUES)
+            theirs = (name.split()[0], _version(module), optimizer, device.type)
+            found.append(Provider(name, name, *theirs, make))
+    return found, skipped
+
+
+def default_backend(device: torch.device) -> str:
+    """The one that ``backend=None`` chooses."""
+    chosen = backends.select(None, device.type)
+    return next(name for name, backend in backends.BACKENDS.items() if backend is chosen)
+
+
+def why_not(peer: Peer, device: torch.device) -> str | None:
+    """Why a peer cannot run, or None if it can."""
+    if device.type not in peer.devices:
+        return f"it runs on {' and '.join(peer.devices)} tensors only"
+    try:
+        import_module(peer.module)
+    except ImportError as error:
+        return f"not installed: {error}"
+    return None
+
+
+def _version(module: str) -> str:
+    """Of the installed distribution that a module is part of."""
+    package = module.partition(".")[0]
+    return metadata.version(metadata.packages_distributions()[package][0])

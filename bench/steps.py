@@ -1,0 +1,125 @@
+"""A row of results for each optimizer and model."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .contenders import DTYPES, Contender, contenders
+from .cost import launches
+from .memory import peak_extra_bytes, peak_extra_bytes_of
+from .providers import BASELINE
+from .timing import Copy, Step, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .models import Model
+    from .providers import Provider
+
+Row = dict[str, Any]
+
+# What the host may take of a step of ours besides the update, in microseconds.
+HOST_BUDGET_US = 15.0
+HOST_BUDGET_US_PER_TENSOR = 0.25
+
+IN_CACHE = 1 << 25  # bytes a step may move for its tensors to count as fitting into a cache
+
+
+class Settings(NamedTuple):
+    """How to measure; the same for all models."""
+
+    device: torch.device
+    dtype: str  # of DTYPES
+    seconds: float  # for each model
+    copy: Copy
+    advance: Callable[[float], object]  # of a progress bar, in seconds
+
+
+def rows_of(
+    name: str, model: Model, providers: Sequence[Provider], settings: Settings
+) -> tuple[list[Row], dict[str, str]]:
+    """The rows of one model, timed in turns, and why some providers have none.
+
+    Raises:
+        MemoryError: the model does not fit.
+    """
+    device = settings.device
+    made, skipped = contenders(model, providers, device, DTYPES[settings.dtype])
+    timing = measure(
+        [contender.optimizer for contender in made],
+        settings.copy,
+        settings.seconds,
+        in_cache=max((c.cost.bytes for c in made if c.cost), default=0) < IN_CACHE,
+        advance=settings.advance,
+    )
+    copied = statistics.median(timing.copies)
+    medians = [statistics.median(step.total for step in steps) for steps in timing.steps]
+    baseline = {c.provider.name: m for c, m in zip(made, medians, strict=True)}.get(BASELINE)
+    rows = []
+    for contender, steps, median in zip(made, timing.steps, medians, strict=True):
+        row = {"model": name, "dtype": settings.dtype, "tensors": len(model.shapes)}
+        row |= {"groups": model.groups, "elements": model.numel}
+        row |= _about(contender) | _times(steps) | _bandwidth(contender, median, copied)
+        row["times_as_fast_as_torch_fused"] = baseline and round(baseline / median, 3)
+        row |= _host(contender, steps, len(model.shapes))
+        row["extra_bytes"] = (
+            peak_extra_bytes(contender.optimizer.step, device) if device.type == "cuda" else None
+        )
+        rows.append(row)
+    return rows, skipped
+
+
+def add_extra_bytes(rows: Sequence[Row], providers: Sequence[Provider]) -> None:
+    """Measures the memory that the steps of these rows take, on a CPU, once the model is gone."""
+    choices = {provider.name: provider.choice for provider in providers}
+    for row in rows:
+        row["extra_bytes"] = peak_extra_bytes_of(
+            row["model"], choices[row["name"]], row["backend"], row["dtype"]
+        )
+
+
+def _about(contender: Contender) -> Row:
+    provider, cost = contender.provider, contender.cost
+    ours = provider.provider == "adamprox"
+    return {
+        "name": provider.name,
+        "provider": provider.provider,
+        "version": provider.version,
+        "optimizer": provider.optimizer,
+        "backend": provider.backend,
+        "state_dtype": cost and str(cost.state_dtype).removeprefix("torch."),
+        "bytes": cost and cost.bytes,
+        "launches": launches(provider.optimizer, provider.backend) if ours else None,
+    }
+
+
+def _times(steps: Sequence[Step]) -> Row:
+    tenths = statistics.quantiles((step.total for step in steps), n=10, method="inclusive")
+    p20, p50, p80 = (round(1e6 * tenths[i], 1) for i in (1, 4, 7))
+    return {"p50_us": p50, "p20_us": p20, "p80_us": p80, "steps": len(steps)}
+
+
+def _bandwidth(contender: Contender, seconds: float, copied: float) -> Row:
+    """What it moves a second, and that as a share of the copies between its steps."""
+    achieved = contender.cost and contender.cost.bytes / seconds
+    return {
+        "gb_per_s": achieved and round(achieved / 1e9, 2),
+        "copy_gb_per_s": round(copied / 1e9, 2),
+        "share_of_copy": achieved and round(achieved / copied, 3),
+    }
+
+
+def _host(contender: Contender, steps: Sequence[Step], tensors: int) -> Row:
+    seconds = [step.host for step in steps if step.host is not None]
+    host = 1e6 * statistics.median(seconds) if seconds else None
+    budget = HOST_BUDGET_US + HOST_BUDGET_US_PER_TENSOR * tensors
+    ours = host is not None and contender.provider.provider == "adamprox"
+    return {
+        "host_us": host and round(host, 1),
+        "host_us_per_tensor": host and round(host / tensors, 3),
+        "host_budget_us": budget if ours else None,
+        "within_host_budget": host <= budget if ours and host is not None else None,
+    }

@@ -1,0 +1,134 @@
+"""Steps timed in turns, in one process, beside a copy: what a shared machine does hits them alike.
+
+The turns are shuffled, so that what the one before left in the cache favours nobody. Where the
+tensors fit into the cache, each timed step follows one of the same optimizer that is not timed: a
+small model is timed in the cache, on a GPU in its L2.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch.optim import Optimizer
+
+TURNS = 25  # for a median, and for 20 and 80 in a hundred
+WARM_UP = 2  # turns that do not count: threads start, kernels are compiled, caches fill
+COPY_EVERY = 0.25  # seconds
+COPY_NUMEL = 1 << 26  # 256 MiB, far larger than a cache
+
+
+class Step(NamedTuple):
+    """Seconds of one step, and how many of them the host took, where that can be told."""
+
+    total: float
+    host: float | None
+
+
+class Timing(NamedTuple):
+    """The counted steps of each optimizer, and the copies between them in bytes a second."""
+
+    steps: list[list[Step]]
+    copies: list[float]
+
+
+class Copy:
+    """The bandwidth that a step could have: every element is read once and written once.
+
+    On a CPU in place. From one buffer to another, it would also fetch the lines that it overwrites:
+    a third access, which nobody counts and an optimizer step does not have. A step may still be
+    faster where writing is what limits: it writes 3 times in 7 accesses, a copy once in 2.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffer = torch.ones(COPY_NUMEL, device=device)
+        self.source = torch.ones_like(self.buffer) if device.type == "cuda" else None
+        self()
+
+    def __call__(self) -> float:
+        """Bytes a second of one copy."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        if self.source is None:
+            self.buffer.neg_()
+        else:
+            self.buffer.copy_(self.source)
+        synchronize(self.device)
+        return 2 * self.buffer.nbytes / (time.perf_counter() - start)
+
+
+def measure(
+    optimizers: Sequence[Optimizer],
+    copy: Copy,
+    seconds: float,
+    in_cache: bool,
+    advance: Callable[[float], object],
+) -> Timing:
+    """Times one step of each in turns for so long; ``advance`` hears of the seconds gone by.
+
+    Args:
+        optimizers: each has made its states already.
+        copy: timed now and then between the turns.
+        seconds: to spend, without the warm-up; up to three times as many for ``TURNS`` turns.
+        in_cache: whether the tensors fit into the cache.
+        advance: of a progress bar of so many seconds.
+    """
+    timing = Timing([[] for _ in optimizers], [])
+    order = list(range(len(optimizers)))
+    shuffle = random.Random(0).shuffle
+    turn, shown = -WARM_UP, 0.0
+    start = copied = -math.inf
+    while not enough(turn, TURNS, time.perf_counter() - start, seconds):
+        if turn == 0:
+            start = time.perf_counter()
+        if time.perf_counter() - copied > COPY_EVERY:
+            timing.copies.append(copy())
+            copied = time.perf_counter()
+        shuffle(order)
+        for index in order:
+            if in_cache:
+                optimizers[index].step()
+            step = time_step(optimizers[index], copy.device)
+            if turn >= 0:
+                timing.steps[index].append(step)
+        turn += 1
+        if turn > 0:
+            elapsed = min(time.perf_counter() - start, seconds)
+            advance(elapsed - shown)
+            shown = elapsed
+    return timing
+
+
+def enough(turns: int, wanted: int, elapsed: float, seconds: float) -> bool:
+    """Whether to stop: the turns wanted may take three times the seconds; two there must be."""
+    return turns >= (wanted if elapsed < 3 * seconds else 2) and elapsed >= seconds
+
+
+def time_step(optimizer: Any, device: torch.device) -> Step:
+    """The wall-clock seconds of one step, until the device is done with it."""
+    synchronize(device)
+    start = time.perf_counter()
+    optimizer.step()
+    returned = time.perf_counter()
+    synchronize(device)
+    total = time.perf_counter() - start
+    if device.type == "cuda":
+        return Step(total, returned - start)
+    # Only the backend "cpu" tells how long the update itself took.
+    gather = getattr(optimizer, "_gather", None)
+    update = gather.update_seconds if gather is not None else 0.0
+    return Step(total, total - update if update > 0 else None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
