@@ -24,8 +24,6 @@ namespace {
 
 // Below this many elements, waking a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;
-// As many chunks at most a thread takes at a time.
-constexpr int64_t kMaxTake = 8;
 
 struct Span {  // some elements of one row
   const TensorRow& row;
@@ -54,18 +52,33 @@ MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
   }
 }
 
-template <typename Term, typename Storage>
-MULTIVERSION void add_to_lanes(const Storage* values, int64_t count, double* lanes) {
-  for_each_element(count, Term{}, Read<Storage>{values}, ReadWrite<double>{lanes});
+// Adds `tiles` tiles that follow each other, or the first `count` elements of each.
+template <typename Term, int tiles, typename Storage>
+inline __attribute__((always_inline)) void add_to_lanes(const Storage* values, int64_t count,
+                                                        double* lanes) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    double lane = lanes[i];
+#pragma GCC unroll 8
+    for (int tile = 0; tile < tiles; ++tile) {
+      auto value = Convert<Storage>::widen(values[tile * kTileSize + i]);
+      Term{}(value, lane);
+    }
+    lanes[i] = lane;
+  }
 }
 
 template <typename Term, typename Storage>
-double tree_sum(const Storage* values, int64_t count) {
+MULTIVERSION double tree_sum(const Storage* values, int64_t count) {
   double lanes[kTileSize];
   const int64_t active = std::min(count, kTileSize);
   std::fill_n(lanes, active, 0.0);
-  for (int64_t i = 0; i < count; i += kTileSize) {
-    add_to_lanes<Term>(values + i, std::min(count - i, kTileSize), lanes);
+  int64_t i = 0;
+  for (; i + kChunkSize <= count; i += kChunkSize) {  // the lanes stay in registers for a chunk
+    add_to_lanes<Term, kChunkSize / kTileSize>(values + i, kTileSize, lanes);
+  }
+  for (; i < count; i += kTileSize) {
+    add_to_lanes<Term, 1>(values + i, std::min(count - i, kTileSize), lanes);
   }
   return sum_lanes(lanes, active, 0, 1, [] {});
 }
@@ -190,8 +203,10 @@ class Step {
   void share_out(int64_t count, F f) const {
     const int64_t useful = std::max<int64_t>(1, table_.numel / kElementsPerThread);
     const int threads = static_cast<int>(std::min<int64_t>(threads_, useful));
-    // Several takes a thread, so that one that starts late or is disturbed holds up nobody.
-    const int64_t take = std::max<int64_t>(1, std::min<int64_t>(kMaxTake, count / (16 * threads)));
+    // A thread takes about a full chunk's worth at a time, and has several turns, so that one that
+    // starts late or is disturbed holds up nobody.
+    const int64_t worth = kChunkSize * count / std::max<int64_t>(1, table_.numel);
+    const int64_t take = std::max<int64_t>(1, std::min(worth, count / (16 * threads)));
     std::atomic<int64_t> next{0};
     run_in_parallel(threads - 1, [&] {
       for (;;) {

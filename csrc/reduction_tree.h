@@ -27,7 +27,11 @@ template <typename Barrier>
 HOST_DEVICE double sum_lanes(double* lanes, int64_t active, int worker, int workers,
                              Barrier barrier) {
   for (int64_t half = kTileSize / 2; half > 0; half /= 2) {
-    for (int64_t i = worker; i < half && i + half < active; i += workers) {
+    const int64_t end = active - half < half ? active - half : half;
+#if !defined(__CUDACC__)
+#pragma GCC ivdep  // the halves do not overlap
+#endif
+    for (int64_t i = worker; i < end; i += workers) {
       lanes[i] = lanes[i] + lanes[i + half];
     }
     barrier();
