@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from adamprox.reference import CHUNK_SIZE
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch.optim import Optimizer
-
-CHUNK = 16_384  # elements, kChunkSize in csrc/tensor_table.h
 
 # More than one a step and device. The specification, in eager PyTorch, launches as torch pleases.
 LAUNCHES = {("AdamProxL2", "triton"): 2}
@@ -72,6 +72,6 @@ def cost_of(optimizer: Optimizer) -> Cost | None:
                 return None  # compressed: a layout of its own, in tensor subclasses
             state_dtype = states[0].dtype
             dtypes = [state.dtype for state in states]
-            second_sweep = shrinks and param.numel() > CHUNK
+            second_sweep = shrinks and param.numel() > CHUNK_SIZE
             total += param.numel() * bytes_per_element(param.dtype, dtypes, second_sweep)
     return None if state_dtype is None else Cost(total, state_dtype)

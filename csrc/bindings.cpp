@@ -58,14 +58,15 @@ void update_on_cpu(Gather& gather, const TensorTable& table, int threads) {
   gather.update_seconds = elapsed.count();
 }
 
-// The usual step on the CPU, in one call. False: there is something to mend or a tensor elsewhere,
-// and nothing was written.
+// The usual step on the CPU, in one call. False: there is something to mend, or a tensor elsewhere
+// (if there was one the last time, it is not even looked for), and nothing was written.
 bool step_on_cpu(Gather& gather, const py::list& groups, const py::dict& state, int threads) {
+  if (!gather.only_on_cpu) return false;
   struct Release {
     Gather& gather;
     ~Release() { gather.release(); }
   } release{gather};
-  if (!gather.read(groups, state, py::dict()).empty() || !gather.only_on_cpu()) return false;
+  if (!gather.read(groups, state, py::dict()).empty() || !gather.only_on_cpu) return false;
   const bool brief = std::all_of(gather.tables.begin(), gather.tables.end(),
                                  [](const auto& t) { return t.table.numel <= kBriefNumel; });
   if (!brief || !gather.reader().marks_without_python()) gather.hold();
@@ -217,7 +218,6 @@ PYBIND11_MODULE(_C, m) {
            py::arg("decay"))
       .def("read", &Gather::read, py::arg("groups"), py::arg("state"), py::arg("staged"))
       .def("step_on_cpu", &step_on_cpu, py::arg("groups"), py::arg("state"), py::arg("threads"))
-      .def_property_readonly("only_on_cpu", &Gather::only_on_cpu)
       .def("tables", &tables)
       .def("hold", &Gather::hold)
       .def("mark_written", &Gather::mark_written)

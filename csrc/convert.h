@@ -42,15 +42,15 @@ struct Convert<BFloat16> {
   static HOST_DEVICE float widen(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
   static HOST_DEVICE BFloat16 narrow(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // in one instruction
-    BFloat16 rounded;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(x));
-    return rounded;
+    uint16_t rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
 #else
     const uint32_t bits = bit_cast<uint32_t>(x);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    // Adding the rounding bias could carry a NaN over into zero or infinity.
-    return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+    const auto rounded = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 #endif
+    // The one NaN of the specification: the instruction has another one, and adding the rounding
+    // bias could carry a NaN over into zero or infinity.
+    return {x != x ? uint16_t{0x7fc0} : rounded};
   }
 };
 

@@ -19,7 +19,11 @@ std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
     read_group(index++, py::reinterpret_borrow<py::dict>(group), states, staged);
   }
   if (!states.all_taken()) find_skipped_states(states);
-  for (DeviceTable& t : tables) t.table.decay = decay_;
+  only_on_cpu = true;
+  for (DeviceTable& t : tables) {
+    t.table.decay = decay_;
+    only_on_cpu &= t.device.type == dlpack::kCPU || t.table.rows.empty();
+  }
   return std::move(findings_);
 }
 
@@ -167,14 +171,14 @@ int32_t Gather::scalars_of(DeviceTable& device, int cohort, const HyperParameter
 }
 
 bool Gather::read_tensor(PyObject* object, dlpack::Tensor& out) {
-  if (object == nullptr || !type_of(object).plain) return false;
+  if (object == nullptr || !types_.of(object).plain) return false;
   reader_.visit(object, trail_);
   return reader_.read(object, out);
 }
 
 TensorReader::Grad Gather::read_grad(Member& member, dlpack::Tensor& out) {
   if (member.grad == nullptr) {
-    if (reader_.reads_grads() && type_of(member.owner).plain) {
+    if (reader_.reads_grads() && types_.of(member.owner).plain) {
       return reader_.read_grad(member.owner, out, trail_);
     }
     member.grad = grad_of(member.owner);
@@ -184,24 +188,9 @@ TensorReader::Grad Gather::read_grad(Member& member, dlpack::Tensor& out) {
                                        : TensorReader::Grad::kUnreadable;
 }
 
-const Gather::TensorType& Gather::learn_type(PyTypeObject* type) {
-  const py::module_ torch = py::module_::import("torch");
-  const py::handle t(reinterpret_cast<PyObject*>(type));
-  const bool plain =
-      PyObject_IsSubclass(t.ptr(), torch.attr("Tensor").ptr()) == 1 &&
-      t.attr("__torch_dispatch__").is(torch.attr("_C").attr("_disabled_torch_dispatch_impl"));
-  const py::object grad = py::getattr(t, keys().grad, py::none());
-  const bool getset = Py_IS_TYPE(grad.ptr(), &PyGetSetDescr_Type);
-  t.inc_ref();  // another type must not take its address
-  types_.push_back(
-      {type, plain,
-       getset ? reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset : nullptr});
-  return types_.back();
-}
-
 // param.grad, held; where the type's own getter is a C function, without looking it up each time.
 PyObject* Gather::grad_of(PyObject* param) {
-  const PyGetSetDef* getset = type_of(param).grad;
+  const PyGetSetDef* getset = types_.of(param).grad;
   PyObject* grad = getset != nullptr ? getset->get(param, getset->closure)
                                      : PyObject_GetAttr(param, keys().grad);
   if (grad == nullptr) throw py::error_already_set();
@@ -249,12 +238,6 @@ DeviceTable& Gather::table_on(const dlpack::Device& device) {
   tables.emplace_back();
   tables.back().device = device;
   return tables.back();
-}
-
-bool Gather::only_on_cpu() const {
-  return std::all_of(tables.begin(), tables.end(), [](const DeviceTable& t) {
-    return t.device.type == dlpack::kCPU || t.table.rows.empty();
-  });
 }
 
 void Gather::report(int group, PyObject* param, const char* key) {

@@ -11,6 +11,7 @@
 #include "step_scalars.h"
 #include "tensor_reader.h"
 #include "tensor_table.h"
+#include "tensor_types.h"
 #include "trail.h"
 
 namespace adamprox {
@@ -69,15 +70,13 @@ class Gather {
   // Lets go of every tensor.
   void release();
 
-  // Whether all that the last read() put into tables is there.
-  bool only_on_cpu() const;
-
   const TensorReader& reader() const { return reader_; }
 
   double step_of(const Member& member) const { return cohorts_[member.cohort].step + 1; }
 
   std::vector<DeviceTable> tables;
   std::vector<Member> members;
+  bool only_on_cpu = false;   // whether all that the last read() found is there
   double update_seconds = 0;  // what the CPU's update took in the last step: the rest is host time
 
  private:
@@ -87,12 +86,6 @@ class Gather {
     void* data;
     bool is_double;
     double step;
-  };
-
-  struct TensorType {
-    PyTypeObject* type;
-    bool plain;  // its memory is its own: not a DTensor, a FakeTensor or another wrapper
-    const PyGetSetDef* grad;  // the C getter of its grad, or null
   };
 
   struct Skipped {  // a param without a grad
@@ -108,13 +101,6 @@ class Gather {
   int32_t scalars_of(DeviceTable& device, int cohort, const HyperParameters& hyper);
   bool read_tensor(PyObject* object, dlpack::Tensor& out);
   TensorReader::Grad read_grad(Member& member, dlpack::Tensor& out);
-  const TensorType& learn_type(PyTypeObject* type);
-  const TensorType& type_of(PyObject* object) {
-    for (const TensorType& known : types_) {
-      if (known.type == Py_TYPE(object)) return known;
-    }
-    return learn_type(Py_TYPE(object));
-  }
   PyObject* grad_of(PyObject* param);
   int cohort_of(PyObject* counter);
   DeviceTable& table_on(const dlpack::Device& device);
@@ -122,7 +108,7 @@ class Gather {
 
   const Decay decay_;
   const TensorReader reader_;
-  std::vector<TensorType> types_;
+  TensorTypes types_;
   std::vector<Cohort> cohorts_;
   std::unordered_map<PyObject*, int> cohort_index_;
   std::vector<Skipped> skipped_;

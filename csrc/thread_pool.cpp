@@ -74,27 +74,22 @@ TorchParallelFor find_torch_parallel_for() {
   return function;
 }
 
-TorchParallelFor torch_parallel_for = nullptr;
-
 // Never destroyed: its threads outlive static destructors. A forked child has the object but not
 // the threads, and perhaps a locked mutex, so it starts over.
-ThreadPool* pool = nullptr;
+ThreadPool* pool = new ThreadPool;
+bool forked = false;
 
-void start_over() {
+// When the library is loaded: torch may have used its threads before the first step, too.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
   pool = new ThreadPool;
-  torch_parallel_for = nullptr;
-}
+  forked = true;
+});
 
 }  // namespace
 
 void run_in_parallel(int helpers, const Work& work) {
   if (helpers <= 0) return work();
-  static std::once_flag once;
-  std::call_once(once, [] {
-    start_over();
-    torch_parallel_for = find_torch_parallel_for();
-    pthread_atfork(nullptr, nullptr, &start_over);
-  });
+  static const TorchParallelFor torch_parallel_for = find_torch_parallel_for();
   // The caller's rounding and flush-to-zero modes, so that the helpers give the same bits.
   std::fenv_t callers;
   std::fegetenv(&callers);
@@ -105,9 +100,10 @@ void run_in_parallel(int helpers, const Work& work) {
     work();
     std::fesetenv(&own);
   };
-  if (torch_parallel_for == nullptr) return pool->run(helpers, alike);
+  if (torch_parallel_for == nullptr || forked) return pool->run(helpers, alike);
   const auto body = [](int64_t, int64_t, void* context) { (*static_cast<const Work*>(context))(); };
-  torch_parallel_for(0, helpers + 1, 1, body, const_cast<Work*>(&alike));
+  const int32_t error = torch_parallel_for(0, helpers + 1, 1, body, const_cast<Work*>(&alike));
+  if (error != 0) work();  // whatever it has left undone
 }
 
 }  // namespace adamprox

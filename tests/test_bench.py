@@ -85,7 +85,7 @@ def test_bytes_per_element(param, state, once, twice, amsgrad):
     ("options", "per_element"), [({}, 28), ({"amsgrad": True}, 36)], ids=["", "amsgrad"]
 )
 def test_cost_is_read_from_the_states(optimizer, options, per_element):
-    sizes = (1, cost.CHUNK, cost.CHUNK + 1)
+    sizes = (1, cost.CHUNK_SIZE, cost.CHUNK_SIZE + 1)
     params = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
     for param in params:
         param.grad = torch.ones_like(param)

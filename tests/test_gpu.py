@@ -88,6 +88,13 @@ def l2_with_grads(sizes: tuple[int, ...], device: str, backend: str) -> torch.op
     return opt
 
 
+def l2_stepped_on_cpu(sizes: tuple[int, ...], steps: int) -> torch.optim.Optimizer:
+    opt = l2_with_grads(sizes, "cpu", "cpu")
+    for _ in range(steps):
+        opt.step()
+    return opt
+
+
 def test_blocks_of_two_streams_wait_at_the_same_time():
     """More blocks than a GPU holds, of two launches, each of which waits for its own."""
     sizes = (2000 * CHUNK_SIZE,)
@@ -99,11 +106,8 @@ def test_blocks_of_two_streams_wait_at_the_same_time():
             with torch.cuda.stream(stream):
                 opt.step()
     torch.cuda.synchronize()
-    on_cpu_alone = l2_with_grads(sizes, "cpu", "cpu")
-    for _ in range(20):
-        on_cpu_alone.step()
     for opt in optimizers:
-        assert_same_bits(on_cpu(opt), on_cpu_alone)
+        assert_same_bits(on_cpu(opt), l2_stepped_on_cpu(sizes, 20))
 
 
 def test_a_step_on_another_stream_works_in_memory_of_its_own():
@@ -116,10 +120,7 @@ def test_a_step_on_another_stream_works_in_memory_of_its_own():
         with torch.cuda.stream(stream):
             opt.step()
     torch.cuda.synchronize()
-    on_cpu_alone = l2_with_grads(MIXED_SIZES, "cpu", "cpu")
-    for _ in range(6):
-        on_cpu_alone.step()
-    assert_same_bits(on_cpu(opt), on_cpu_alone)
+    assert_same_bits(on_cpu(opt), l2_stepped_on_cpu(MIXED_SIZES, 6))
 
 
 @every_optimizer

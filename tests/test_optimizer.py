@@ -28,6 +28,21 @@ def make(optimizer: str, params, **arguments) -> torch.optim.Optimizer:
     return spec.cls(params, **{"lr": 1e-2, "weight_decay": spec.weight_decay, **arguments})
 
 
+@pytest.fixture(params=["stable ABI", "DLPack"])
+def reader(request, monkeypatch) -> str:
+    """Both ways of reading tensors; the second is for a torch that lacks what the first needs."""
+    if request.param == "DLPack":
+        monkeypatch.setenv("ADAMPROX_TENSOR_READER", "dlpack")
+    return request.param
+
+
+both_readers = pytest.mark.usefixtures("reader")
+
+
+def test_the_reader_is_the_one_asked_for(reader):
+    assert make("AdamW", make_params((3,)))._gather.reader == reader
+
+
 def make_params(*shapes: tuple[int, ...], dtype=torch.float32, seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
@@ -320,6 +335,7 @@ def named(optimizer: str, params) -> torch.optim.Optimizer:
 SHAPES = ((5,), (), (4, 3))
 
 
+@both_readers
 @pytest.mark.parametrize(
     ("spoil", "match"),
     (SPOILED_PARAMS | SPOILED_STATES).values(),
@@ -401,6 +417,7 @@ def skipping(opt, params, count: int) -> None:
         opt.step()
 
 
+@both_readers
 @pytest.mark.parametrize("default_dtype", [torch.float32, torch.float64], ids=str)
 @every_optimizer
 def test_step_counts_are_torchs(optimizer, default_dtype):
@@ -571,6 +588,7 @@ CHANGES = (
 )
 
 
+@both_readers
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @every_optimizer
 def test_nothing_stale_is_used(optimizer, change):
@@ -591,6 +609,7 @@ def test_nothing_stale_is_used(optimizer, change):
                 assert same_bits(opt.state[p][key], value), key
 
 
+@both_readers
 @every_optimizer
 def test_grads_are_not_kept_alive(optimizer):
     params = make_params(*SHAPES)
@@ -799,6 +818,7 @@ def test_complex_is_a_pair_of_reals(optimizer):
     assert same_bits(torch.view_as_real(as_complex.detach()), as_real.detach())
 
 
+@both_readers
 @pytest.mark.parametrize("numel", [1, 2, 3])
 @every_optimizer
 def test_lazy_conjugates_and_negations(optimizer, numel):
@@ -818,6 +838,7 @@ def test_lazy_conjugates_and_negations(optimizer, numel):
         assert same_bits(p.detach(), q.detach())
 
 
+@both_readers
 @every_optimizer
 def test_autograd_sees_the_write(optimizer):
     """A tensor that was saved for backward before the step is out of date after it."""

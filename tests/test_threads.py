@@ -124,17 +124,47 @@ def fork_and_step(optimizer: str, busy: bool) -> None:
     assert digest(opt) == expected
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-@pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])  # of one sweep, and of two
-def test_forked_children_step(optimizer, busy):
-    """In a process of its own, which has no threads but these."""
-    script = f"import test_threads; test_threads.fork_and_step({optimizer!r}, {busy})"
+def fork_before_any_step(optimizer: str) -> None:
+    """A child takes the first step; its parent has used torch's threads for something else."""
+    torch.set_num_threads(3)
+    torch.ones(1 << 20).exp()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # for torch's own operations, which would hang here
+        signal.alarm(TIMEOUT)
+        params = [nn.Parameter(torch.ones(1 << 18)) for _ in range(2)]
+        opt = OPTIMIZERS[optimizer].cls(params, backend="cpu")
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+        torch.set_num_threads(3)
+        opt.step()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, status
+
+
+def run_alone(call: str, **environment: str) -> str:
+    """Calls a function of this file in a process of its own, and returns what it printed."""
     result = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", f"import test_threads; test_threads.{call}"],
         cwd=Path(__file__).parent,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=3 * TIMEOUT,
         check=False,
     )
     assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])  # of one sweep, and of two
+def test_forked_children_step(optimizer, busy):
+    run_alone(f"fork_and_step({optimizer!r}, {busy})")
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])
+def test_forked_children_take_the_first_step(optimizer):
+    run_alone(f"fork_before_any_step({optimizer!r})")

@@ -55,7 +55,6 @@ class _FusedAdam(Optimizer):
         validate(defaults)
         self._backend = backends.requested(backend)
         self._gather = _C.Gather(self.decay)
-        self._usual_on_cpu = False
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -74,7 +73,6 @@ class _FusedAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._gather = _C.Gather(self.decay)
-        self._usual_on_cpu = False
         for group in self.param_groups:
             # Saved by torch.optim's classes, or by an older one of them.
             group.setdefault("amsgrad", False)
@@ -124,10 +122,8 @@ def _step(optimizer: _FusedAdam, closure: Callable[[], float] | None = None) -> 
             loss = closure()
 
     gather = optimizer._gather
-    if (
-        optimizer._usual_on_cpu
-        and optimizer._backend in (None, "cpu")
-        and gather.step_on_cpu(optimizer.param_groups, optimizer.state, torch.get_num_threads())
+    if optimizer._backend in (None, "cpu") and gather.step_on_cpu(
+        optimizer.param_groups, optimizer.state, torch.get_num_threads()
     ):
         return loss
 
@@ -137,7 +133,6 @@ def _step(optimizer: _FusedAdam, closure: Callable[[], float] | None = None) -> 
         while findings := gather.read(optimizer.param_groups, optimizer.state, staged):
             mend(optimizer, findings, staged)
         gather.hold()
-        optimizer._usual_on_cpu = gather.only_on_cpu
         tables = gather.tables()
         chosen = [backends.select(optimizer._backend, table.device[0]) for table in tables]
         gather.mark_written()
