@@ -76,31 +76,35 @@ struct Held {
   }
 };
 
-// Vectors of the calling thread from `at` on, a block's width apart, so that neighbouring threads
-// touch neighbouring memory; as long as kVectors of them begin before `end`, whose loads are all
-// under way before the first one is needed. Returns where it stopped.
+// Vectors of the calling thread from `at` to `end`, a block's width apart, so that neighbouring
+// threads touch neighbouring memory; kVectors at a time, whose loads are all under way before the
+// first one is needed. Past the end, the first one is loaded again: a branch would divide the loads,
+// and a loop of its own for what is left double the code.
 template <int kVectors, int kWidth, typename F, typename... Streams>
-__device__ __forceinline__ int for_each_vector(int at, int end, F f, Streams... streams) {
+__device__ __forceinline__ void for_each_vector(int at, int end, F f, Streams... streams) {
   constexpr int kStride = kThreads * kWidth;
   const auto run = [&](auto... held) {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) (held.load(v, at + v * kStride), ...);
+    for (int v = 0; v < kVectors; ++v) {
+      (held.load(v, at + v * kStride < end ? at + v * kStride : at), ...);
+    }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
+      if (at + v * kStride < end) {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        (held.open(v, i), ...);
-        f(at + v * kStride + i, held.value...);
-        (held.close(v, i), ...);
+        for (int i = 0; i < kWidth; ++i) {
+          (held.open(v, i), ...);
+          f(at + v * kStride + i, held.value...);
+          (held.close(v, i), ...);
+        }
+        (held.store(v, at + v * kStride), ...);
       }
-      (held.store(v, at + v * kStride), ...);
     }
   };
 #pragma unroll 1
-  for (; at + (kVectors - 1) * kStride < end; at += kVectors * kStride) {
+  for (; at < end; at += kVectors * kStride) {
     run(Held<kVectors, kWidth, Streams>{streams, {}, {}}...);
   }
-  return at;
 }
 
 // Calls f(i, element...) for `count` elements of the streams, which point to the first ones: they
@@ -116,9 +120,7 @@ __device__ __forceinline__ void for_each_element(int count, bool aligned, F f, F
   constexpr int kFit = kSize == 4 && kLoads <= 4 ? 4 : kLoads <= 6 ? 2 : 1;
   constexpr int kVectors = kFit < kMostVectors ? kFit : kMostVectors;
   const int in_vectors = aligned ? count - count % kWidth : 0;
-  int at = threadIdx.x * kWidth;
-  at = for_each_vector<kVectors, kWidth>(at, in_vectors, f, first, streams...);
-  if constexpr (kVectors > 1) for_each_vector<1, kWidth>(at, in_vectors, f, first, streams...);
+  for_each_vector<kVectors, kWidth>(threadIdx.x * kWidth, in_vectors, f, first, streams...);
   if (in_vectors == count) return;
   __syncthreads();  // elements change hands
   for_each_vector<1, 1>(in_vectors + threadIdx.x, count, f, first, streams...);

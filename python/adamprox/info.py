@@ -93,9 +93,11 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     for name, backend in facts["backends"].items():
         rows.append((f"backend {name}", backend["reason"] or "usable"))
     cpu = facts["cpu"]
-    # In CMake's words: "90-real" is machine code only, "120" has PTX beside it.
+    # In CMake's words: "90-real" is machine code, "90-virtual" PTX, "90" both.
     architectures = [
-        name.removesuffix("-real") if name.endswith("-real") else f"{name} with PTX"
+        name.replace("-real", "").replace("-virtual", " as PTX")
+        if "-" in name
+        else f"{name} with PTX"
         for name in facts["cuda_architectures"]
     ]
     rows += [
