@@ -6,6 +6,11 @@
 #include "python_values.h"
 
 namespace adamprox {
+namespace {
+
+constexpr size_t kAhead = 4;  // how many params later what is fetched is read
+
+}  // namespace
 
 Gather::Gather(Decay decay) : decay_(decay) {}
 
@@ -13,7 +18,6 @@ std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
                                   const py::dict& staged) {
   release();
   StateCursor states(state.ptr());
-  trail_.start();
   int index = 0;
   for (const py::handle group : groups) {
     read_group(index++, py::reinterpret_borrow<py::dict>(group), states, staged);
@@ -56,9 +60,7 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   };
 
   member.grad = pick(k.grad, nullptr);
-  dlpack::Tensor g;
-  const TensorReader::Grad grad = read_grad(member, g);
-  if (grad == TensorReader::Grad::kNone) {
+  if (!has_grad(member)) {
     skipped_.push_back({group, param, states.next(param)});
     return;
   }
@@ -68,8 +70,6 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   if (state == nullptr || !PyDict_Check(state) || PyDict_GET_SIZE(state) == 0) {
     return report(group, param, "state");
   }
-  trail_.visit(state);
-  trail_.visit<192>(reinterpret_cast<PyDictObject*>(state)->ma_keys);
   const StateValues values = state_values(state, amsgrad);
   member.state = state;
   member.param = pick(k.param, param);
@@ -77,8 +77,42 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   member.exp_avg_sq = pick(k.exp_avg_sq, values.exp_avg_sq);
   member.max_exp_avg_sq = amsgrad ? pick(k.max_exp_avg_sq, values.max_exp_avg_sq) : nullptr;
 
+  const size_t place = members.size();
+  if (place == known_.size()) known_.emplace_back();
+  if (place + kAhead < known_.size()) known_[place + kAhead].fetch();
+  Data data{};
+  const bool usable = recognise(known_[place], member, amsgrad, data) ||
+                      understand(known_[place], member, amsgrad, data);
+  member.cohort = values.step != nullptr ? cohort_of(values.step) : -1;
+  if (member.cohort < 0) return report(group, param, "step");
+  if (usable) append(known_[place], member, hyper, data);
+}
+
+// Whether nothing but addresses has changed since a step that found it good.
+bool Gather::recognise(const KnownParam& known, const Member& member, bool amsgrad,
+                       Data& data) const {
+  using K = KnownParam;
+  const auto same = [&](PyObject* tensor, K::Which which) {
+    return reader_.is_as_seen(tensor, known.tensors[which], data[which]);
+  };
+  return known.owner == member.owner && known.amsgrad == amsgrad && member.grad_handle != nullptr &&
+         reader_.handle_is_as_seen(member.grad_handle, known.tensors[K::kGrad], data[K::kGrad]) &&
+         same(member.param, K::kParam) && same(member.exp_avg, K::kExpAvg) &&
+         same(member.exp_avg_sq, K::kExpAvgSq) &&
+         (!amsgrad || same(member.max_exp_avg_sq, K::kMaxExpAvgSq));
+}
+
+// Reads the tensors of a param, reports what is wrong with them, and remembers what is not.
+bool Gather::understand(KnownParam& known, Member& member, bool amsgrad, Data& data) {
+  const Keys& k = keys();
+  known.owner = nullptr;
+  const size_t findings = findings_.size();
+  const auto refuse = [&](const char* key) { report(member.group, member.owner, key); };
   dlpack::Tensor p;
-  if (!read_tensor(member.param, p) || !is_dense(p)) return report(group, param, "param");
+  if (!read_tensor(member.param, p) || !is_dense(p)) {
+    refuse("param");
+    return false;
+  }
   const int64_t count = numel(p);
   const bool complex = p.dtype.code == dlpack::kComplex;
   // Lazy conjugation and negation do not show in the memory. A negated view of reals is dense only
@@ -87,56 +121,77 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   const auto is_lazy = [&](PyObject* tensor) {
     return (complex && answers_true(tensor, k.is_conj)) || answers_true(tensor, k.is_neg);
   };
-  if (may_be_lazy && is_lazy(member.param)) return report(group, param, "param");
-  const DType dtype = real_dtype(p.dtype);
-  const size_t findings = findings_.size();
-  bool aligned = is_aligned(p.data);
-  trail_.visit(p.data);
+  if (may_be_lazy && is_lazy(member.param)) {
+    refuse("param");
+    return false;
+  }
   // Every other tensor of this row must lie as the param does, and be of the type expected.
   const auto accept = [&](bool readable, const dlpack::Tensor& t, PyObject* tensor, const char* key,
                           const dlpack::DataType& type) -> void* {
     if (readable && t.dtype == type && same_layout(t, p) && same_device(t.device, p.device) &&
         !(may_be_lazy && is_lazy(tensor))) {
-      aligned &= is_aligned(t.data);
-      trail_.visit(t.data);
       return t.data;
     }
-    report(group, param, key);
+    refuse(key);
     return nullptr;
   };
-  if (may_be_lazy && member.grad == nullptr) member.grad = grad_of(param);
-  void* grad_data = accept(grad == TensorReader::Grad::kRead, g, member.grad, "grad", p.dtype);
-
   dlpack::Tensor t;
-  bool readable = read_tensor(member.exp_avg, t);
+  bool readable = member.grad != nullptr ? read_tensor(member.grad, t)
+                                         : reader_.read_handle(member.grad_handle, t);
+  if (may_be_lazy && member.grad == nullptr) member.grad = grad_of(member.owner);
+  data[KnownParam::kGrad] = accept(readable, t, member.grad, "grad", p.dtype);
+
+  readable = read_tensor(member.exp_avg, t);
   const bool wide = readable && p.dtype.bits == 16 && t.dtype == kFloat32;  // moments
   const dlpack::DataType& moment_type = wide ? kFloat32 : p.dtype;
   const auto read_moment = [&](PyObject* tensor, const char* key) {
     const bool readable = read_tensor(tensor, t);
     return accept(readable, t, tensor, key, moment_type);
   };
-  void* exp_avg = accept(readable, t, member.exp_avg, "exp_avg", moment_type);
-  void* exp_avg_sq = read_moment(member.exp_avg_sq, "exp_avg_sq");
-  void* max_exp_avg_sq = amsgrad ? read_moment(member.max_exp_avg_sq, "max_exp_avg_sq") : nullptr;
-  member.cohort = values.step != nullptr ? cohort_of(values.step) : -1;
-  if (member.cohort < 0) report(group, param, "step");
-  if (findings_.size() != findings) return;
+  data[KnownParam::kParam] = p.data;
+  data[KnownParam::kExpAvg] = accept(readable, t, member.exp_avg, "exp_avg", moment_type);
+  data[KnownParam::kExpAvgSq] = read_moment(member.exp_avg_sq, "exp_avg_sq");
+  if (amsgrad) {
+    data[KnownParam::kMaxExpAvgSq] = read_moment(member.max_exp_avg_sq, "max_exp_avg_sq");
+  }
+  if (findings_.size() != findings) return false;
 
-  DeviceTable& device = table_on(p.device);
+  known.device = p.device;
+  known.row.numel = count * (complex ? 2 : 1);
+  known.row.param_dtype = real_dtype(p.dtype);
+  known.row.state_dtype = wide ? DType::kFloat32 : known.row.param_dtype;
+  if (reader_.recognises() && member.grad_handle != nullptr &&
+      p.ndim <= int{SeenTensor::kMostDims}) {
+    known.owner = member.owner;
+    known.amsgrad = amsgrad;
+    known.state = member.state;
+    known.state_keys = reinterpret_cast<PyDictObject*>(member.state)->ma_keys;
+    std::copy(data.begin(), data.end(), known.data.begin());
+    const std::array<PyObject*, KnownParam::kTensors> objects{
+        member.param, nullptr, member.exp_avg, member.exp_avg_sq, member.max_exp_avg_sq};
+    for (int i = 0; i < known.size(); ++i) {
+      known.objects[i] = objects[i];
+      if (objects[i] != nullptr) reader_.see(objects[i], known.tensors[i]);
+    }
+    reader_.see_handle(member.grad_handle, known.tensors[KnownParam::kGrad]);
+  }
+  return true;
+}
+
+void Gather::append(const KnownParam& known, const Member& member, const HyperParameters& hyper,
+                    const Data& data) {
+  DeviceTable& device = table_on(known.device);
   TensorTable& table = device.table;
   const auto index = static_cast<int32_t>(table.rows.size());
   // Filled in where it lies: a copy would wait for the stores of its narrow fields.
-  TensorRow& row = table.rows.emplace_back();
-  row.param = p.data;
-  row.exp_avg = exp_avg;
-  row.exp_avg_sq = exp_avg_sq;
-  row.max_exp_avg_sq = max_exp_avg_sq;
-  row.numel = count * (complex ? 2 : 1);
+  TensorRow& row = table.rows.emplace_back(known.row);
+  row.param = data[KnownParam::kParam];
+  row.exp_avg = data[KnownParam::kExpAvg];
+  row.exp_avg_sq = data[KnownParam::kExpAvgSq];
+  row.max_exp_avg_sq = data[KnownParam::kMaxExpAvgSq];
   row.scalars = scalars_of(device, member.cohort, hyper);
   row.first_chunk = static_cast<int32_t>(table.chunks.size());
-  row.param_dtype = dtype;
-  row.state_dtype = wide ? DType::kFloat32 : dtype;
-  row.aligned = aligned;
+  row.aligned = std::all_of(data.begin(), data.end(), is_aligned);
   const auto chunks = static_cast<int32_t>(TensorTable::num_chunks(row.numel));
   for (int32_t i = 0; i < chunks; ++i) {
     Chunk& chunk = table.chunks.emplace_back();
@@ -144,7 +199,7 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
     chunk.index = i;
   }
   table.numel += row.numel;
-  table.grads.push_back(grad_data);
+  table.grads.push_back(data[KnownParam::kGrad]);
   device.members.push_back(static_cast<int>(members.size()));
   members.push_back(member);
 }
@@ -171,21 +226,18 @@ int32_t Gather::scalars_of(DeviceTable& device, int cohort, const HyperParameter
 }
 
 bool Gather::read_tensor(PyObject* object, dlpack::Tensor& out) {
-  if (object == nullptr || !types_.of(object).plain) return false;
-  reader_.visit(object, trail_);
-  return reader_.read(object, out);
+  return object != nullptr && types_.of(object).plain && reader_.read(object, out);
 }
 
-TensorReader::Grad Gather::read_grad(Member& member, dlpack::Tensor& out) {
+bool Gather::has_grad(Member& member) {
   if (member.grad == nullptr) {
     if (reader_.reads_grads() && types_.of(member.owner).plain) {
-      return reader_.read_grad(member.owner, out, trail_);
+      member.grad_handle = reader_.grad(member.owner);
+      return member.grad_handle != nullptr;
     }
     member.grad = grad_of(member.owner);
   }
-  if (member.grad == Py_None) return TensorReader::Grad::kNone;
-  return read_tensor(member.grad, out) ? TensorReader::Grad::kRead
-                                       : TensorReader::Grad::kUnreadable;
+  return member.grad != Py_None;
 }
 
 // param.grad, held; where the type's own getter is a C function, without looking it up each time.

@@ -7,12 +7,12 @@
 #include <unordered_map>
 #include <vector>
 
+#include "known_param.h"
 #include "state_cursor.h"
 #include "step_scalars.h"
 #include "tensor_reader.h"
 #include "tensor_table.h"
 #include "tensor_types.h"
-#include "trail.h"
 
 namespace adamprox {
 
@@ -20,8 +20,9 @@ namespace py = pybind11;
 
 // One param of this step, and what it is read from; borrowed until hold().
 struct Member {
-  PyObject* param;  // or its stand-in, as with the others
-  PyObject* grad;   // null: param's own, of which no Python object has been asked for yet
+  PyObject* param;    // or its stand-in, as with the others
+  PyObject* grad;     // null: param's own, of which no Python object has been asked for yet
+  void* grad_handle;  // what the reader has of it instead
   PyObject *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last one null or a tensor
   PyObject* state;                                  // the param's dict
   PyObject* owner;                                  // the param itself
@@ -97,10 +98,15 @@ class Gather {
   void read_group(int index, const py::dict& group, StateCursor& states, const py::dict& staged);
   void read_param(int group, PyObject* param, const HyperParameters& hyper, bool amsgrad,
                   StateCursor& states, const py::dict& staged);
+  using Data = std::array<void*, KnownParam::kTensors>;  // null where there is no tensor
+  bool has_grad(Member& member);
+  bool recognise(const KnownParam& known, const Member& member, bool amsgrad, Data& data) const;
+  bool understand(KnownParam& known, Member& member, bool amsgrad, Data& data);
+  void append(const KnownParam& known, const Member& member, const HyperParameters& hyper,
+              const Data& data);
   void find_skipped_states(StateCursor& states);
   int32_t scalars_of(DeviceTable& device, int cohort, const HyperParameters& hyper);
   bool read_tensor(PyObject* object, dlpack::Tensor& out);
-  TensorReader::Grad read_grad(Member& member, dlpack::Tensor& out);
   PyObject* grad_of(PyObject* param);
   int cohort_of(PyObject* counter);
   DeviceTable& table_on(const dlpack::Device& device);
@@ -114,7 +120,7 @@ class Gather {
   std::vector<Skipped> skipped_;
   BiasCorrections bias_;
   std::vector<py::object> held_;
-  Trail trail_;  // of what read() touches
+  std::vector<KnownParam> known_;  // as members were at the last step
   std::vector<Finding> findings_;
 };
 

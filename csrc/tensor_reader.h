@@ -3,18 +3,30 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstring>
 #include <iterator>
 
 #include "layout.h"
-#include "trail.h"
 
 namespace adamprox {
+
+// A tensor that was read, as it lay in memory: see TensorReader::is_as_seen().
+struct SeenTensor {
+  static constexpr size_t kMostDims = 5;  // whose sizes lie in the implementation
+
+  const PyTypeObject* type = nullptr;
+  void* implementation = nullptr;  // null: none was seen
+  // What it seemed to point to: its storage; of a param, autograd's data and the version.
+  std::array<const void*, 3> hints{};
+  // How many dims there are and what comes after sizes and strides; then these, by dim.
+  std::array<uint64_t, 5 + 2 * kMostDims> words{};
+};
 
 // torch publishes two C interfaces. DLPack's exchange API takes a Python object and serves always.
 // The stable C ABI of libtorch is three times as fast but takes a tensor's address, which is the
 // first field after a Python object's head: that is verified against `_cdata` when this is made,
-// and where it does not hold, DLPack it is. Nothing is cached, so nothing can be stale.
+// and where it does not hold, DLPack it is.
 class TensorReader {
  public:
   TensorReader();
@@ -25,17 +37,32 @@ class TensorReader {
     return stable_.found ? read_stable(handle_of(tensor), out) : read_dlpack(tensor, out);
   }
 
-  // What read() is about to touch.
-  void visit(PyObject* tensor, Trail& trail) const {
-    if (!stable_.found) return;
-    trail.visit(tensor);
-    trail.visit_implementation(implementation(handle_of(tensor)));
+  // The handle of tensor.grad, of which no Python object is made, where reads_grads(); or null.
+  void* grad(PyObject* tensor) const {
+    void* handle = stable_.grad(implementation(handle_of(tensor)));
+    return implementation(handle) != stable_.undefined ? handle : nullptr;
   }
-
-  // Reads tensor.grad without making a Python object of it, where reads_grads().
-  enum class Grad { kNone, kRead, kUnreadable };
-  Grad read_grad(PyObject* tensor, dlpack::Tensor& out, Trail& trail) const;
   bool reads_grads() const { return stable_.grad != nullptr; }
+  bool read_handle(void* handle, dlpack::Tensor& out) const { return read_stable(handle, out); }
+
+  // A tensor is known again by the words of its implementation that say how it lies in memory: its
+  // sizes and strides, up to five of them, its offset, dtype, device, layout and lazy bits. Where
+  // these are as they were seen, read() would answer as it did then, but for the address.
+  // (The words end with the dispatch keys, which are what torch has at the end.)
+  bool recognises() const { return recognises_; }
+  void see_handle(void* handle, SeenTensor& seen) const;
+  void see(PyObject* tensor, SeenTensor& seen) const {
+    seen.type = Py_TYPE(tensor);
+    see_handle(handle_of(tensor), seen);
+  }
+  bool handle_is_as_seen(void* handle, const SeenTensor& seen, void*& data) const {
+    return implementation(handle) == seen.implementation && same_words(seen) &&
+           stable_.data(handle, &data) == 0 && data != nullptr;
+  }
+  bool is_as_seen(PyObject* tensor, const SeenTensor& seen, void*& data) const {
+    return tensor != nullptr && Py_TYPE(tensor) == seen.type &&
+           handle_is_as_seen(handle_of(tensor), seen, data);
+  }
 
   // Tells autograd of a write, as torch's in-place operations do: backward through an older value
   // is an error then.
@@ -80,22 +107,42 @@ class TensorReader {
     return result;
   }
 
+  // Calls f(its place in SeenTensor::words, word) for every word that is in use.
+  template <typename F>
+  void for_each_word(const void* implementation, F f) const {
+    constexpr size_t kMostDims = SeenTensor::kMostDims;
+    const auto word = [&](size_t i) {
+      uint64_t result;
+      const auto* words = static_cast<const char*>(implementation) + words_begin_;
+      std::memcpy(&result, words + i * sizeof(result), sizeof(result));
+      return result;
+    };
+    const uint64_t dims = word(0);
+    f(0, dims);
+    for (size_t i = 1; i <= 4; ++i) f(i, word(2 * kMostDims + i));
+    for (size_t dim = 0; dim < kMostDims && dim < dims; ++dim) {
+      f(5 + 2 * dim, word(1 + dim));
+      f(6 + 2 * dim, word(1 + kMostDims + dim));
+    }
+  }
+  bool same_words(const SeenTensor& seen) const {
+    uint64_t difference = 0;
+    for_each_word(seen.implementation,
+                  [&](size_t i, uint64_t word) { difference |= word ^ seen.words[i]; });
+    return difference == 0;
+  }
+
   static StableAbi find_stable_abi();
+  bool find_words();
   static void find_cxx_functions(StableAbi& abi, void* library);
   bool read_stable(void* handle, dlpack::Tensor& out) const;
   bool read_dlpack(PyObject* tensor, dlpack::Tensor& out) const;
 
   const dlpack::ExchangeApi* dlpack_;
   const StableAbi stable_;
+  ptrdiff_t words_begin_ = 0;
+  const bool recognises_;
 };
-
-inline TensorReader::Grad TensorReader::read_grad(PyObject* tensor, dlpack::Tensor& out,
-                                                  Trail& trail) const {
-  void* handle = stable_.grad(implementation(handle_of(tensor)));
-  if (implementation(handle) == stable_.undefined) return Grad::kNone;
-  trail.visit_implementation(implementation(handle));
-  return read_stable(handle, out) ? Grad::kRead : Grad::kUnreadable;
-}
 
 // Inline: it runs four times a param, in two nanoseconds a call.
 inline bool TensorReader::read_stable(void* handle, dlpack::Tensor& out) const {
