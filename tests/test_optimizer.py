@@ -642,28 +642,6 @@ def test_params_are_not_kept_alive():
 # Saving, loading, copying.
 
 
-@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
-@pytest.mark.parametrize("direction", ["from_torch", "to_torch"])
-@every_twin
-def test_state_dict_is_torchs(optimizer, direction, amsgrad):
-    """10 steps of one and 10 of the other are 20 of one."""
-    spec = OPTIMIZERS[optimizer]
-    arguments = {"lr": 1e-2, "weight_decay": spec.weight_decay, "amsgrad": amsgrad}
-    classes = [spec.twin, spec.cls] if direction == "from_torch" else [spec.cls, spec.twin]
-    params, expected = make_params(*SHAPES), make_params(*SHAPES)
-    first, second = (cls(params, **arguments) for cls in classes)
-    steps(first, params, range(10))
-    second.load_state_dict(first.state_dict())
-    steps(second, params, range(10, 20))
-    whole = spec.twin(expected, **arguments)
-    steps(whole, expected, range(20))
-    for p, q in zip(params, expected, strict=True):
-        bound = rounding_bound(20, max(1.0, q.abs().max().item()), 1e-2, torch.float32)
-        assert (p - q).abs().max() <= bound
-        assert second.state[p].keys() == whole.state[q].keys()
-        assert torch.equal(second.state[p]["step"], whole.state[q]["step"])
-
-
 def through_pickle(opt, params):
     return pickle.loads(pickle.dumps((opt, params)))
 

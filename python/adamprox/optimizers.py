@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import _C, backends
+from . import _C, backends, checkpoints
 from .arguments import document, validate
 from .mending import Staged, mend, unstage
 
@@ -51,6 +51,7 @@ class _FusedAdam(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decay_by": decay_by,
+            "decoupled_weight_decay": self.decay != "coupled",  # of torch's layout, without effect
         }
         validate(defaults)
         self._backend = backends.requested(backend)
@@ -60,6 +61,8 @@ class _FusedAdam(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; its values are checked first."""
         if isinstance(param_group, dict):
+            # The class decides, and not a group that comes from another class.
+            param_group["decoupled_weight_decay"] = self.defaults["decoupled_weight_decay"]
             group = {**self.defaults, **param_group}
             validate(group)
             if group["decay_by"] == "schedule":
@@ -82,6 +85,7 @@ class _FusedAdam(Optimizer):
             group.setdefault("differentiable", False)
             group.setdefault("fused", None)
             group.setdefault("decay_by", self.defaults["decay_by"])
+            group["decoupled_weight_decay"] = self.decay != "coupled"
             if group["decay_by"] == "schedule":
                 group.setdefault("initial_lr", float(group["lr"]))
 
@@ -93,6 +97,18 @@ class _FusedAdam(Optimizer):
             for index, state in result["state"].items()
         }
         return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.load_state_dict``, from any class here or torch's Adam, AdamW.
+
+        Hyper-parameters are the checkpoint's, as in torch. float32 moments of 16-bit params stay as
+        they are; torch casts them.
+
+        Raises:
+            ValueError: keys are missing or unknown, which the message names, or the param groups
+                differ in size; nothing was loaded.
+        """
+        checkpoints.load(self, state_dict, super().load_state_dict)
 
     @overload
     def step(self, closure: None = None) -> None: ...
