@@ -437,7 +437,7 @@ def test_users_hooks_go_around_our_check():
     opt.register_load_state_dict_post_hook(
         lambda opt: seen.extend(state["exp_avg"].dtype for state in opt.state.values())
     )
-    with pytest.raises(ValueError, match="missing 'exp_avg'.*unknown 'first'"):
+    with pytest.raises(ValueError, match=r"missing 'exp_avg'.*unknown 'first'"):
         opt.load_state_dict(state_dict)
     opt.register_load_state_dict_pre_hook(rename)
     opt.load_state_dict(state_dict)

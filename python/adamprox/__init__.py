@@ -2,7 +2,8 @@
 
 from importlib.metadata import version as _version
 
+from .in_backward import step_in_backward
 from .optimizers import Adam, AdamProx, AdamProxL1, AdamProxL2, AdamW
 
 __version__ = _version("adamprox")
-__all__ = ["Adam", "AdamProx", "AdamProxL1", "AdamProxL2", "AdamW"]
+__all__ = ["Adam", "AdamProx", "AdamProxL1", "AdamProxL2", "AdamW", "step_in_backward"]
