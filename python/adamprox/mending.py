@@ -64,7 +64,7 @@ def unstage(optimizer: Optimizer, staged: Staged) -> None:
 
 
 def _without_freed_grads(findings: list[_C.Finding]) -> list[_C.Finding]:
-    """Of a param whose step was taken in backward there is nothing to mend: its grad is None now."""
+    """A param whose step was taken in backward has nothing to mend: its grad is None now."""
     freed = {f.param for f in findings if isinstance(f.param.grad, FreedGrad)}
     for param in freed:
         param.grad = None
