@@ -94,6 +94,7 @@ INVALID_IN_TORCH = {
     "eps": {"eps": -1e-8},
     "weight_decay": {"weight_decay": -1e-2},
     "foreach_and_fused": {"foreach": True, "fused": True},
+    "fused_and_differentiable": {"fused": True, "differentiable": True},
 }
 INVALID_HERE = {
     "differentiable": ({"differentiable": True}, RuntimeError, "differentiable=True"),
