@@ -109,6 +109,6 @@ def _wide_moments(
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for index, param in zip(ids, params, strict=False):  # torch refuses unequal numbers
         for key in _MOMENTS if param.dtype in _16_BITS else ():
-            moment = state_dict["state"].get(index, {}).get(key)
+            moment = (state_dict["state"].get(index) or {}).get(key)
             if isinstance(moment, Tensor) and moment.dtype == torch.float32:
                 yield param, key, moment

@@ -125,7 +125,9 @@ class _FusedAdam(Optimizer):
         Raises:
             RuntimeError: a tensor cannot be used or no backend can run; nothing was updated.
         """
-        return (_observed_step if _is_observed(self) else _step)(self, closure)
+        if _is_observed(self):  # hooks see no argument where there is none
+            return _observed_step(self, *(() if closure is None else (closure,)))
+        return _step(self, closure)
 
     # So that torch leaves it alone: its wrapper, _observed_step here, costs as much as 40 tensors.
     step.hooked = True  # type: ignore[attr-defined]
