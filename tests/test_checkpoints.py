@@ -449,6 +449,40 @@ def test_users_hooks_go_around_our_check():
 RENAMED = {"first": "exp_avg"}
 
 
+@every_optimizer
+def test_hooks_of_saving(optimizer):
+    """They get each param's own counter, and what they change is neither undone nor live."""
+    params = make_params()
+    opt = make(optimizer, params)
+    steps(opt, params, range(2))
+
+    def as_number(_, state_dict):
+        assert len({state["step"].data_ptr() for state in state_dict["state"].values()}) == 4
+        for state in state_dict["state"].values():
+            state["step"] = int(state["step"])
+
+    opt.register_state_dict_post_hook(as_number)
+    assert [state["step"] for state in opt.state_dict()["state"].values()] == [2] * 4
+    assert all(isinstance(state["step"], Tensor) for state in opt.state.values())
+    opt.register_state_dict_post_hook(lambda _, state_dict: {"mine": state_dict})
+    assert opt.state_dict().keys() == {"mine"}
+    assert len(opt._optimizer_state_dict_post_hooks) == 2
+    opt._optimizer_state_dict_post_hooks.clear()
+    opt.state[params[0]]["step"] = 2  # as old checkpoints had it
+    assert opt.state_dict()["state"][0]["step"] == 2
+
+
+@every_optimizer
+def test_keys_of_users_and_schedulers_in_groups_are_kept(optimizer):
+    params = make_params()
+    opt = make(optimizer, [{"params": params, "lr_scale": 0.5}])
+    torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=10)
+    other = make(optimizer, params)
+    other.load_state_dict(saved(opt.state_dict()))
+    assert {"lr_scale", "max_lr", "max_momentum"} <= other.param_groups[0].keys()
+    assert other.param_groups == opt.param_groups
+
+
 def test_loading_leaves_the_state_dict_as_it_was():
     params = make_params(torch.bfloat16)
     opt = make("AdamProx", params, decay_by="schedule")

@@ -1,4 +1,4 @@
-"""Loading a state dict, torch's or ours: checked first, float32 moments kept as they are."""
+"""State dicts in torch's layout; loading one, torch's or ours: checked, float32 moments kept."""
 
 from __future__ import annotations
 
@@ -17,6 +17,30 @@ _OUR_GROUP_KEYS = ("decay_by", "initial_lr")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _16_BITS = (torch.bfloat16, torch.float16)
 _LISTED = 5  # of the params that share a problem
+
+
+def save(optimizer: Optimizer, torchs_state_dict: Callable[[], StateDict]) -> StateDict:
+    """What ``torchs_state_dict`` gives, before the hooks that users have registered."""
+    handle = optimizer.register_state_dict_post_hook(_with_own_counters, prepend=True)
+    try:
+        return torchs_state_dict()
+    finally:
+        handle.remove()
+
+
+def _with_own_counters(_: Optimizer, state_dict: StateDict) -> StateDict:
+    states = state_dict["state"].items()
+    return {
+        **state_dict,
+        "state": {
+            param: {**state, "step": state["step"].clone()} if _counts(state) else state
+            for param, state in states
+        },
+    }
+
+
+def _counts(state: Any) -> bool:
+    return isinstance(state, dict) and isinstance(state.get("step"), Tensor)
 
 
 def load(

@@ -91,12 +91,7 @@ class _FusedAdam(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``: each param with a step counter of its own."""
-        result = super().state_dict()
-        result["state"] = {
-            index: {**state, "step": state["step"].clone()} if "step" in state else state
-            for index, state in result["state"].items()
-        }
-        return result
+        return checkpoints.save(self, super().state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.load_state_dict``, from any class here or torch's Adam, AdamW.
