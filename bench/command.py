@@ -50,7 +50,8 @@ EPILOG = """\
 parts:
   steps        each optimizer's step on each model, timed in turns
   sizes        the same on one tensor of 2^10 to 2^24 elements
-  memory       what those steps take beyond params, grads and states (for 2^26 elements and more)
+  memory       what those steps take beyond params, grads and states (for 2^26 elements and more);
+               and what a training step takes with adamprox.step_in_backward and without
   end-to-end   the share of a training step that the optimizer takes, before and after
   picture      of the rows of sizes, and of steps on many small tensors
 
@@ -120,6 +121,8 @@ def _print(results: suite.Results) -> None:
         tables.print_sizes(results.sizes)
     if results.end_to_end:
         tables.print_end_to_end(results.end_to_end)
+    if results.memory:
+        tables.print_memory(results.memory)
     for name, reason in results.skipped.items():
         print(f"skipped {name}: {reason}")
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+
+import adamprox
 
 from .contenders import DTYPES, contenders
 from .models import MODELS
@@ -21,6 +24,10 @@ from .timing import synchronize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+WAYS = ("step", "step_in_backward")
+WIDTH, LAYERS = 1024, 16  # of the network for which they are compared
+LAYER_BYTES = 4 * WIDTH * WIDTH
 
 
 def peak_extra_bytes(step: Callable[[], object], device: torch.device) -> int:
@@ -40,9 +47,40 @@ def peak_extra_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 def peak_extra_bytes_of(model: str, optimizer: str, backend: str, dtype: str = "float32") -> int:
     """Of a step on the CPU, in a process of its own, on as many threads as here."""
-    threads = str(torch.get_num_threads())
-    code = "import sys; from adamprox.bench.memory import main; main(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, model, optimizer, backend, dtype, threads]
+    return _in_a_process("main", model, optimizer, backend, dtype)
+
+
+def peak_training_bytes(way: str, device: torch.device) -> int:
+    """How far memory rises in a training step of a network whose gradients are nearly all of it.
+
+    Args:
+        way: "step" for ``optimizer.step()`` after backward, or "step_in_backward".
+    """
+    layers = [nn.Linear(WIDTH, WIDTH, bias=False, device=device) for _ in range(LAYERS)]
+    model = nn.Sequential(*layers)
+    optimizer = adamprox.AdamW(model.parameters())
+    if way == "step_in_backward":
+        adamprox.step_in_backward(model, optimizer)
+    batch = torch.randn(4, WIDTH, device=device)
+
+    def train() -> None:
+        model(batch).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    train()
+    return peak_extra_bytes(train, device)
+
+
+def peak_training_bytes_of(way: str) -> int:
+    """:func:`peak_training_bytes` on the CPU, in a process of its own."""
+    return _in_a_process("main_training", way)
+
+
+def _in_a_process(main: str, *arguments: str) -> int:
+    """The last word that a function of this module prints, on as many threads as here."""
+    code = f"import sys; from adamprox.bench.memory import {main}; {main}(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, *arguments, str(torch.get_num_threads())]
     # So that malloc gives whatever is larger back to the system as soon as it is freed.
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     result = subprocess.run(
@@ -68,3 +106,9 @@ def main(model: str, optimizer: str, backend: str, dtype: str, threads: str) -> 
     step = made[0].optimizer.step
     step()
     print(peak_extra_bytes(step, device))
+
+
+def main_training(way: str, threads: str) -> None:
+    """Prints what :func:`peak_training_bytes_of` asks for."""
+    torch.set_num_threads(int(threads))
+    print(peak_training_bytes(way, torch.device("cpu")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .end_to_end import NETWORKS, end_to_end
+from .memory import LAYER_BYTES, LAYERS, WAYS, peak_training_bytes, peak_training_bytes_of
 from .models import MODELS, SIZES
 from .records import provenance
 from .steps import Settings, add_extra_bytes, rows_of
@@ -31,6 +32,7 @@ class Results(NamedTuple):
     steps: list[Row]
     sizes: list[Row]
     end_to_end: list[Row]
+    memory: list[Row]
     skipped: dict[str, str]
 
 
@@ -46,7 +48,7 @@ def measure(
     from tqdm import tqdm
 
     where = provenance(device)
-    results = Results([], [], [], {})
+    results = Results([], [], [], [], {})
     timed = {name: MODELS[name] for name in models if "steps" in parts}
     sizes = SIZES if "sizes" in parts else {}
     networks = NETWORKS if "end-to-end" in parts else {}
@@ -65,12 +67,20 @@ def measure(
                     rows.extend(new)
                     results.skipped.update(skipped)
         del copy, settings  # its buffer is large
-        if "memory" in parts and device.type == "cpu":
+        if "memory" in parts:
             bar.set_description_str("memory")
-            add_extra_bytes([r for r in results.steps if r["elements"] >= LARGE], providers)
+            if device.type == "cpu":
+                add_extra_bytes([r for r in results.steps if r["elements"] >= LARGE], providers)
+            results.memory.extend(_memory_of_training(way, device) for way in WAYS)
         for name in networks:
             bar.set_description_str(f"training {name}")
             results.end_to_end.extend(end_to_end(name, device, seconds, bar.update))
-    for rows in (results.steps, results.sizes, results.end_to_end):
+    for rows in (results.steps, results.sizes, results.end_to_end, results.memory):
         rows[:] = [row | where for row in rows]
     return results
+
+
+def _memory_of_training(way: str, device: torch.device) -> Row:
+    on_cpu = device.type == "cpu"
+    peak = peak_training_bytes_of(way) if on_cpu else peak_training_bytes(way, device)
+    return {"way": way, "grad_bytes": LAYERS * LAYER_BYTES, "peak_bytes": peak}

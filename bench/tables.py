@@ -74,6 +74,16 @@ def print_end_to_end(rows: Sequence[Row]) -> None:
     _print(table)
 
 
+def print_memory(rows: Sequence[Row]) -> None:
+    """How far a training step raises the peak."""
+    headings = ("", "grads MB", "peak above params and states MB")
+    table = _table("Memory of a training step", headings)
+    for row in rows:
+        megabytes = (f"{row[key] / 1e6:,.1f}" for key in ("grad_bytes", "peak_bytes"))
+        table.add_row(row["way"], *megabytes)
+    _print(table)
+
+
 def print_names(models: Iterable[tuple[str, int, int]], optimizers: Mapping[str, str]) -> None:
     """What can be asked for; optimizers with whether they can run here."""
     table = _table(None, ("model", "tensors", "elements"))

@@ -244,7 +244,7 @@ def test_command_prints_tables(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optimi", None)
     assert bench(tmp_path, *args, "--parts", "steps", "sizes", "memory", "picture") == 0
     out = capsys.readouterr().out
-    for text in ("400 x 16", "AdamProx", "elements of one tensor", "1,024"):
+    for text in ("400 x 16", "AdamProx", "elements of one tensor", "1,024", "step_in_backward"):
         assert text in out
     assert "skipped optimi AdamW: not installed: " in out
     assert (tmp_path / "cpu.png").exists()
@@ -254,8 +254,11 @@ def test_command_measures_the_memory_of_large_models(tmp_path, capsys, monkeypat
     monkeypatch.setattr("adamprox.bench.suite.LARGE", 0)
     args = ["--models", "400 x 16", "--optimizers", "AdamW", "--parts", "steps", "memory"]
     assert bench(tmp_path, *args, "--json") == 0
-    [row] = json.loads(capsys.readouterr().out)["steps"]
+    results = json.loads(capsys.readouterr().out)
+    [row] = results["steps"]
     assert 0 <= row["extra_bytes"] < 1e6
+    plain, in_backward = results["memory"]
+    assert in_backward["peak_bytes"] < 0.5 * plain["grad_bytes"] < plain["peak_bytes"]
 
 
 def test_command_tells_the_share_of_training(tmp_path, capsys, monkeypatch):

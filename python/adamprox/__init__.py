@@ -2,7 +2,18 @@
 
 from importlib.metadata import version as _version
 
+from .grouping import WITHOUT_DECAY, param_groups
+from .in_backward import step_in_backward
 from .optimizers import Adam, AdamProx, AdamProxL1, AdamProxL2, AdamW
 
 __version__ = _version("adamprox")
-__all__ = ["Adam", "AdamProx", "AdamProxL1", "AdamProxL2", "AdamW"]
+__all__ = [
+    "WITHOUT_DECAY",
+    "Adam",
+    "AdamProx",
+    "AdamProxL1",
+    "AdamProxL2",
+    "AdamW",
+    "param_groups",
+    "step_in_backward",
+]

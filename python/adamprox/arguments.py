@@ -85,6 +85,8 @@ def validate(group: dict[str, Any]) -> None:
         raise ValueError(
             f"Invalid initial learning rate for decay_by='schedule': {group.get('initial_lr', lr)}"
         )
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
     if group["differentiable"]:
         raise RuntimeError(
             "differentiable=True is not supported: the step writes in place, outside of autograd"

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _C
+from .freed_grad import FreedGrad
 
 Staged = dict[Tensor, dict[str, Tensor]]
 
@@ -33,7 +34,7 @@ def mend(optimizer: Optimizer, findings: Iterable[_C.Finding], staged: Staged) -
     Raises:
         RuntimeError: a tensor cannot be used; the message names it and says why.
     """
-    findings = list(findings)
+    findings = _without_freed_grads(list(findings))
     without_state = set()
     for finding in findings:
         _check(optimizer, finding, twice=finding.param in without_state)
@@ -60,6 +61,14 @@ def unstage(optimizer: Optimizer, staged: Staged) -> None:
         for key, copy in copies.items():
             if key != "grad":
                 (param if key == "param" else optimizer.state[param][key]).copy_(copy)
+
+
+def _without_freed_grads(findings: list[_C.Finding]) -> list[_C.Finding]:
+    """A param whose step was taken in backward has nothing to mend: its grad is None now."""
+    freed = {f.param for f in findings if isinstance(f.param.grad, FreedGrad)}
+    for param in freed:
+        param.grad = None
+    return [finding for finding in findings if finding.param not in freed]
 
 
 def _tensors(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import _C, backends
+from . import _C, backends, checkpoints
 from .arguments import document, validate
 from .mending import Staged, mend, unstage
 
@@ -51,6 +51,7 @@ class _FusedAdam(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decay_by": decay_by,
+            "decoupled_weight_decay": self.decay != "coupled",  # of torch's layout, without effect
         }
         validate(defaults)
         self._backend = backends.requested(backend)
@@ -60,6 +61,8 @@ class _FusedAdam(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; its values are checked first."""
         if isinstance(param_group, dict):
+            # The class decides, and not a group that comes from another class.
+            param_group["decoupled_weight_decay"] = self.defaults["decoupled_weight_decay"]
             group = {**self.defaults, **param_group}
             validate(group)
             if group["decay_by"] == "schedule":
@@ -82,17 +85,25 @@ class _FusedAdam(Optimizer):
             group.setdefault("differentiable", False)
             group.setdefault("fused", None)
             group.setdefault("decay_by", self.defaults["decay_by"])
+            group["decoupled_weight_decay"] = self.decay != "coupled"
             if group["decay_by"] == "schedule":
                 group.setdefault("initial_lr", float(group["lr"]))
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``: each param with a step counter of its own."""
-        result = super().state_dict()
-        result["state"] = {
-            index: {**state, "step": state["step"].clone()} if "step" in state else state
-            for index, state in result["state"].items()
-        }
-        return result
+        return checkpoints.save(self, super().state_dict)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.load_state_dict``, from any class here or torch's Adam, AdamW.
+
+        Hyper-parameters are the checkpoint's, as in torch. float32 moments of 16-bit params stay as
+        they are; torch casts them.
+
+        Raises:
+            ValueError: keys are missing or unknown, which the message names, or the param groups
+                differ in size; nothing was loaded.
+        """
+        checkpoints.load(self, state_dict, super().load_state_dict)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -109,7 +120,9 @@ class _FusedAdam(Optimizer):
         Raises:
             RuntimeError: a tensor cannot be used or no backend can run; nothing was updated.
         """
-        return (_observed_step if _is_observed(self) else _step)(self, closure)
+        if _is_observed(self):  # hooks see no argument where there is none
+            return _observed_step(self, *(() if closure is None else (closure,)))
+        return _step(self, closure)
 
     # So that torch leaves it alone: its wrapper, _observed_step here, costs as much as 40 tensors.
     step.hooked = True  # type: ignore[attr-defined]

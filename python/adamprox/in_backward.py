@@ -1,0 +1,177 @@
+"""Steps taken during backward: each param's as soon as its gradient is there, which is then freed.
+
+The gradients never exist all at once, so their memory is that of the largest few.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import _C
+from .freed_grad import FreedGrad
+from .optimizers import _FusedAdam, _step
+
+
+def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
+    """Has ``loss.backward()`` take the optimizer's steps, and free each gradient once it is used.
+
+    The bits are those of ``loss.backward(); optimizer.step(); optimizer.zero_grad()``, with the
+    hyper-parameters that the param groups have during backward. ``optimizer.step()`` may stay in
+    the loop: it steps what has a gradient still (params that are not the model's). Hooks of
+    ``optimizer.step()`` run there only. Params may be frozen, thawed, and added to the optimizer.
+
+    Each backward is a step, so gradients cannot be accumulated over several. Nor can they be
+    clipped or unscaled before the first param moves: both fail, in the first iteration. An
+    error in one param's step leaves that param as it was, and others may have been stepped.
+
+    Args:
+        model: its params take their steps in backward, as far as the optimizer has them.
+        optimizer: one of this package's.
+
+    Returns:
+        A handle: ``remove()``, or leaving it as a context, ends this.
+
+    Raises:
+        TypeError: ``model`` is no module or ``optimizer`` none of this package's.
+        ValueError: the optimizer has none of the model's params.
+        RuntimeError: the steps of one are taken in backward already, or the model has a
+            ``DistributedDataParallel``, whose gradients are not averaged yet by then. While this is
+            in effect: clipping, ``GradScaler.unscale_`` or ``GradScaler.step``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}")
+    if not isinstance(optimizer, _FusedAdam):
+        raise TypeError(
+            f"optimizer must be one of adamprox's, but is a {torch.typename(optimizer)}"
+        )
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise RuntimeError(
+            "model: DistributedDataParallel averages gradients after the hooks of their params "
+            "have run, so steps in backward would take them as they are on this process"
+        )
+    params = {
+        name: param
+        for name, param in model.named_parameters()
+        if param.is_floating_point() or param.is_complex()
+    }
+    known = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    if not any(id(param) in known for param in params.values()):
+        raise ValueError("optimizer has none of the params of model")
+    for name, param in params.items():
+        for step in _steps_of(param):
+            if step.optimizer() is not None:
+                raise RuntimeError(f"model: {name} takes its steps in backward already")
+            step.remove()
+    return StepInBackward(optimizer, params)
+
+
+class StepInBackward:
+    """The handle of :func:`step_in_backward`."""
+
+    def __init__(self, optimizer: _FusedAdam, params: dict[str, nn.Parameter]) -> None:
+        self._optimizer = optimizer  # which is kept alive by this; the hooks do not
+        self._params = list(params.values())
+        self._steps = [_ParamStep(optimizer, param, name) for name, param in params.items()]
+
+    def remove(self) -> None:
+        """Leaves the steps to ``optimizer.step()`` again."""
+        for step in self._steps:
+            step.remove()
+        for param in self._params:
+            if isinstance(param.grad, FreedGrad):
+                param.grad = None
+
+    def __enter__(self) -> StepInBackward:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class _ParamStep:
+    """Takes one param's step, as an optimizer of its own that shares the state."""
+
+    def __init__(self, optimizer: _FusedAdam, param: nn.Parameter, name: str) -> None:
+        # torch's collector of cycles does not look into hooks of tensors: no strong references.
+        self.optimizer = weakref.ref(optimizer)
+        self._name = name
+        self._place = 0, 0  # where the param groups had the param the last time
+        # Of its own, since several devices' threads may run backward, and for what it has uploaded.
+        self._gather = _C.Gather(optimizer.decay)
+        frozen = not param.requires_grad
+        if frozen:  # torch wants it so; the hooks stay when it is frozen again
+            param.requires_grad_(True)
+        self._hooks = (
+            param.register_hook(_make_room_in(weakref.ref(param))),
+            param.register_post_accumulate_grad_hook(self),
+        )
+        if frozen:
+            param.requires_grad_(False)
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def __call__(self, param: nn.Parameter) -> None:
+        optimizer = self.optimizer()
+        if optimizer is None:
+            raise RuntimeError(
+                "the optimizer that step_in_backward was given exists no more: keep a reference to "
+                "it, or to what step_in_backward returned"
+            )
+        group = self._group_of(param, optimizer)
+        if group is None:
+            return
+        state = optimizer.state.get(param, {})
+        if isinstance(step := state.get("step"), Tensor):
+            state["step"] = step.clone()  # params at the same step may share it
+        alone = object.__new__(type(optimizer))
+        alone.__dict__.update(
+            optimizer.__dict__,
+            _gather=self._gather,
+            param_groups=[{**group, "params": [param], "param_names": [self._name]}],
+            state=defaultdict(dict, {param: state}),
+        )
+        _step(alone)
+        optimizer.state[param] = alone.state[param]
+        optimizer._opt_called = True  # type: ignore[attr-defined] # torch's schedulers ask for it
+        # Of other kinds of tensors (DTensor) a grad must be one, too.
+        param.grad = (
+            None if is_traceable_wrapper_subclass(param) else FreedGrad.of(param, self._name)
+        )
+
+    def _group_of(self, param: Tensor, optimizer: _FusedAdam) -> dict[str, Any] | None:
+        groups = optimizer.param_groups
+        group, index = self._place
+        if group < len(groups) and any(p is param for p in groups[group]["params"][index:][:1]):
+            return groups[group]
+        for group, candidate in enumerate(groups):
+            for index, other in enumerate(candidate["params"]):
+                if other is param:
+                    self._place = group, index
+                    return candidate
+        return None
+
+
+def _steps_of(param: Tensor) -> list[_ParamStep]:
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    return [hook for hook in hooks.values() if isinstance(hook, _ParamStep)]
+
+
+def _make_room_in(reference: weakref.ref[nn.Parameter]) -> Callable[[Tensor], None]:
+    """Takes what is left of the last gradient away before the next one comes."""
+
+    def make_room(_: Tensor) -> None:
+        param = reference()
+        if param is not None and isinstance(param.grad, FreedGrad):
+            param.grad = None
+
+    return make_room

@@ -1,0 +1,139 @@
+"""``param_groups``: by torch's module types, and no param lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import adamprox
+from adamprox.bench.small_gpt import SmallGPT
+from registry import OPTIMIZERS
+
+
+def decaying(model, *args) -> set[str]:
+    """The names of the params in the first group, after a check that all are in one of the two."""
+    groups = adamprox.param_groups(model, 0.1, *args)
+    listed = [param for group in groups for param in group["params"]]
+    assert sorted(map(id, listed)) == sorted(map(id, model.parameters()))
+    decays = {id(p) for group in groups if group["weight_decay"] == 0.1 for p in group["params"]}
+    assert all(group["weight_decay"] in (0.0, 0.1) for group in groups)
+    return {name for name, param in model.named_parameters() if id(param) in decays}
+
+
+class OwnNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+
+class OwnLayerNorm(nn.LayerNorm):
+    pass
+
+
+MODULES = {
+    "Linear": (nn.Linear(3, 4), {"weight"}),
+    "Linear without bias": (nn.Linear(3, 4, bias=False), {"weight"}),
+    "Bilinear": (nn.Bilinear(2, 3, 4), {"weight"}),
+    "Conv1d": (nn.Conv1d(2, 3, 1), {"weight"}),
+    "ConvTranspose2d": (nn.ConvTranspose2d(2, 3, 1), {"weight"}),
+    "PReLU": (nn.PReLU(), {"weight"}),
+    "LSTM": (nn.LSTM(2, 3), {"weight_ih_l0", "weight_hh_l0"}),
+    "LSTM with projection": (
+        nn.LSTM(2, 3, proj_size=1),
+        {"weight_ih_l0", "weight_hh_l0", "weight_hr_l0"},
+    ),
+    "GRUCell": (nn.GRUCell(2, 3), {"weight_ih", "weight_hh"}),
+    "MultiheadAttention": (
+        nn.MultiheadAttention(4, 2, add_bias_kv=True),
+        {"in_proj_weight", "out_proj.weight"},
+    ),
+    "TransformerEncoderLayer": (
+        nn.TransformerEncoderLayer(4, 2, 8),
+        {"self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight"}
+        | {"linear2.weight"},
+    ),
+    "Embedding": (nn.Embedding(3, 4), set()),
+    "EmbeddingBag": (nn.EmbeddingBag(3, 4), set()),
+    "LayerNorm": (nn.LayerNorm(3), set()),
+    "GroupNorm": (nn.GroupNorm(1, 3), set()),
+    "RMSNorm": (nn.RMSNorm(3), set()),
+    "BatchNorm1d": (nn.BatchNorm1d(3), set()),
+    "BatchNorm2d": (nn.BatchNorm2d(3), set()),
+    "BatchNorm3d": (nn.BatchNorm3d(3), set()),
+    "SyncBatchNorm": (nn.SyncBatchNorm(3), set()),
+    "InstanceNorm2d": (nn.InstanceNorm2d(3, affine=True), set()),
+    "a subclass": (OwnLayerNorm(3), set()),
+    "a norm of one's own": (OwnNorm(), {"weight"}),
+    "weight norm": (
+        parametrizations.weight_norm(nn.Linear(3, 4)),
+        {"parametrizations.weight.original0", "parametrizations.weight.original1"},
+    ),
+    "a parametrized norm": (parametrizations.weight_norm(nn.LayerNorm((3, 4))), set()),
+    "a parametrized bias": (
+        parametrizations.weight_norm(nn.Linear(3, 4), "bias", dim=None),
+        {"weight"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("module", "expected"), MODULES.values(), ids=MODULES)
+def test_by_torchs_module_types(module, expected):
+    assert decaying(module) == expected
+    assert decaying(nn.Sequential(nn.Identity(), module)) == {f"1.{name}" for name in expected}
+
+
+def test_a_tied_param_is_exempt_if_one_of_its_modules_is():
+    embedding, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+    head.weight = embedding.weight
+    assert decaying(nn.Sequential(head, embedding)) == set()
+    assert decaying(nn.Sequential(embedding, head)) == set()
+
+
+def test_frozen_params_are_included():
+    model = nn.Linear(3, 4).requires_grad_(False)
+    assert decaying(model) == {"weight"}
+
+
+def test_order_is_the_models():
+    model = SmallGPT(layers=2)
+    names = {param: name for name, param in model.named_parameters()}
+    order = list(names.values())
+    for group in adamprox.param_groups(model, 0.1):
+        places = [order.index(names[param]) for param in group["params"]]
+        assert places == sorted(places)
+    exempt = {"tokens", "positions", "norm"}
+    assert all(name.split(".")[0] not in exempt for name in decaying(model))
+    assert {name.split(".")[-2] for name in decaying(model)} == {"qkv", "out", "0", "2"}
+
+
+def test_more_types_can_be_exempt():
+    model = nn.Sequential(nn.Linear(3, 3), OwnNorm())
+    assert decaying(model, (*adamprox.WITHOUT_DECAY, OwnNorm)) == {"0.weight"}
+
+
+@pytest.mark.parametrize("module", [nn.Linear(2, 2, bias=False), nn.LayerNorm(2), nn.ReLU()])
+def test_no_group_is_empty(module):
+    groups = adamprox.param_groups(module, 0.1)
+    assert len(groups) == bool(list(module.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_optimizers_take_them(optimizer):
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    opt = OPTIMIZERS[optimizer].cls(adamprox.param_groups(model, 0.5), lr=0.1)
+    model(torch.ones(2, 3)).square().sum().backward()
+    for param in model.parameters():
+        param.grad.zero_()
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    opt.step()
+    changed = {name for name, param in model.named_parameters() if (param != before[name]).any()}
+    assert changed == {"0.weight"}  # by decay alone
+    with pytest.raises(ValueError, match="Invalid weight_decay value: -1"):
+        OPTIMIZERS[optimizer].cls(adamprox.param_groups(model, -1.0))
+
+
+def test_wrong_model():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, but is a list"):
+        adamprox.param_groups([nn.Parameter(torch.ones(2))], 0.1)
