@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "python_values.h"
 #include "state_cursor.h"
 #include "step_scalars.h"
 #include "tensor_reader.h"
@@ -15,8 +16,6 @@
 #include "trail.h"
 
 namespace adamprox {
-
-namespace py = pybind11;
 
 // One param of this step, and what it is read from; borrowed until hold().
 struct Member {
@@ -49,6 +48,12 @@ struct Finding {
   std::string key;
 };
 
+// Which tables may have recipes, since the backend that will run them follows some; and whether they
+// must, for a loss scale that the host does not know.
+struct Recipes {
+  bool on_gpu = false, on_cpu = false, loss_scaling = false;
+};
+
 class Gather {
  public:
   explicit Gather(Decay decay);
@@ -56,21 +61,28 @@ class Gather {
   // An empty result means that `tables` are ready and nothing has been written yet; they are good
   // for as long as the GIL is held, or until release() after hold().
   // `staged` maps a param to copies of its tensors, by key, that stand in for them in this step.
-  std::vector<Finding> read(const py::list& groups, const py::dict& state, const py::dict& staged);
+  std::vector<Finding> read(const py::list& groups, const py::dict& state, const py::dict& staged,
+                            Recipes recipes);
 
   // Keeps every tensor of the step alive.
   void hold();
 
-  // Before the update: tells autograd that every param is written to.
-  void mark_written() const;
+  // Before the update: tells autograd that every param is written to, and lets params without a grad
+  // leave their cohorts.
+  void begin_step();
 
-  // After the update: counts the step, once a cohort.
+  // After the update: counts the step, once a cohort; not those that the update itself has counted.
   void count_step();
 
   // Lets go of every tensor.
   void release();
 
   const TensorReader& reader() const { return reader_; }
+
+  // A tensor of one number on the table's device.
+  Number number_at(const DeviceTable& table, const py::object& tensor) {
+    return number(table.device, tensor.ptr(), 0);
+  }
 
   double step_of(const Member& member) const { return cohorts_[member.cohort].step + 1; }
 
@@ -85,7 +97,9 @@ class Gather {
     PyObject* counter;
     void* data;
     bool is_double;
-    double step;
+    double step;  // NaN where the host does not read it
+    dlpack::Device device;
+    bool in_recipes;
   };
 
   struct Skipped {  // a param without a grad
@@ -95,15 +109,21 @@ class Gather {
   };
 
   void read_group(int index, const py::dict& group, StateCursor& states, const py::dict& staged);
-  void read_param(int group, PyObject* param, const HyperParameters& hyper, bool amsgrad,
+  void read_param(int group, PyObject* param, const GroupValues& values, bool amsgrad,
                   StateCursor& states, const py::dict& staged);
   void find_skipped_states(StateCursor& states);
-  int32_t scalars_of(DeviceTable& device, int cohort, const HyperParameters& hyper);
+  bool needs_recipe(const dlpack::Device& device, int cohort, const GroupValues& values) const;
+  const char* misplaced_count(const dlpack::Device& device, int cohort,
+                              const GroupValues& values) const;
+  int32_t scalars_of(DeviceTable& device, int cohort, const GroupValues& values);
+  Recipe recipe(const dlpack::Device& device, Cohort& cohort, const GroupValues& values);
+  Number number(const dlpack::Device& device, PyObject* object, double value);
   bool read_tensor(PyObject* object, dlpack::Tensor& out);
   TensorReader::Grad read_grad(Member& member, dlpack::Tensor& out);
   PyObject* grad_of(PyObject* param);
   int cohort_of(PyObject* counter);
   DeviceTable& table_on(const dlpack::Device& device);
+  void let_skipped_leave();
   void report(int group, PyObject* param, const char* key);
 
   const Decay decay_;
@@ -112,6 +132,7 @@ class Gather {
   std::vector<Cohort> cohorts_;
   std::unordered_map<PyObject*, int> cohort_index_;
   std::vector<Skipped> skipped_;
+  Recipes recipes_;
   BiasCorrections bias_;
   std::vector<py::object> held_;
   Trail trail_;  // of what read() touches

@@ -56,6 +56,8 @@ def compile_kernel(
         constants = {"DECAY": decay, "VARIANTS": variants}
         if decay != "prox_l2":
             constants["sums"] = None
+    if decay != "prepare":
+        constants["prepared"] = None
     compiled = triton.compile(
         triton.compiler.ASTSource(
             kernel,

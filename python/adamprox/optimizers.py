@@ -12,7 +12,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import _C, backends
 from .arguments import document, validate
-from .mending import Staged, mend, unstage
+from .loss_scaling import LossScaling
+from .mending import Given, Staged, mend, stand_ins, unstage
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -21,6 +22,8 @@ class _FusedAdam(Optimizer):
     """Adam's direction composed with a decay rule; the classes below say which."""
 
     decay: ClassVar[str]
+    _handle: int | None = None  # of compiled.py
+    _step_supports_amp_scaling: ClassVar[bool] = True  # of GradScaler: see loss_scaling.py
 
     def __init__(
         self,
@@ -67,11 +70,23 @@ class _FusedAdam(Optimizer):
                 param_group.setdefault("initial_lr", float(group["lr"]))
         super().add_param_group(param_group)
 
+    # torch.compile reads every value of an attribute of that name, and compiles again when one has
+    # changed; here the attribute has another name.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As ``torch.optim.Optimizer.param_groups``."""
+        return self._param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._param_groups = groups
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({k: v for k, v in state.items() if k != "param_groups"})
+        self.param_groups = state["param_groups"]
         self._gather = _C.Gather(self.decay)
         for group in self.param_groups:
             # Saved by torch.optim's classes, or by an older one of them.
@@ -109,6 +124,10 @@ class _FusedAdam(Optimizer):
         Raises:
             RuntimeError: a tensor cannot be used or no backend can run; nothing was updated.
         """
+        if torch.compiler.is_compiling():
+            from .compiled import compiled_step  # and Dynamo, only where it is in use
+
+            return compiled_step(self, closure)
         return (_observed_step if _is_observed(self) else _step)(self, closure)
 
     # So that torch leaves it alone: its wrapper, _observed_step here, costs as much as 40 tensors.
@@ -121,29 +140,56 @@ def _step(optimizer: _FusedAdam, closure: Callable[[], float] | None = None) -> 
         with torch.enable_grad():
             loss = closure()
 
-    gather = optimizer._gather
-    if optimizer._backend in (None, "cpu") and gather.step_on_cpu(
-        optimizer.param_groups, optimizer.state, torch.get_num_threads()
-    ):
-        return loss
+    step_tensors(optimizer, LossScaling.of(optimizer), {})
+    return loss
 
+
+def step_tensors(optimizer: _FusedAdam, scaling: LossScaling | None, given: Given) -> None:
+    """The step itself; ``given`` has tensors that stand in for the optimizer's own."""
+    gather = optimizer._gather
+    if (
+        scaling is None
+        and not given
+        and optimizer._backend in (None, "cpu")
+        and gather.step_on_cpu(optimizer.param_groups, optimizer.state, torch.get_num_threads())
+    ):
+        return
+
+    _check_capture(optimizer)
     staged = Staged()
+    recipes = backends.follow_recipes(optimizer._backend)
     try:
-        # At most twice: states that were missing may turn out to need copies.
-        while findings := gather.read(optimizer.param_groups, optimizer.state, staged):
-            mend(optimizer, findings, staged)
+        # At most three times: states that were missing may turn out to need copies, and counts a
+        # place on a device.
+        while findings := gather.read(
+            optimizer.param_groups,
+            optimizer.state,
+            stand_ins(given, staged),
+            *recipes,
+            scaling is not None,
+        ):
+            mend(optimizer, findings, staged, given)
         gather.hold()
         tables = gather.tables()
         chosen = [backends.select(optimizer._backend, table.device[0]) for table in tables]
-        gather.mark_written()
+        if scaling is not None and not scaling.apply(tables):
+            return
+        gather.begin_step()
         for table, backend in zip(tables, chosen, strict=True):
             backend.step(table, optimizer.decay, optimizer.param_groups)
         gather.count_step()
     finally:
         gather.release()
     if staged:
-        unstage(optimizer, staged)
-    return loss
+        unstage(optimizer, staged, given)
+
+
+def _check_capture(optimizer: Optimizer) -> None:
+    """Refuses, in torch's words, to be captured into a CUDA graph without ``capturable``."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        # Its name up to torch 2.12, and from then on.
+        old = "_cuda_graph_capture_health_check"
+        getattr(optimizer, "_accelerator_graph_capture_health_check", getattr(optimizer, old))()
 
 
 _observed_step = Optimizer.profile_hook_step(_step)

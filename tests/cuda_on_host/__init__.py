@@ -27,6 +27,7 @@ class _Step(ctypes.Structure):
         ("num_chunks", ctypes.c_int64),
         ("payload", ctypes.c_char_p),
         ("payload_bytes", ctypes.c_int64),
+        ("prepared", ctypes.c_void_p),
         ("blocks", ctypes.c_uint),
         ("resident", ctypes.c_uint),
         ("seed", ctypes.c_uint),
@@ -41,6 +42,8 @@ class CudaOnHostBackend:
     ``blocks`` in the random order of ``seed``, of which ``resident`` at a time; ``sleeps`` counts
     how often one had to wait for another.
     """
+
+    follows_recipes = True
 
     def __init__(self, library: Path) -> None:
         self._step = ctypes.CDLL(str(library)).step
@@ -58,6 +61,7 @@ class CudaOnHostBackend:
     def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
         metadata = table.metadata(lambda b: torch.frombuffer(bytearray(b), dtype=torch.uint8))
         payload = table.payload()
+        prepared = torch.empty(table.prepared_size, dtype=torch.uint8)
         step = _Step(
             decay=reference.DECAYS.index(decay),
             metadata=metadata.data_ptr(),
@@ -65,6 +69,7 @@ class CudaOnHostBackend:
             num_chunks=table.num_chunks,
             payload=payload,
             payload_bytes=len(payload),
+            prepared=prepared.data_ptr() if table.has_recipes else None,
             blocks=self.blocks,
             resident=self.resident,
             seed=self.seed,
