@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import assume_constant_result
 from torch._dynamo.comptime import ComptimeContext, comptime
+from torch.optim import Optimizer
 
 from .loss_scaling import LossScaling
 from .mending import Given, make_states
@@ -73,7 +74,7 @@ def _(*args: Any) -> None:
     """It returns nothing."""
 
 
-def compiled_step(optimizer: _FusedAdam, closure: Callable[[], float] | None) -> float | None:
+def traced_step(optimizer: _FusedAdam, closure: Callable[[], float] | None) -> float | None:
     """``step`` as Dynamo traces it."""
     loss = None
     if closure is not None:
@@ -110,6 +111,10 @@ def compiled_step(optimizer: _FusedAdam, closure: Callable[[], float] | None) ->
     return loss
 
 
+# With hooks.
+observed_traced_step = Optimizer.profile_hook_step(traced_step)
+
+
 @assume_constant_result  # type: ignore[untyped-decorator]
 def _handle_with_states(optimizer: _FusedAdam, indices: Sequence[int]) -> int:
     """Runs when the graph is made: the states that it is going to be handed are there then."""
@@ -129,5 +134,5 @@ def _break_if_hyper_parameters_wait(context: ComptimeContext) -> None:
     side_effects = translator.output.side_effects
     for group in optimizer.param_groups:
         variable = side_effects.id_to_variable.get(id(group))
-        if variable is not None and side_effects.has_pending_mutation(variable):
+        if variable is not None and side_effects.is_modified(variable):
             context.graph_break("a param group was changed within the compiled function")

@@ -125,9 +125,10 @@ class _FusedAdam(Optimizer):
             RuntimeError: a tensor cannot be used or no backend can run; nothing was updated.
         """
         if torch.compiler.is_compiling():
-            from .compiled import compiled_step  # and Dynamo, only where it is in use
+            from . import compiled  # and Dynamo, only where it is in use
 
-            return compiled_step(self, closure)
+            traced = compiled.observed_traced_step if _has_hooks(self) else compiled.traced_step
+            return traced(self, closure)
         return (_observed_step if _is_observed(self) else _step)(self, closure)
 
     # So that torch leaves it alone: its wrapper, _observed_step here, costs as much as 40 tensors.
@@ -197,9 +198,12 @@ _observed_step = Optimizer.profile_hook_step(_step)
 
 def _is_observed(optimizer: Optimizer) -> bool:
     """Whether a profiler or a hook would notice a step."""
+    return torch.autograd._profiler_enabled() or _has_hooks(optimizer)  # type: ignore[attr-defined]
+
+
+def _has_hooks(optimizer: Optimizer) -> bool:
     return bool(
-        torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-        or optimizer._optimizer_step_pre_hooks
+        optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or torch_optimizer._global_optimizer_pre_hooks
         or torch_optimizer._global_optimizer_post_hooks
