@@ -129,19 +129,26 @@ class Table {
 
   // What seldom changes, TensorRow[num_rows] and Chunk[num_chunks], and a Workspace, as upload(bytes)
   // put it on the device; called again only if the bytes or the stream have changed since. So
-  // two streams never share a Workspace.
-  py::object metadata(const py::function& upload) const {
+  // two streams never share a Workspace; but what is captured into a CUDA graph is better put there
+  // before (its replays are ordered with other steps by whoever needs the params in order).
+  py::object metadata(const py::function& upload, bool capturing) const {
     const uintptr_t stream = this->stream();
     std::string bytes(reinterpret_cast<const char*>(&stream), sizeof(stream));
     append_bytes(bytes, device_.table.rows);
     append_bytes(bytes, device_.table.chunks);
-    if (!device_.uploaded || bytes != device_.uploaded_bytes) {
+    const size_t ignored = capturing ? sizeof(stream) : 0;
+    if (!device_.uploaded ||
+        bytes.compare(ignored, bytes.npos, device_.uploaded_bytes, ignored, bytes.npos) != 0) {
       const std::string work(Workspace::bytes(device_.table.decay, num_chunks()), '\0');
       device_.uploaded = upload(py::bytes(bytes.substr(sizeof(stream)) + work));
       device_.uploaded_bytes = std::move(bytes);
     }
+    if (capturing) keep(device_.uploaded);
     return device_.uploaded;
   }
+
+  // For as long as the optimizer lives: a captured graph reads it.
+  void keep(const py::object& object) const { gather_->captured.push_back(object); }
 
   // Whether the scalars are made where the tensors are.
   bool has_recipes() const { return !device_.table.recipes.empty(); }
@@ -246,7 +253,8 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("num_chunks", &Table::num_chunks)
       .def_property_readonly("dtypes", &Table::dtypes)
       .def_property_readonly("amsgrad", &Table::amsgrad)
-      .def("metadata", &Table::metadata, py::arg("upload"))
+      .def("metadata", &Table::metadata, py::arg("upload"), py::arg("capturing") = false)
+      .def("keep", &Table::keep, py::arg("object"))
       .def("payload", [](const Table& table) { return py::bytes(table.payload()); })
       .def_property_readonly("payload_size", &Table::payload_size)
       .def_property_readonly("has_recipes", &Table::has_recipes)

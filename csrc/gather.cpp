@@ -1,7 +1,9 @@
 #include "gather.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
+#include <stdexcept>
 
 #include "layout.h"
 
@@ -341,6 +343,13 @@ void Gather::let_skipped_leave() {
     PyObject* counter = PyDict_GetItemWithError(skipped.state, keys().step);
     if (counter == nullptr || cohort_index_.find(counter) == cohort_index_.end()) continue;
     py::object& copy = left_behind[counter];
+    if (!copy && std::isnan(cohorts_[cohort_index_[counter]].step) &&
+        answers_true(py::module_::import("torch").attr("cuda").ptr(),
+                     interned("is_current_stream_capturing"))) {
+      throw std::runtime_error(
+          "a param without a grad cannot leave those that share its step count while a CUDA graph "
+          "is captured, since each replay would do it again: step once with the same grads before");
+    }
     if (!copy) copy = py::reinterpret_borrow<py::object>(counter).attr("clone")();
     set_counter(skipped.state, copy.ptr());
   }

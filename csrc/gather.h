@@ -88,7 +88,8 @@ class Gather {
 
   std::vector<DeviceTable> tables;
   std::vector<Member> members;
-  bool only_on_cpu = false;   // whether all that the last read() found is there
+  std::vector<py::object> captured;  // what CUDA graphs of earlier steps read
+  bool only_on_cpu = false;          // whether all that the last read() found is there
   double update_seconds = 0;  // what the CPU's update took in the last step: the rest is host time
 
  private:

@@ -68,7 +68,7 @@ class CudaBackend:
 
     def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
         upload = _upload_to(table)
-        metadata = table.metadata(upload)
+        metadata = table.metadata(upload, capturing())
         # A payload that fits rides in the kernel's parameters.
         inline = table.payload_size <= _C.cuda_inline_payload
         payload = None if inline else upload(table.payload())
@@ -106,7 +106,7 @@ class TritonBackend:
 
             upload = _upload_to(table)
             fused_adam(
-                table.metadata(upload),
+                table.metadata(upload, capturing()),
                 upload(table.payload()),
                 table.num_rows,
                 table.num_scalars if table.has_recipes else 0,
@@ -143,6 +143,11 @@ def requested(backend: str | None) -> str | None:
     if reason := BACKENDS[name].why_not():
         raise RuntimeError(f"{source}={name!r} cannot run: {reason}")
     return name
+
+
+def capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def follow_recipes(name: str | None) -> tuple[bool, bool]:
@@ -183,7 +188,11 @@ def _upload_to(table: _C.Table) -> Callable[[bytes], Tensor]:
         if device.type == "cpu":
             return words
         # Pinned memory is handed out again only once the copy from it is done.
-        return words.pin_memory().to(device, non_blocking=True)
+        pinned = words.pin_memory()
+        uploaded = pinned.to(device, non_blocking=True)
+        if capturing():  # each replay copies anew
+            table.keep((pinned, uploaded))
+        return uploaded
 
     return upload
 

@@ -51,7 +51,8 @@ class LossScaling(NamedTuple):
             return False
         for table in tables:
             if table.has_recipes:
-                device = torch.device(*table.device)
+                # The tensors themselves where they are there already: a graph's replays read them.
+                device = "cpu" if table.device[0] == "cpu" else torch.device(*table.device)
                 table.set_loss_scaling(*(None if t is None else t.to(device) for t in self))
             elif self.grad_scale is not None:
                 table.set_loss_scale(self.grad_scale.item())

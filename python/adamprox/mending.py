@@ -67,6 +67,20 @@ def mend(
             _stage(param, _tensors(param, state, group, given), staged)
 
 
+def refuse_in_capture(optimizer: Optimizer, findings: Iterable[_C.Finding]) -> None:
+    """Of what is to be mended, what each replay of a CUDA graph would do anew.
+
+    Raises:
+        RuntimeError: a state or a step count is missing, or not where a graph can read it.
+    """
+    if any(finding.key in ("state", "step", "step on device") for finding in findings):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: states and step counts must be there before a step is "
+            "captured into a CUDA graph, or each replay would make them anew: step once before, "
+            "with the same grads"
+        )
+
+
 @torch.no_grad()
 def make_states(
     optimizer: Optimizer, params_and_groups: Iterable[tuple[Tensor, dict[str, Any]]]

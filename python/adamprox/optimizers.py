@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import _C, backends
 from .arguments import document, validate
 from .loss_scaling import LossScaling
-from .mending import Given, Staged, mend, stand_ins, unstage
+from .mending import Given, Staged, mend, refuse_in_capture, stand_ins, unstage
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -156,7 +156,9 @@ def step_tensors(optimizer: _FusedAdam, scaling: LossScaling | None, given: Give
     ):
         return
 
-    _check_capture(optimizer)
+    capturing = backends.capturing()
+    if capturing:
+        _check_capture(optimizer)
     staged = Staged()
     recipes = backends.follow_recipes(optimizer._backend)
     try:
@@ -169,10 +171,17 @@ def step_tensors(optimizer: _FusedAdam, scaling: LossScaling | None, given: Give
             *recipes,
             scaling is not None,
         ):
+            if capturing:
+                refuse_in_capture(optimizer, findings)
             mend(optimizer, findings, staged, given)
         gather.hold()
         tables = gather.tables()
         chosen = [backends.select(optimizer._backend, table.device[0]) for table in tables]
+        if capturing and not all(table.has_recipes for table in tables):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: what the host steps cannot be captured into a CUDA "
+                "graph: params on the CPU, or backend='reference'; nothing was updated"
+            )
         if scaling is not None and not scaling.apply(tables):
             return
         gather.begin_step()
@@ -187,10 +196,9 @@ def step_tensors(optimizer: _FusedAdam, scaling: LossScaling | None, given: Give
 
 def _check_capture(optimizer: Optimizer) -> None:
     """Refuses, in torch's words, to be captured into a CUDA graph without ``capturable``."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        # Its name up to torch 2.12, and from then on.
-        old = "_cuda_graph_capture_health_check"
-        getattr(optimizer, "_accelerator_graph_capture_health_check", getattr(optimizer, old))()
+    # Its name in newer versions of torch, and in older ones.
+    names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    getattr(optimizer, next(name for name in names if hasattr(optimizer, name)))()
 
 
 _observed_step = Optimizer.profile_hook_step(_step)

@@ -74,13 +74,21 @@ class CudaOnHostBackend:
             resident=self.resident,
             seed=self.seed,
         )
-        if error := self._step(ctypes.byref(step)):
-            raise RuntimeError(error.decode())
+        self._last = step, metadata, payload, prepared
+        self._launch(step)
         self.launches += step.launches
         self.sleeps += step.sleeps
         self.seed += 1
         work = metadata[table.num_rows * _ROW + table.num_chunks * _CHUNK :]
         assert _counts(work, table.num_chunks).count_nonzero() == 0, "not ready for the next launch"
+
+    def _launch(self, step: _Step) -> None:
+        if error := self._step(ctypes.byref(step)):
+            raise RuntimeError(error.decode())
+
+    def replay(self) -> None:
+        """The launches of the last step again, with the same arguments: as a CUDA graph does it."""
+        self._launch(self._last[0])
 
 
 def _counts(work: Tensor, num_chunks: int) -> Tensor:
