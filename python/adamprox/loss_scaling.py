@@ -35,10 +35,11 @@ class LossScaling(NamedTuple):
     @staticmethod
     def of(optimizer: Optimizer) -> LossScaling | None:
         """What is set on an optimizer."""
-        # Not as defaults of the class: GradScaler multiplies a grad_scale that is there.
-        return LossScaling.from_tensors(
-            getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        )
+        # The class has no defaults for them: GradScaler multiplies a grad_scale that is there.
+        attributes = optimizer.__dict__
+        if "grad_scale" not in attributes and "found_inf" not in attributes:
+            return None
+        return LossScaling.from_tensors(attributes.get("grad_scale"), attributes.get("found_inf"))
 
     def apply(self, tables: Iterable[_C.Table]) -> bool:
         """Hands them to the tables; False if the host knows that nothing is to be stepped.

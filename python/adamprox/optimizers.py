@@ -152,7 +152,7 @@ def step_tensors(optimizer: _FusedAdam, scaling: LossScaling | None, given: Give
         scaling is None
         and not given
         and optimizer._backend in (None, "cpu")
-        and gather.step_on_cpu(optimizer.param_groups, optimizer.state, torch.get_num_threads())
+        and gather.step_on_cpu(optimizer._param_groups, optimizer.state, torch.get_num_threads())
     ):
         return
 
