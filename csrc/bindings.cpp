@@ -66,11 +66,12 @@ bool step_on_cpu(Gather& gather, const py::list& groups, const py::dict& state, 
     Gather& gather;
     ~Release() { gather.release(); }
   } release{gather};
-  if (!gather.read(groups, state, py::dict()).empty() || !gather.only_on_cpu) return false;
+  if (!gather.read(groups, state, py::dict(), Recipes{}).empty() || !gather.only_on_cpu)
+    return false;
   const bool brief = std::all_of(gather.tables.begin(), gather.tables.end(),
                                  [](const auto& t) { return t.table.numel <= kBriefNumel; });
   if (!brief || !gather.reader().marks_without_python()) gather.hold();
-  gather.mark_written();
+  gather.begin_step();
   for (const DeviceTable& device : gather.tables) {
     if (!device.table.rows.empty()) update_on_cpu(gather, device.table, threads);
   }
@@ -108,6 +109,7 @@ class Table {
   }
 
   int64_t num_rows() const { return static_cast<int64_t>(device_.table.rows.size()); }
+  int64_t num_scalars() const { return static_cast<int64_t>(device_.table.scalars.size()); }
   int64_t num_chunks() const { return static_cast<int64_t>(device_.table.chunks.size()); }
 
   // The distinct (param's, state's) dtypes, by the numbers of DType.
@@ -127,39 +129,85 @@ class Table {
 
   // What seldom changes, TensorRow[num_rows] and Chunk[num_chunks], and a Workspace, as upload(bytes)
   // put it on the device; called again only if the bytes or the stream have changed since. So
-  // two streams never share a Workspace.
-  py::object metadata(const py::function& upload) const {
+  // two streams never share a Workspace; but what is captured into a CUDA graph is better put there
+  // before (its replays are ordered with other steps by whoever needs the params in order).
+  py::object metadata(const py::function& upload, bool capturing) const {
     const uintptr_t stream = this->stream();
     std::string bytes(reinterpret_cast<const char*>(&stream), sizeof(stream));
     append_bytes(bytes, device_.table.rows);
     append_bytes(bytes, device_.table.chunks);
-    if (!device_.uploaded || bytes != device_.uploaded_bytes) {
+    const size_t ignored = capturing ? sizeof(stream) : 0;
+    if (!device_.uploaded ||
+        bytes.compare(ignored, bytes.npos, device_.uploaded_bytes, ignored, bytes.npos) != 0) {
       const std::string work(Workspace::bytes(device_.table.decay, num_chunks()), '\0');
       device_.uploaded = upload(py::bytes(bytes.substr(sizeof(stream)) + work));
       device_.uploaded_bytes = std::move(bytes);
     }
+    if (capturing) keep(device_.uploaded);
     return device_.uploaded;
+  }
+
+  // For as long as the optimizer lives: a captured graph reads it.
+  void keep(const py::object& object) const { gather_->captured.push_back(object); }
+
+  // Whether the scalars are made where the tensors are.
+  bool has_recipes() const { return !device_.table.recipes.empty(); }
+
+  // The grads are those of loss_scale times the loss. The host's number, before rows() and payload();
+  void set_loss_scale(double loss_scale) {
+    for (Scalars& s : device_.table.scalars) s.grad_scale = s.grad_scale / loss_scale;
+    loss_scale_ = loss_scale;
+  }
+
+  // or, for recipes, tensors that are there, or None.
+  void set_loss_scaling(const py::object& loss_scale, const py::object& found_inf) {
+    RecipesHead& head = device_.table.recipes_head;
+    if (!loss_scale.is_none()) head.loss_scale = gather_->number_at(device_, loss_scale);
+    if (!found_inf.is_none()) head.found_inf = gather_->number_at(device_, found_inf);
+  }
+
+  double loss_scale() const { return loss_scale_; }
+
+  // The size of what the recipes become; 0 without them.
+  int64_t prepared_size() const {
+    const auto count = static_cast<int64_t>(device_.table.recipes.size());
+    return has_recipes() ? sizeof(PreparedHead) + count * sizeof(Scalars) : 0;
   }
 
   int64_t payload_size() const {
     const TensorTable& t = device_.table;
-    return static_cast<int64_t>(t.grads.size() * sizeof(void*) +
-                                t.scalars.size() * sizeof(Scalars));
+    const size_t scalars = has_recipes() ? sizeof(RecipesHead) + t.recipes.size() * sizeof(Recipe)
+                                         : t.scalars.size() * sizeof(Scalars);
+    return static_cast<int64_t>(t.grads.size() * sizeof(void*) + scalars);
   }
 
-  // What changes at each step: the grads' pointers, void*[num_rows], and Scalars[].
-  py::bytes payload() const {
+  // What changes at each step: the grads' pointers, void*[num_rows], and then Scalars[], or
+  // RecipesHead and Recipe[].
+  std::string payload() const {
+    const TensorTable& t = device_.table;
     std::string bytes;
-    append_bytes(bytes, device_.table.grads);
-    append_bytes(bytes, device_.table.scalars);
+    append_bytes(bytes, t.grads);
+    if (has_recipes()) {
+      bytes.append(reinterpret_cast<const char*>(&t.recipes_head), sizeof(RecipesHead));
+      append_bytes(bytes, t.recipes);
+    } else {
+      append_bytes(bytes, t.scalars);
+    }
     return bytes;
   }
 
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
-  // Addresses on the device; of a payload that is too long to be passed inline, else 0.
-  void step_cuda(uintptr_t metadata, uintptr_t payload) const {
-    const CudaStep step{device_.device.id, reinterpret_cast<void*>(stream()),
-                        reinterpret_cast<void*>(metadata), reinterpret_cast<const void*>(payload)};
+  // Addresses on the device: of a payload that is too long to be passed inline, else 0; and of
+  // prepared_size bytes.
+  void step_cuda(uintptr_t metadata, uintptr_t payload, uintptr_t prepared) const {
+    const std::string bytes = payload == 0 ? this->payload() : std::string();
+    const CudaStep step{device_.device.id,
+                        reinterpret_cast<void*>(stream()),
+                        reinterpret_cast<void*>(metadata),
+                        reinterpret_cast<const void*>(payload),
+                        bytes.data(),
+                        bytes.size(),
+                        reinterpret_cast<void*>(prepared)};
     const py::gil_scoped_release release;
     fused_adam_cuda(device_.table, step);
   }
@@ -170,6 +218,7 @@ class Table {
  private:
   std::shared_ptr<Gather> gather_;
   DeviceTable& device_;
+  double loss_scale_ = 1;
 };
 
 std::vector<Table> tables(const std::shared_ptr<Gather>& gather) {
@@ -204,11 +253,20 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("num_chunks", &Table::num_chunks)
       .def_property_readonly("dtypes", &Table::dtypes)
       .def_property_readonly("amsgrad", &Table::amsgrad)
-      .def("metadata", &Table::metadata, py::arg("upload"))
-      .def("payload", &Table::payload)
+      .def("metadata", &Table::metadata, py::arg("upload"), py::arg("capturing") = false)
+      .def("keep", &Table::keep, py::arg("object"))
+      .def("payload", [](const Table& table) { return py::bytes(table.payload()); })
       .def_property_readonly("payload_size", &Table::payload_size)
+      .def_property_readonly("has_recipes", &Table::has_recipes)
+      .def_property_readonly("prepared_size", &Table::prepared_size)
+      .def_property_readonly("num_scalars", &Table::num_scalars)
+      .def("set_loss_scale", &Table::set_loss_scale, py::arg("loss_scale"))
+      .def("set_loss_scaling", &Table::set_loss_scaling, py::arg("loss_scale"),
+           py::arg("found_inf"))
+      .def_property_readonly("loss_scale", &Table::loss_scale)
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
-      .def("step_cuda", &Table::step_cuda, py::arg("metadata"), py::arg("payload"))
+      .def("step_cuda", &Table::step_cuda, py::arg("metadata"), py::arg("payload"),
+           py::arg("prepared"))
 #endif
       .def("step_cpu", &Table::step_cpu, py::arg("threads"));
   py::class_<Gather, std::shared_ptr<Gather>>(m, "Gather")
@@ -216,11 +274,18 @@ PYBIND11_MODULE(_C, m) {
              return std::make_shared<Gather>(decay_from(decay));
            }),
            py::arg("decay"))
-      .def("read", &Gather::read, py::arg("groups"), py::arg("state"), py::arg("staged"))
+      .def(
+          "read",
+          [](Gather& g, const py::list& groups, const py::dict& state, const py::dict& staged,
+             bool recipes_on_gpu, bool recipes_on_cpu, bool loss_scaling) {
+            return g.read(groups, state, staged, {recipes_on_gpu, recipes_on_cpu, loss_scaling});
+          },
+          py::arg("groups"), py::arg("state"), py::arg("staged"), py::arg("recipes_on_gpu") = false,
+          py::arg("recipes_on_cpu") = false, py::arg("loss_scaling") = false)
       .def("step_on_cpu", &step_on_cpu, py::arg("groups"), py::arg("state"), py::arg("threads"))
       .def("tables", &tables)
       .def("hold", &Gather::hold)
-      .def("mark_written", &Gather::mark_written)
+      .def("begin_step", &Gather::begin_step)
       .def("count_step", &Gather::count_step)
       .def("release", &Gather::release)
       .def_readonly("update_seconds", &Gather::update_seconds)

@@ -48,12 +48,11 @@ int resident_blocks(const void* kernel, int device) {
   return blocks;
 }
 
-void launch(void (*kernel)(LaunchArgs), LaunchArgs& args, const CudaStep& step) {
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  const int64_t blocks = std::min<int64_t>(args.num_chunks, resident_blocks(function, step.device));
-  void* arguments[] = {&args};
-  CHECK(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments,
-                         0, static_cast<cudaStream_t>(step.stream)));
+template <typename... Args>
+void launch(void (*kernel)(Args...), int64_t blocks, const CudaStep& step, Args&... args) {
+  void* arguments[] = {&args...};
+  CHECK(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                         dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(step.stream)));
 }
 
 }  // namespace
@@ -62,15 +61,17 @@ void fused_adam_cuda(const TensorTable& table, const CudaStep& step) {
   if (table.chunks.empty()) return;
   const DeviceGuard guard(step.device);
   LaunchArgs args(step.metadata, static_cast<int64_t>(table.rows.size()),
-                  static_cast<int64_t>(table.chunks.size()), step.payload);
+                  static_cast<int64_t>(table.chunks.size()), step.payload, step.prepared);
   if (args.payload == nullptr) {
-    const size_t grads = table.grads.size() * sizeof(void*);
-    std::memcpy(args.inline_payload, table.grads.data(), grads);
-    std::memcpy(args.inline_payload + grads, table.scalars.data(),
-                table.scalars.size() * sizeof(Scalars));
+    std::memcpy(args.inline_payload, step.inline_payload, step.inline_size);
   }
-  with_rule(table.decay,
-            [&](auto rule) { launch(update_kernel<typename decltype(rule)::type>, args, step); });
+  Decay decay = table.decay;
+  if (args.prepared != nullptr) launch(prepare_kernel, 1, step, args, decay);
+  with_rule(table.decay, [&](auto rule) {
+    const auto kernel = update_kernel<typename decltype(rule)::type>;
+    const int64_t resident = resident_blocks(reinterpret_cast<const void*>(kernel), step.device);
+    launch(kernel, std::min(args.num_chunks, resident), step, args);
+  });
 }
 
 int64_t cuda_inline_payload() { return kInlinePayload; }

@@ -7,6 +7,7 @@
 #include "launch.cuh"
 #include "multi_tensor_apply.cuh"
 #include "pending.cuh"
+#include "recipes.h"
 #include "reduction_tree.h"
 #include "update.h"
 
@@ -43,12 +44,21 @@ __device__ __forceinline__ void update_chunk(const Work& work, const Scalars& sc
   }
 }
 
+// One block, before the update, where the payload has recipes.
+__global__ inline void __launch_bounds__(kThreads)
+    prepare_kernel(const __grid_constant__ LaunchArgs args, const Decay decay) {
+  const auto* head = reinterpret_cast<const RecipesHead*>(args.recipes_or_scalars());
+  auto* prepared = reinterpret_cast<PreparedHead*>(args.prepared);
+  prepare(decay, *head, *prepared, threadIdx.x, kThreads, [] { __syncthreads(); });
+}
+
 template <typename Rule>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     update_kernel(const __grid_constant__ LaunchArgs args) {
   constexpr bool kNorms = std::is_same_v<Rule, ProxL2>;
   __shared__ double lanes[kNorms ? kTileSize : 1];
   __shared__ int32_t top;
+  if (args.skip()) return;
   Pending pending{args, lanes, top};
   if (threadIdx.x == 0) top = -1;
   for_each_chunk(args, [&](const int32_t& index) {

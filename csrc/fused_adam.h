@@ -1,6 +1,8 @@
 // The backends' entry points: each makes one step over every row of a table.
 #pragma once
 
+#include <cstddef>
+
 #include "tensor_table.h"
 
 namespace adamprox {
@@ -14,7 +16,10 @@ struct CudaStep {
   int device;
   void* stream;
   void* metadata;       // on the device: TensorRow[], Chunk[] and the Workspace
-  const void* payload;  // on the device: the grads and Scalars[]; null where they fit inline
+  const void* payload;  // on the device; null where it fits inline:
+  const void* inline_payload;
+  size_t inline_size;
+  void* prepared;  // on the device, for what the recipes become; null without them
 };
 
 void fused_adam_cuda(const TensorTable& table, const CudaStep& step);

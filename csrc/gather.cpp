@@ -1,22 +1,33 @@
 #include "gather.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
 
 #include "layout.h"
-#include "python_values.h"
 
 namespace adamprox {
 namespace {
 
 constexpr size_t kAhead = 4;  // how many params later what is fetched is read
 
+// Scalars that the host has made are recipes too, where there are any.
+void complete_recipes(TensorTable& table) {
+  if (table.recipes.empty()) return;
+  table.recipes.resize(table.scalars.size());
+  for (size_t i = 0; i < table.recipes.size(); ++i) table.recipes[i].given = table.scalars[i];
+  table.recipes_head.count = static_cast<int64_t>(table.recipes.size());
+}
+
 }  // namespace
 
 Gather::Gather(Decay decay) : decay_(decay) {}
 
 std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
-                                  const py::dict& staged) {
+                                  const py::dict& staged, Recipes recipes) {
   release();
+  recipes_ = recipes;
   StateCursor states(state.ptr());
   int index = 0;
   for (const py::handle group : groups) {
@@ -26,6 +37,7 @@ std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
   only_on_cpu = true;
   for (DeviceTable& t : tables) {
     t.table.decay = decay_;
+    complete_recipes(t.table);
     only_on_cpu &= t.device.type == dlpack::kCPU || t.table.rows.empty();
   }
   return std::move(findings_);
@@ -33,17 +45,20 @@ std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
 
 void Gather::read_group(int index, const py::dict& group, StateCursor& states,
                         const py::dict& staged) {
-  const HyperParameters hyper = hyper_parameters(group);
+  GroupValues values = group_values(group);
+  // The CPU's usual step needs no look at it.
+  values.capturable =
+      (recipes_.on_gpu || recipes_.on_cpu) && as_bool(required(group, keys().capturable));
   const bool amsgrad = as_bool(required(group, keys().amsgrad));
   for (DeviceTable& t : tables) t.scalars_of_cohort.clear();
   PyObject* params = required(group, keys().params);
   if (!PyList_Check(params)) throw py::type_error("param_groups[...]['params'] must be a list");
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
-    read_param(index, PyList_GET_ITEM(params, i), hyper, amsgrad, states, staged);
+    read_param(index, PyList_GET_ITEM(params, i), values, amsgrad, states, staged);
   }
 }
 
-void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper, bool amsgrad,
+void Gather::read_param(int group, PyObject* param, const GroupValues& values, bool amsgrad,
                         StateCursor& states, const py::dict& staged) {
   const Keys& k = keys();
   Member member{};
@@ -70,12 +85,12 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   if (state == nullptr || !PyDict_Check(state) || PyDict_GET_SIZE(state) == 0) {
     return report(group, param, "state");
   }
-  const StateValues values = state_values(state, amsgrad);
+  const StateValues found = state_values(state, amsgrad);
   member.state = state;
   member.param = pick(k.param, param);
-  member.exp_avg = pick(k.exp_avg, values.exp_avg);
-  member.exp_avg_sq = pick(k.exp_avg_sq, values.exp_avg_sq);
-  member.max_exp_avg_sq = amsgrad ? pick(k.max_exp_avg_sq, values.max_exp_avg_sq) : nullptr;
+  member.exp_avg = pick(k.exp_avg, found.exp_avg);
+  member.exp_avg_sq = pick(k.exp_avg_sq, found.exp_avg_sq);
+  member.max_exp_avg_sq = amsgrad ? pick(k.max_exp_avg_sq, found.max_exp_avg_sq) : nullptr;
 
   const size_t place = members.size();
   if (place == known_.size()) known_.emplace_back();
@@ -83,9 +98,12 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
   Data data{};
   const bool usable = recognise(known_[place], member, amsgrad, data) ||
                       understand(known_[place], member, amsgrad, data);
-  member.cohort = values.step != nullptr ? cohort_of(values.step) : -1;
-  if (member.cohort < 0) return report(group, param, "step");
-  if (usable) append(known_[place], member, hyper, data);
+  if (!usable) return;
+  member.cohort = found.step != nullptr ? cohort_of(found.step) : -1;
+  if (const char* where = misplaced_count(known_[place].device, member.cohort, values)) {
+    return report(group, param, where);
+  }
+  append(known_[place], member, values, data);
 }
 
 // Whether nothing but addresses has changed since a step that found it good.
@@ -178,7 +196,7 @@ bool Gather::understand(KnownParam& known, Member& member, bool amsgrad, Data& d
   return true;
 }
 
-void Gather::append(const KnownParam& known, const Member& member, const HyperParameters& hyper,
+void Gather::append(const KnownParam& known, const Member& member, const GroupValues& values,
                     const Data& data) {
   DeviceTable& device = table_on(known.device);
   TensorTable& table = device.table;
@@ -189,7 +207,7 @@ void Gather::append(const KnownParam& known, const Member& member, const HyperPa
   row.exp_avg = data[KnownParam::kExpAvg];
   row.exp_avg_sq = data[KnownParam::kExpAvgSq];
   row.max_exp_avg_sq = data[KnownParam::kMaxExpAvgSq];
-  row.scalars = scalars_of(device, member.cohort, hyper);
+  row.scalars = scalars_of(device, member.cohort, values);
   row.first_chunk = static_cast<int32_t>(table.chunks.size());
   row.aligned = std::all_of(data.begin(), data.end(), is_aligned);
   const auto chunks = static_cast<int32_t>(TensorTable::num_chunks(row.numel));
@@ -214,15 +232,71 @@ void Gather::find_skipped_states(StateCursor& states) {
 }
 
 // The scalars that the params of the group being read share where they are at the same step.
-int32_t Gather::scalars_of(DeviceTable& device, int cohort, const HyperParameters& hyper) {
+int32_t Gather::scalars_of(DeviceTable& device, int cohort, const GroupValues& values) {
   for (const auto& [known, scalars] : device.scalars_of_cohort) {
     if (known == cohort) return scalars;
   }
-  bias_.update(hyper, cohorts_[cohort].step + 1);
-  device.table.scalars.push_back(step_scalars(decay_, hyper, bias_));
-  const auto index = static_cast<int32_t>(device.table.scalars.size()) - 1;
+  TensorTable& table = device.table;
+  const auto index = static_cast<int32_t>(table.scalars.size());
+  if (needs_recipe(device.device, cohort, values)) {
+    table.recipes.resize(index);  // those before it are given
+    table.recipes.push_back(recipe(device.device, cohorts_[cohort], values));
+    table.scalars.emplace_back();
+  } else {
+    const HyperParameters hyper = on_host(values);
+    bias_.update(hyper, cohorts_[cohort].step + 1);
+    table.scalars.push_back(step_scalars(decay_, hyper, bias_));
+  }
   device.scalars_of_cohort.emplace_back(cohort, index);
   return index;
+}
+
+// Whether these scalars are made where the tensors are: so that the host need not wait.
+bool Gather::needs_recipe(const dlpack::Device& device, int cohort,
+                          const GroupValues& values) const {
+  if (!(device.type == dlpack::kCPU ? recipes_.on_cpu : recipes_.on_gpu)) return false;
+  return recipes_.loss_scaling || values.capturable ||
+         (cohort >= 0 && cohorts_[cohort].device.type != dlpack::kCPU);
+}
+
+// Null, or what the finding is called: the step count must lie where it is read.
+const char* Gather::misplaced_count(const dlpack::Device& device, int cohort,
+                                    const GroupValues& values) const {
+  if (needs_recipe(device, cohort, values)) {
+    const bool there = cohort >= 0 && same_device(cohorts_[cohort].device, device);
+    return there ? nullptr : "step on device";
+  }
+  return cohort >= 0 && cohorts_[cohort].device.type == dlpack::kCPU ? nullptr : "step";
+}
+
+Recipe Gather::recipe(const dlpack::Device& device, Cohort& cohort, const GroupValues& values) {
+  const HyperParameters& h = values.hyper;
+  Recipe r{};
+  r.lr = number(device, values.lr, h.lr);
+  r.beta1 = number(device, values.beta1, h.beta1);
+  r.beta2 = number(device, values.beta2, h.beta2);
+  r.eps = number(device, values.eps, h.eps);
+  r.weight_decay = number(device, values.weight_decay, h.weight_decay);
+  r.initial_lr = number(device, values.initial_lr, h.initial_lr);
+  r.step = {0, cohort.data,
+            static_cast<int64_t>(cohort.is_double ? DType::kFloat64 : DType::kFloat32)};
+  r.decay_by_schedule = h.decay_by_schedule;
+  r.maximize = h.maximize;
+  r.counts = !cohort.in_recipes;
+  cohort.in_recipes = true;
+  return r;
+}
+
+// Of Python, or a tensor, which is read there and then if it is on that device.
+Number Gather::number(const dlpack::Device& device, PyObject* object, double value) {
+  if (PyFloat_Check(object) || PyLong_Check(object)) return {value, nullptr, 0};
+  dlpack::Tensor t;
+  if (!PyObject_HasAttr(object, keys().grad) || !read_tensor(object, t) || numel(t) != 1 ||
+      t.dtype.code == dlpack::kComplex || !same_device(t.device, device)) {
+    return {as_double(object), nullptr, 0};
+  }
+  held_.push_back(py::reinterpret_borrow<py::object>(object));
+  return {0, t.data, static_cast<int64_t>(real_dtype(t.dtype))};
 }
 
 bool Gather::read_tensor(PyObject* object, dlpack::Tensor& out) {
@@ -270,15 +344,17 @@ int Gather::cohort_of(PyObject* counter) {
   const auto known = cohort_index_.find(counter);
   if (known != cohort_index_.end()) return known->second;
   dlpack::Tensor t;
-  if (!read_tensor(counter, t) || t.device.type != dlpack::kCPU || numel(t) != 1 ||
-      t.dtype.code != dlpack::kFloat || t.dtype.bits < 32) {
+  if (!read_tensor(counter, t) || numel(t) != 1 || t.dtype.code != dlpack::kFloat ||
+      t.dtype.bits < 32) {
     return -1;
   }
   const bool is_double = t.dtype.bits == 64;
-  const double step =
-      is_double ? *static_cast<double*>(t.data) : double{*static_cast<float*>(t.data)};
+  double step = std::numeric_limits<double>::quiet_NaN();
+  if (t.device.type == dlpack::kCPU) {
+    step = is_double ? *static_cast<double*>(t.data) : double{*static_cast<float*>(t.data)};
+  }
   const int index = static_cast<int>(cohorts_.size());
-  cohorts_.push_back({counter, t.data, is_double, step});
+  cohorts_.push_back({counter, t.data, is_double, step, t.device, false});
   cohort_index_[counter] = index;
   return index;
 }
@@ -296,30 +372,47 @@ void Gather::report(int group, PyObject* param, const char* key) {
   findings_.push_back({group, py::reinterpret_borrow<py::object>(param), key});
 }
 
-void Gather::mark_written() const {
+void Gather::begin_step() {
+  let_skipped_leave();
   for (const Member& member : members) reader_.mark_written(member.param);
 }
 
-void Gather::count_step() {
-  const Keys& k = keys();
-  const auto set_counter = [&](PyObject* state, PyObject* counter) {
-    if (PyDict_SetItem(state, k.step, counter) != 0) throw py::error_already_set();
-  };
-  // A param that was skipped leaves its cohort, with a counter that stays behind.
+namespace {
+
+void set_counter(PyObject* state, PyObject* counter) {
+  if (PyDict_SetItem(state, keys().step, counter) != 0) throw py::error_already_set();
+}
+
+}  // namespace
+
+// A param that was skipped leaves its cohort, with a counter that stays behind.
+void Gather::let_skipped_leave() {
   std::unordered_map<PyObject*, py::object> left_behind;
   for (const Skipped& skipped : skipped_) {
     if (skipped.state == nullptr || !PyDict_Check(skipped.state)) continue;
-    PyObject* counter = PyDict_GetItemWithError(skipped.state, k.step);
+    PyObject* counter = PyDict_GetItemWithError(skipped.state, keys().step);
     if (counter == nullptr || cohort_index_.find(counter) == cohort_index_.end()) continue;
     py::object& copy = left_behind[counter];
+    if (!copy && std::isnan(cohorts_[cohort_index_[counter]].step) &&
+        answers_true(py::module_::import("torch").attr("cuda").ptr(),
+                     interned("is_current_stream_capturing"))) {
+      throw std::runtime_error(
+          "a param without a grad cannot leave those that share its step count while a CUDA graph "
+          "is captured, since each replay would do it again: step once with the same grads before");
+    }
     if (!copy) copy = py::reinterpret_borrow<py::object>(counter).attr("clone")();
     set_counter(skipped.state, copy.ptr());
   }
+}
+
+void Gather::count_step() {
   // Cohorts at the same step become one.
   std::vector<int> leaders(cohorts_.size());
   std::unordered_map<double, int> leader_at[2];
   for (size_t i = 0; i < cohorts_.size(); ++i) {
     Cohort& cohort = cohorts_[i];
+    leaders[i] = static_cast<int>(i);
+    if (cohort.in_recipes) continue;
     leaders[i] =
         leader_at[cohort.is_double].emplace(cohort.step, static_cast<int>(i)).first->second;
     if (leaders[i] != static_cast<int>(i)) continue;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "known_param.h"
+#include "python_values.h"
 #include "state_cursor.h"
 #include "step_scalars.h"
 #include "tensor_reader.h"
@@ -15,8 +16,6 @@
 #include "tensor_types.h"
 
 namespace adamprox {
-
-namespace py = pybind11;
 
 // One param of this step, and what it is read from; borrowed until hold().
 struct Member {
@@ -50,6 +49,12 @@ struct Finding {
   std::string key;
 };
 
+// Which tables may have recipes, since the backend that will run them follows some; and whether they
+// must, for a loss scale that the host does not know.
+struct Recipes {
+  bool on_gpu = false, on_cpu = false, loss_scaling = false;
+};
+
 class Gather {
  public:
   explicit Gather(Decay decay);
@@ -57,15 +62,17 @@ class Gather {
   // An empty result means that `tables` are ready and nothing has been written yet; they are good
   // for as long as the GIL is held, or until release() after hold().
   // `staged` maps a param to copies of its tensors, by key, that stand in for them in this step.
-  std::vector<Finding> read(const py::list& groups, const py::dict& state, const py::dict& staged);
+  std::vector<Finding> read(const py::list& groups, const py::dict& state, const py::dict& staged,
+                            Recipes recipes);
 
   // Keeps every tensor of the step alive.
   void hold();
 
-  // Before the update: tells autograd that every param is written to.
-  void mark_written() const;
+  // Before the update: tells autograd that every param is written to, and lets params without a grad
+  // leave their cohorts.
+  void begin_step();
 
-  // After the update: counts the step, once a cohort.
+  // After the update: counts the step, once a cohort; not those that the update itself has counted.
   void count_step();
 
   // Lets go of every tensor.
@@ -73,11 +80,17 @@ class Gather {
 
   const TensorReader& reader() const { return reader_; }
 
+  // A tensor of one number on the table's device.
+  Number number_at(const DeviceTable& table, const py::object& tensor) {
+    return number(table.device, tensor.ptr(), 0);
+  }
+
   double step_of(const Member& member) const { return cohorts_[member.cohort].step + 1; }
 
   std::vector<DeviceTable> tables;
   std::vector<Member> members;
-  bool only_on_cpu = false;   // whether all that the last read() found is there
+  std::vector<py::object> captured;  // what CUDA graphs of earlier steps read
+  bool only_on_cpu = false;          // whether all that the last read() found is there
   double update_seconds = 0;  // what the CPU's update took in the last step: the rest is host time
 
  private:
@@ -86,7 +99,9 @@ class Gather {
     PyObject* counter;
     void* data;
     bool is_double;
-    double step;
+    double step;  // NaN where the host does not read it
+    dlpack::Device device;
+    bool in_recipes;
   };
 
   struct Skipped {  // a param without a grad
@@ -96,20 +111,26 @@ class Gather {
   };
 
   void read_group(int index, const py::dict& group, StateCursor& states, const py::dict& staged);
-  void read_param(int group, PyObject* param, const HyperParameters& hyper, bool amsgrad,
+  void read_param(int group, PyObject* param, const GroupValues& values, bool amsgrad,
                   StateCursor& states, const py::dict& staged);
   using Data = std::array<void*, KnownParam::kTensors>;  // null where there is no tensor
   bool has_grad(Member& member);
   bool recognise(const KnownParam& known, const Member& member, bool amsgrad, Data& data) const;
   bool understand(KnownParam& known, Member& member, bool amsgrad, Data& data);
-  void append(const KnownParam& known, const Member& member, const HyperParameters& hyper,
+  void append(const KnownParam& known, const Member& member, const GroupValues& values,
               const Data& data);
   void find_skipped_states(StateCursor& states);
-  int32_t scalars_of(DeviceTable& device, int cohort, const HyperParameters& hyper);
+  bool needs_recipe(const dlpack::Device& device, int cohort, const GroupValues& values) const;
+  const char* misplaced_count(const dlpack::Device& device, int cohort,
+                              const GroupValues& values) const;
+  int32_t scalars_of(DeviceTable& device, int cohort, const GroupValues& values);
+  Recipe recipe(const dlpack::Device& device, Cohort& cohort, const GroupValues& values);
+  Number number(const dlpack::Device& device, PyObject* object, double value);
   bool read_tensor(PyObject* object, dlpack::Tensor& out);
   PyObject* grad_of(PyObject* param);
   int cohort_of(PyObject* counter);
   DeviceTable& table_on(const dlpack::Device& device);
+  void let_skipped_leave();
   void report(int group, PyObject* param, const char* key);
 
   const Decay decay_;
@@ -118,6 +139,7 @@ class Gather {
   std::vector<Cohort> cohorts_;
   std::unordered_map<PyObject*, int> cohort_index_;
   std::vector<Skipped> skipped_;
+  Recipes recipes_;
   BiasCorrections bias_;
   std::vector<py::object> held_;
   std::vector<KnownParam> known_;  // as members were at the last step

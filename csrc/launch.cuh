@@ -13,7 +13,7 @@ constexpr int kParameters = 4096;  // the bytes that a kernel's parameters may t
 #else
 constexpr int kParameters = 32764;  // from CUDA 12.1 on
 #endif
-constexpr int kInlinePayload = (kParameters - 64) / 16 * 16;  // beside 8 words
+constexpr int kInlinePayload = (kParameters - 88) / 16 * 16;  // beside 9 words, and a Decay
 
 struct LaunchArgs {
   const TensorRow* rows;
@@ -21,20 +21,39 @@ struct LaunchArgs {
   int64_t num_rows;
   int64_t num_chunks;
   Workspace work;
-  // What changes at each step: void*[num_rows], the grads, then Scalars[]. It rides along in the
-  // kernel's parameters, and so needs no copy of its own, unless it is too long.
+  // What the recipes have become, PreparedHead and Scalars[]; null: the payload has no recipes.
+  unsigned char* prepared;
+  // What changes at each step: void*[num_rows], the grads, then Scalars[], or RecipesHead and
+  // Recipe[]. It rides along in the kernel's parameters, and so needs no copy of its own, unless it
+  // is too long.
   const unsigned char* payload;  // null: inline_payload
   alignas(16) unsigned char inline_payload[kInlinePayload];
 
-  LaunchArgs(void* metadata, int64_t num_rows, int64_t num_chunks, const void* payload)
+  LaunchArgs(void* metadata, int64_t num_rows, int64_t num_chunks, const void* payload,
+             void* prepared)
       : rows(static_cast<const TensorRow*>(metadata)),
         chunks(reinterpret_cast<const Chunk*>(rows + num_rows)),
         num_rows(num_rows),
         num_chunks(num_chunks),
         work(const_cast<Chunk*>(chunks + num_chunks), num_chunks),
+        prepared(static_cast<unsigned char*>(prepared)),
         payload(static_cast<const unsigned char*>(payload)) {}
+
+  // Behind the grads.
+  __device__ __forceinline__ const unsigned char* recipes_or_scalars() const {
+    return (payload != nullptr ? payload : inline_payload) + num_rows * sizeof(void*);
+  }
+
+  __device__ __forceinline__ const PreparedHead* prepared_head() const {
+    return reinterpret_cast<const PreparedHead*>(prepared);
+  }
+
+  __device__ __forceinline__ bool skip() const {
+    return prepared != nullptr && prepared_head()->skip != 0;
+  }
 };
-static_assert(sizeof(LaunchArgs) <= kParameters, "more than a kernel's parameters may be");
+static_assert(sizeof(LaunchArgs) + sizeof(Decay) <= kParameters,
+              "more than a kernel's parameters may be");
 
 // One chunk of the table.
 struct Work {
@@ -56,8 +75,9 @@ struct Work {
   }
 
   __device__ __forceinline__ const Scalars& scalars(const LaunchArgs& args) const {
-    const auto* all = reinterpret_cast<const Scalars*>(payload + args.num_rows * sizeof(void*));
-    return all[row.scalars];
+    const void* all = args.prepared != nullptr ? static_cast<const void*>(args.prepared_head() + 1)
+                                               : args.recipes_or_scalars();
+    return static_cast<const Scalars*>(all)[row.scalars];
   }
 
   // Its elements of a tensor, known to the compiler to be in global memory.

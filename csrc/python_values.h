@@ -20,7 +20,8 @@ struct Keys {
            *weight_decay = interned("weight_decay"), *amsgrad = interned("amsgrad"),
            *maximize = interned("maximize"), *decay_by = interned("decay_by"),
            *initial_lr = interned("initial_lr"), *is_conj = interned("is_conj"),
-           *is_neg = interned("is_neg"), *clone = interned("clone");
+           *is_neg = interned("is_neg"), *clone = interned("clone"),
+           *capturable = interned("capturable");
 };
 
 inline const Keys& keys() {
@@ -88,20 +89,46 @@ inline bool answers_true(PyObject* object, PyObject* method) {
   return as_bool(answer.ptr());
 }
 
-inline HyperParameters hyper_parameters(const py::dict& group) {
+// A param group's hyper-parameters. One that is not a number of Python's, a tensor, is left to
+// whoever knows whether the host may wait for it.
+struct GroupValues {
+  HyperParameters hyper{};
+  PyObject *lr, *beta1, *beta2, *eps, *weight_decay, *initial_lr;  // borrowed from the group
+  bool has_tensors = false, capturable = false;
+};
+
+inline GroupValues group_values(const py::dict& group) {
   const Keys& k = keys();
   const py::sequence betas = py::reinterpret_borrow<py::sequence>(required(group, k.betas));
-  HyperParameters h{};
-  h.lr = as_double(required(group, k.lr));
-  h.beta1 = as_double(py::object(betas[0]).ptr());
-  h.beta2 = as_double(py::object(betas[1]).ptr());
-  h.eps = as_double(required(group, k.eps));
-  h.weight_decay = as_double(required(group, k.weight_decay));
+  GroupValues v;
+  HyperParameters& h = v.hyper;
+  const auto read = [&v](PyObject* object, double& value) {
+    if (PyFloat_Check(object) || PyLong_Check(object)) {
+      value = as_double(object);
+    } else {
+      v.has_tensors = true;
+    }
+    return object;
+  };
+  v.lr = read(required(group, k.lr), h.lr);
+  v.beta1 = read(py::object(betas[0]).ptr(), h.beta1);
+  v.beta2 = read(py::object(betas[1]).ptr(), h.beta2);
+  v.eps = read(required(group, k.eps), h.eps);
+  v.weight_decay = read(required(group, k.weight_decay), h.weight_decay);
   h.maximize = as_bool(required(group, k.maximize));
   h.decay_by_schedule =
       PyUnicode_CompareWithASCIIString(required(group, k.decay_by), "schedule") == 0;
-  h.initial_lr = h.decay_by_schedule ? as_double(required(group, k.initial_lr)) : h.lr;
-  return h;
+  v.initial_lr = h.decay_by_schedule ? required(group, k.initial_lr) : v.lr;
+  read(v.initial_lr, h.initial_lr);
+  return v;
+}
+
+// For the host's arithmetic: waits for tensors on a GPU.
+inline HyperParameters on_host(const GroupValues& v) {
+  if (!v.has_tensors) return v.hyper;
+  return {as_double(v.lr),           as_double(v.beta1),        as_double(v.beta2),
+          as_double(v.eps),          as_double(v.weight_decay), as_double(v.initial_lr),
+          v.hyper.decay_by_schedule, v.hyper.maximize};
 }
 
 }  // namespace adamprox

@@ -1,8 +1,11 @@
-// The scalars of one step, in double, from a param group's hyper-parameters and the step count.
+// The scalars of one step, in double, from a param group's hyper-parameters and the step count; on
+// the host, or where the tensors are (recipes.h).
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
+#include "host_device.h"
 #include "tensor_table.h"
 
 namespace adamprox {
@@ -19,11 +22,22 @@ struct HyperParameters {
 };
 
 // k of decay.h.
-inline double decay_constant(Decay decay, const HyperParameters& h) {
+HOST_DEVICE double decay_constant(Decay decay, const HyperParameters& h) {
   if (decay == Decay::kCoupled) return h.weight_decay;
   const double eta = h.decay_by_schedule ? h.lr / h.initial_lr : h.lr;
   const double strength = eta * h.weight_decay;
   return decay == Decay::kProxSqL2 ? strength / (1 + strength) : strength;
+}
+
+// base^exponent by squaring, for a whole number: the same bits on a host and on a GPU, whose pow
+// differ. The relative error is below exponent * 2^-53.
+HOST_DEVICE double power(double base, double exponent) {
+  double result = 1;
+  for (auto n = static_cast<uint64_t>(exponent); n != 0; n /= 2) {
+    if (n % 2 != 0) result = result * base;
+    base = base * base;
+  }
+  return result;
 }
 
 // Kept from one param group to the next, which mostly share them: powers are slow.
@@ -31,17 +45,19 @@ struct BiasCorrections {
   double beta1 = -1, beta2 = -1, step = -1;
   double correction1 = 0, correction2_sqrt = 0;
 
-  void update(const HyperParameters& h, double at_step) {
+  HOST_DEVICE void update(const HyperParameters& h, double at_step) {
     if (h.beta1 == beta1 && h.beta2 == beta2 && at_step == step) return;
     beta1 = h.beta1;
     beta2 = h.beta2;
     step = at_step;
-    correction1 = 1 - std::pow(beta1, step);
-    correction2_sqrt = std::sqrt(1 - std::pow(beta2, step));
+    using std::sqrt;
+    correction1 = 1 - power(beta1, step);
+    correction2_sqrt = sqrt(1 - power(beta2, step));
   }
 };
 
-inline Scalars step_scalars(Decay decay, const HyperParameters& h, const BiasCorrections& bias) {
+HOST_DEVICE Scalars step_scalars(Decay decay, const HyperParameters& h,
+                                 const BiasCorrections& bias) {
   return {
       1 - h.beta1,
       1 - h.beta2,

@@ -23,7 +23,7 @@ struct Scalars {
   double step_size;   // lr * sqrt(1 - beta2^t) / (1 - beta1^t)
   double eps;         // eps * sqrt(1 - beta2^t)
   double decay;       // see decay.h: one meaning a rule
-  double grad_scale;  // -1 to maximize, else 1
+  double grad_scale;  // of the grads: 1, or -1 to maximize, divided by the loss scale, if any
 };
 
 struct TensorRow {
@@ -70,11 +70,45 @@ struct Workspace {
   }
 };
 
+// A number that the host knows, or one that is read where it lies.
+struct Number {
+  double value;
+  const void* at;  // null: `value`
+  int64_t dtype;   // the DType of what lies there
+};
+
+// How one of TensorTable::scalars is made where the tensors are; see recipes.h.
+struct Recipe {
+  Number lr, beta1, beta2, eps, weight_decay, initial_lr;
+  Number step;    // the count before this step, always read; if it lies nowhere:
+  Scalars given;  // the host has made them
+  bool decay_by_schedule;
+  bool maximize;
+  bool counts;  // of the recipes with the same step count, one writes it
+  uint8_t unused[5];
+};
+static_assert(sizeof(Recipe) == 28 * 8, "triton_kernels/recipes.py reads it as 28 words");
+
+// Before Recipe[count] in a payload.
+struct RecipesHead {
+  Number loss_scale;
+  Number found_inf;  // not 0: nothing is to be stepped, and no step counted
+  int64_t count;
+};
+
+// Before Scalars[count], which the recipes become.
+struct PreparedHead {
+  int64_t skip;
+};
+
 struct TensorTable {
   Decay decay = Decay::kCoupled;
   std::vector<TensorRow> rows;
   std::vector<void*> grads;  // one a row; apart from it, since they change from step to step
   std::vector<Scalars> scalars;
+  // Empty, or one for each of the scalars, which then are not to be used.
+  std::vector<Recipe> recipes;
+  RecipesHead recipes_head{{1, nullptr, 0}, {0, nullptr, 0}, 0};
   std::vector<Chunk> chunks;
   int64_t numel = 0;
 
@@ -84,6 +118,8 @@ struct TensorTable {
     rows.clear();
     grads.clear();
     scalars.clear();
+    recipes.clear();
+    recipes_head = {{1, nullptr, 0}, {0, nullptr, 0}, 0};
     chunks.clear();
     numel = 0;
   }

@@ -51,12 +51,21 @@ def cuobjdump(*arguments: str) -> str:
     return sass.cuobjdump(_C.__file__, *arguments)
 
 
+PREPARE = "prepare_kernel"  # of recipes: one block, beside the rules' kernels
+
+
 def kernels(text: str, header: str) -> dict[str, str]:
-    """The text of each rule's kernel, and nothing else: there is no other kernel."""
+    """The text of each rule's kernel; there is no other one but the recipes'."""
     names_and_bodies = re.split(header, text)[1:]
-    rules = [re.search(r"update_kernelINS_\d+([A-Z]\w*?)EEEv", n)[1] for n in names_and_bodies[::2]]
+    bodies = dict(zip(names_and_bodies[::2], names_and_bodies[1::2], strict=True))
+    assert sum(PREPARE in name for name in bodies) == 1
+    rules = {
+        re.search(r"update_kernelINS_\d+([A-Z]\w*?)EEEv", name)[1]: body
+        for name, body in bodies.items()
+        if PREPARE not in name
+    }
     assert sorted(rules) == sorted(RULES)
-    return dict(zip(rules, names_and_bodies[1::2], strict=True))
+    return rules
 
 
 @functools.cache
@@ -129,7 +138,7 @@ def blocks_per_multiprocessor(registers: int, shared: int, architecture: str) ->
 @every_architecture
 def test_the_budget_holds(architecture):
     usage = cuobjdump("--dump-resource-usage", "--gpu-architecture", f"sm_{architecture}")
-    pattern = r"Function \w+:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    pattern = r"Function \w+update_kernel\w+:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     found = [tuple(map(int, usage)) for usage in re.findall(pattern, usage)]
     assert len(found) == len(RULES)
     for registers, stack, shared, local in found:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adamprox.reference import CHUNK_SIZE, TILE_SIZE
-from registry import DTYPES, OPTIMIZERS, OPTIONS, assert_same_bits, build, params_of
+from registry import DTYPES, OPTIMIZERS, OPTIONS, Option, assert_same_bits, build, params_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -174,14 +174,119 @@ def test_a_step_does_not_wait_for_the_gpu(backend):
 
 
 @every_backend
-def test_capture_is_refused(backend):
+def test_capture_without_capturable_is_refused_in_torchs_words(backend):
     param = torch.nn.Parameter(torch.zeros(8, device="cuda"))
     param.grad = torch.ones_like(param)
     opt = OPTIMIZERS["AdamW"].cls([param], backend=backend)
     opt.step()
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(graph):
+    with pytest.raises(RuntimeError, match="capturable is False"), torch.cuda.graph(graph):
         opt.step()
+
+
+def test_capture_where_a_param_would_leave_its_cohort_is_refused():
+    params = [torch.nn.Parameter(torch.zeros(8, device="cuda")) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt = OPTIMIZERS["AdamW"].cls(params, capturable=True)
+    opt.step()
+    params[0].grad = None
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="share its step count"), torch.cuda.graph(graph):
+        opt.step()
+
+
+# A payload that fits into a kernel's parameters, and one that does not.
+@pytest.mark.parametrize("sizes", [SIZES, tuple(index % 5 for index in range(6000))])
+@every_optimizer
+@every_backend
+def test_graph_replays_equal_eager_steps_to_the_bit(backend, optimizer, sizes):
+    """100 replays while lr and betas change in place: the bound of the difference is zero."""
+    values = values_of(sizes, torch.float32)
+    number = {"dtype": torch.float64, "device": "cuda"}
+    lr, beta1, beta2 = (torch.tensor(x, **number) for x in (0.5, 0.9, 0.99))
+    ours = build(
+        optimizer,
+        [value.to("cuda") for value in values],
+        Option({"capturable": True, "lr": lr, "betas": (beta1, beta2)}),
+        backend,
+        None,
+    )
+    theirs = build(optimizer, values, OPTIONS["plain"], "cpu", None)
+    for param in params_of(ours):
+        param.grad = torch.zeros_like(param)
+    graph, generator = torch.cuda.CUDAGraph(), torch.Generator().manual_seed(1)
+    for step in range(102):
+        for on_gpu, on_host in zip(params_of(ours), params_of(theirs), strict=True):
+            on_host.grad = torch.randn(on_host.shape, generator=generator)
+            on_gpu.grad.copy_(on_host.grad)
+        group = theirs.param_groups[0]
+        group["lr"], group["betas"] = 0.5 / (1 + step), (0.5 + 0.4 / (1 + step), 0.99)
+        lr.fill_(group["lr"])
+        beta1.fill_(group["betas"][0])
+        if step == 0:  # as torch asks: on another stream
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                ours.step()
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            if step == 1:
+                with torch.cuda.graph(graph):
+                    ours.step()
+            graph.replay()
+        theirs.step()
+    assert_same_bits(on_cpu(ours), theirs)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@every_backend
+def test_a_scaled_step_does_not_wait_for_the_gpu(backend, capturable):
+    """And with found_inf it changes nothing; the reference on the CPU gives the same bits."""
+    values = values_of(SIZES, torch.float32)
+    option = Option({"capturable": capturable})
+    ours = build("AdamProxL2", [v.to("cuda") for v in values], option, backend, None)
+    theirs = build("AdamProxL2", values, OPTIONS["plain"], "cpu", None)
+    for param in (*params_of(ours), *params_of(theirs)):
+        param.grad = param.detach().clone()
+    ours.grad_scale = torch.ones((), device="cuda")
+    ours.found_inf = torch.zeros((), device="cuda")
+    ours.step()
+    theirs.step()
+    for found_inf in (0.0, 1.0, 0.0):
+        ours.found_inf.fill_(found_inf)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if found_inf == 0:
+            theirs.step()
+    del ours.grad_scale, ours.found_inf
+    ours.step()  # the counts stay on the GPU
+    theirs.step()
+    assert_same_bits(on_cpu(ours), theirs)
+
+
+@every_backend
+def test_grad_scaler_on_a_gpu(backend):
+    """A real one: an infinite grad in the third step halves the scale, and skips the step."""
+    value = torch.linspace(-1, 1, 1000)
+    ours = build("AdamProx", [value.to("cuda")], OPTIONS["plain"], backend, None)
+    theirs = build("AdamProx", [value], OPTIONS["plain"], "cpu", None)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    for step in range(6):
+        for opt in (ours, theirs):
+            opt.zero_grad()
+        factor = torch.inf if step == 2 else 1.0 + step
+        scaler.scale((params_of(ours)[0] * factor).sum()).backward()
+        scaler.step(ours)
+        scaler.update()
+        if step != 2:
+            (params_of(theirs)[0] * factor).sum().backward()
+            theirs.step()
+    assert scaler.get_scale() == 2.0**9
+    assert_same_bits(on_cpu(ours), theirs)
 
 
 def test_more_than_two_to_the_31_elements():

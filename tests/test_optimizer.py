@@ -168,6 +168,8 @@ def test_forms_of_an_argument_give_the_same_bits(optimizer, arguments):
 class Recorder:
     """A backend that only notes that it was called."""
 
+    follows_recipes = False
+
     def __init__(self, why_not: dict[str | None, str] | None = None):
         self.reasons, self.calls = why_not or {}, 0
 

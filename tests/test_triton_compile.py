@@ -47,7 +47,11 @@ def compile_kernel(
     update.HIP = tl.constexpr(backend == "hip")
     numbers = [(DTYPES[param][0], DTYPES[state][0]) for param, state in storage]
     signature = {"metadata": "*i64", "payload": "*i64", "sums": "*fp64", "num_rows": "i32"}
-    if decay == "shrink":
+    if decay == "prepare":
+        kernel = fused_adam.prepare_kernel
+        signature = {"payload": "*i64", "prepared": "*i64", "num_rows": "i32", "count": "i32"}
+        constants = {"DECAY": "prox_sq_l2"}
+    elif decay == "shrink":
         kernel = fused_adam.shrink_kernel
         constants = {"DTYPES": tuple(sorted({param for param, _ in numbers}))}
     else:
@@ -56,6 +60,8 @@ def compile_kernel(
         constants = {"DECAY": decay, "VARIANTS": variants}
         if decay != "prox_l2":
             constants["sums"] = None
+    if decay != "prepare":
+        constants["prepared"] = None
     compiled = triton.compile(
         triton.compiler.ASTSource(
             kernel,
@@ -128,6 +134,16 @@ def test_ptx(compiled, target, decay):
     loads, stores = vectors(decay)
     assert count(ptx, r"ld\.global\.(v4\.b32|v2\.b64)") == loads
     assert count(ptx, r"st\.global\.(v4\.b32|v2\.b64)") == stores
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_ptx_of_recipes(compiled, target):
+    ptx = instructions(compiled(target, "prepare")["ptx"])
+    assert contractions(ptx) == []
+    assert (
+        count(ptx, r"div\.rn\.f64") == 4
+    )  # step_size, lr / initial_lr, s / (1 + s), 1 / loss scale
+    assert count(ptx, r"bar\.sync") > 0  # between reading the step counts and writing them
 
 
 def test_contraction_would_show(compiled):

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .. import reference
+from .recipes import COMPUTE, SCALARS_WORDS, STORAGE, prepare_kernel
 from .update import TILE_SIZE, add_square, narrow, shrink, shrinkage, sum_lanes, update, widen
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 CHUNK_SIZE = tl.constexpr(reference.CHUNK_SIZE)
 ROW_WORDS = tl.constexpr(7)  # sizeof(TensorRow) / 8
-SCALARS_WORDS = tl.constexpr(6)  # sizeof(Scalars) / 8
-# Both by DType's numbers.
-STORAGE = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))
-COMPUTE = tl.constexpr((tl.float32, tl.float64, tl.float32, tl.float32))
 
 # Threads of 8 elements, 128 bits of 16-bit numbers; of a warp's 64 threads on AMD and 32 on NVIDIA.
 # No contraction.
@@ -34,19 +31,26 @@ OPTIONS = {"num_warps": 4 if torch.version.hip else 8, "enable_fp_fusion": False
 
 
 @triton.jit
-def read_chunk(metadata, num_rows):
-    """This program's Chunk: its row's index and address, its first element and their count."""
+def read_chunk(metadata, prepared, num_rows):
+    """This program's Chunk: its row's index and address, its first element and their count.
+
+    In a step that is to be skipped, a chunk has no elements.
+    """
     chunk = tl.load(metadata + num_rows * ROW_WORDS + tl.program_id(0))
     index = chunk & 0xFFFFFFFF
     row = metadata + index * ROW_WORDS
     begin = (chunk >> 32) * CHUNK_SIZE
-    return index, row, begin, tl.minimum(tl.load(row + 4) - begin, CHUNK_SIZE).to(tl.int32)
+    count = tl.minimum(tl.load(row + 4) - begin, CHUNK_SIZE).to(tl.int32)
+    if prepared is not None:
+        count = tl.where(tl.load(prepared) != 0, 0, count)
+    return index, row, begin, count
 
 
 @triton.jit
-def find_scalars(row, payload, num_rows):
-    """The address of the row's Scalars."""
-    scalars = payload + num_rows + (tl.load(row + 5) & 0xFFFFFFFF) * SCALARS_WORDS
+def find_scalars(row, payload, prepared, num_rows):
+    """The address of the row's Scalars; ``prepared`` is what recipes have become, or None."""
+    first = payload + num_rows if prepared is None else prepared + 1
+    scalars = first + (tl.load(row + 5) & 0xFFFFFFFF) * SCALARS_WORDS
     return scalars.to(tl.pointer_type(tl.float64))
 
 
@@ -151,10 +155,12 @@ def update_chunk(row, grad, begin, count, scalars, sum_out, DECAY, VARIANT: tl.c
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def update_kernel(metadata, payload, sums, num_rows, DECAY: tl.constexpr, VARIANTS: tl.constexpr):
-    index, row, begin, count = read_chunk(metadata, num_rows)
+def update_kernel(
+    metadata, payload, prepared, sums, num_rows, DECAY: tl.constexpr, VARIANTS: tl.constexpr
+):
+    index, row, begin, count = read_chunk(metadata, prepared, num_rows)
     grad = tl.load(payload + index)
-    scalars = find_scalars(row, payload, num_rows)
+    scalars = find_scalars(row, payload, prepared, num_rows)
     sum_out = sums + tl.program_id(0) if DECAY == "prox_l2" else None
     amsgrad = (tl.load(row + 3) != 0).to(tl.int64)
     variant = (tl.load(row + 6) & 0xFFFF) | (amsgrad << 16)
@@ -164,9 +170,9 @@ def update_kernel(metadata, payload, sums, num_rows, DECAY: tl.constexpr, VARIAN
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def shrink_kernel(metadata, payload, sums, num_rows, DTYPES: tl.constexpr):
+def shrink_kernel(metadata, payload, prepared, sums, num_rows, DTYPES: tl.constexpr):
     """prox_l2's second sweep: every program first takes its tensor's norm from the sums."""
-    _, row, begin, count = read_chunk(metadata, num_rows)
+    _, row, begin, count = read_chunk(metadata, prepared, num_rows)
     sums += tl.load(row + 5) >> 32
     num_chunks = tl.cdiv(tl.load(row + 4), CHUNK_SIZE).to(tl.int32)
     lanes = tl.zeros([TILE_SIZE], tl.float64)
@@ -175,7 +181,8 @@ def shrink_kernel(metadata, payload, sums, num_rows, DTYPES: tl.constexpr):
         lane = first + tl.arange(0, TILE_SIZE)
         lanes += tl.load(sums + lane, lane < num_chunks, 0.0)
         first += TILE_SIZE
-    k = shrinkage(sum_lanes(lanes), tl.load(find_scalars(row, payload, num_rows) + 4))
+    scalars = find_scalars(row, payload, prepared, num_rows)
+    k = shrinkage(sum_lanes(lanes), tl.load(scalars + 4))
     dtype = tl.load(row + 6) & 0xFF
     for i in tl.static_range(len(DTYPES)):
         if dtype == DTYPES[i]:
@@ -187,6 +194,7 @@ def fused_adam(
     metadata: Tensor,
     payload: Tensor,
     num_rows: int,
+    num_recipes: int,
     num_chunks: int,
     decay: str,
     dtypes: Iterable[tuple[int, int]],
@@ -194,17 +202,21 @@ def fused_adam(
 ) -> None:
     """One step on the current device and stream, of what ``adamprox._C.Table`` says.
 
-    Only the combinations of (param, state) in ``dtypes`` are compiled, twice if some rows have a
-    max_exp_avg_sq; each row finds its own at run time.
+    With recipes, a small launch before it makes the scalars. Only the combinations of (param,
+    state) in ``dtypes`` are compiled, twice if some rows have a max_exp_avg_sq; each row finds its
+    own at run time.
     """
     dtypes = sorted(dtypes)
     variants = tuple(p | s << 8 | a << 16 for p, s in dtypes for a in range(1 + amsgrad))
     grid = (num_chunks,)
-    sums = None
+    prepared = sums = None
+    if num_recipes > 0:
+        prepared = payload.new_empty(1 + num_recipes * SCALARS_WORDS.value)
+        prepare_kernel[1,](payload, prepared, num_rows, num_recipes, decay, **OPTIONS)
     if decay == "prox_l2":  # behind the chunks and the Workspace's ticket
         first = num_rows * ROW_WORDS.value + num_chunks + 1
         sums = metadata[first : first + num_chunks].view(torch.float64)
-    update_kernel[grid](metadata, payload, sums, num_rows, decay, variants, **OPTIONS)
+    update_kernel[grid](metadata, payload, prepared, sums, num_rows, decay, variants, **OPTIONS)
     if decay == "prox_l2":
         params = tuple(sorted({p for p, _ in dtypes}))
-        shrink_kernel[grid](metadata, payload, sums, num_rows, params, **OPTIONS)
+        shrink_kernel[grid](metadata, payload, prepared, sums, num_rows, params, **OPTIONS)

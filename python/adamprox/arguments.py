@@ -10,7 +10,8 @@ from torch import Tensor
 ARGUMENTS = """
     Args:
         params: tensors, ``(name, tensor)`` pairs, or dicts that define param groups.
-        lr: learning rate; a float or a tensor of one element (default: 1e-3).
+        lr: learning rate; a float or a tensor of one element, as ``betas`` and ``weight_decay`` may
+            be (default: 1e-3).
         betas: the decay rates of the first and the second moment, in [0, 1)
             (default: (0.9, 0.999)).
         eps: added to the denominator (default: 1e-8).
@@ -18,8 +19,9 @@ ARGUMENTS = """
         amsgrad: divide by the largest second moment so far (default: False).
         maximize: ascend (default: False).
         foreach, fused: accepted for torch.optim.AdamW's sake; every step is fused.
-        capturable: accepted; step counts stay on the host, and a step cannot be captured into a
-            CUDA graph yet (default: False).
+        capturable: step counts, and hyper-parameters that are tensors on a GPU, are read there, so
+            that a step can be captured into a CUDA graph, and its replays follow what is written
+            into them; with the bits of the host. Step once before the capture (default: False).
         differentiable: refused if True.
         decay_by: what the decay strength ``s`` follows. ``"lr"``: ``s = lr * weight_decay``, as in
             torch (default). ``"schedule"``: ``s = lr / initial_lr * weight_decay``, the paper's

@@ -16,6 +16,9 @@ from . import _C, reference
 class Backend(Protocol):
     """Runs one step over every row of a table; all tensors of a table are on one device."""
 
+    follows_recipes: bool
+    """Whether it makes scalars where the tensors are; if not, the host reads what they need."""
+
     def why_not(self, device_type: str | None = None) -> str | None:
         """Why it cannot run (on that type of device), or None if it can."""
 
@@ -26,17 +29,21 @@ class Backend(Protocol):
 class ReferenceBackend:
     """Eager PyTorch, on any device: the specification of the others."""
 
+    follows_recipes = False
+
     def why_not(self, device_type: str | None = None) -> str | None:
         return None
 
     def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
         for param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, group, step in table.rows():
-            scalars = reference.step_scalars(decay, groups[group], step)
+            scalars = reference.step_scalars(decay, groups[group], step, table.loss_scale)
             reference.step(decay, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars)
 
 
 class CpuBackend:
     """C++, vectorised, on ``torch.get_num_threads()`` threads."""
+
+    follows_recipes = False
 
     def why_not(self, device_type: str | None = None) -> str | None:
         return _only_on("cpu", device_type)
@@ -47,6 +54,8 @@ class CpuBackend:
 
 class CudaBackend:
     """CUDA C++ on NVIDIA GPUs: one launch a step, on the current stream."""
+
+    follows_recipes = True
 
     def why_not(self, device_type: str | None = None) -> str | None:
         if not _C.cuda_architectures:
@@ -59,15 +68,24 @@ class CudaBackend:
 
     def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
         upload = _upload_to(table)
-        metadata = table.metadata(upload)
+        metadata = table.metadata(upload, capturing())
         # A payload that fits rides in the kernel's parameters.
         inline = table.payload_size <= _C.cuda_inline_payload
         payload = None if inline else upload(table.payload())
-        table.step_cuda(metadata.data_ptr(), 0 if payload is None else payload.data_ptr())
+        prepared = torch.empty(
+            table.prepared_size, dtype=torch.uint8, device=torch.device(*table.device)
+        )
+        table.step_cuda(
+            metadata.data_ptr(),
+            0 if payload is None else payload.data_ptr(),
+            prepared.data_ptr(),
+        )
 
 
 class TritonBackend:
     """Triton's kernels on a GPU, or in its interpreter on CPU tensors; imported when asked for."""
+
+    follows_recipes = True
 
     def why_not(self, device_type: str | None = None) -> str | None:
         try:
@@ -88,9 +106,10 @@ class TritonBackend:
 
             upload = _upload_to(table)
             fused_adam(
-                table.metadata(upload),
+                table.metadata(upload, capturing()),
                 upload(table.payload()),
                 table.num_rows,
+                table.num_scalars if table.has_recipes else 0,
                 table.num_chunks,
                 decay,
                 table.dtypes,
@@ -126,6 +145,18 @@ def requested(backend: str | None) -> str | None:
     return name
 
 
+def capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def follow_recipes(name: str | None) -> tuple[bool, bool]:
+    """Whether tensors on a GPU, and those on the CPU, are stepped by one that follows recipes."""
+    if name is None:
+        return True, False
+    return BACKENDS[name].follows_recipes, BACKENDS[name].follows_recipes
+
+
 def select(name: str | None, device_type: str) -> Backend:
     """The backend for tensors on such a device: the one asked for, or else the best that can run.
 
@@ -150,10 +181,6 @@ def _only_on(supported: str, device_type: str | None, how: str = "") -> str | No
 def _upload_to(table: _C.Table) -> Callable[[bytes], Tensor]:
     """Copies bytes to the table's device on the current stream, without waiting for it."""
     device = torch.device(*table.device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a step cannot be captured into a CUDA graph: its scalars are computed on the host"
-        )
 
     def upload(data: bytes) -> Tensor:
         # From a bytearray, since torch warns of memory that it must not write to.
@@ -161,7 +188,11 @@ def _upload_to(table: _C.Table) -> Callable[[bytes], Tensor]:
         if device.type == "cpu":
             return words
         # Pinned memory is handed out again only once the copy from it is done.
-        return words.pin_memory().to(device, non_blocking=True)
+        pinned = words.pin_memory()
+        uploaded = pinned.to(device, non_blocking=True)
+        if capturing():  # each replay copies anew
+            table.keep((pinned, uploaded))
+        return uploaded
 
     return upload
 

@@ -5,7 +5,7 @@ Nothing is written before everything has been checked, so an error leaves every 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from . import _C
 from .freed_grad import FreedGrad
 
 Staged = dict[Tensor, dict[str, Tensor]]
+
+# Tensors that stand in for a param's own, by key; a grad that is None keeps it from being stepped.
+Given = dict[Tensor, dict[str, Tensor | None]]
 
 _DTYPES = (
     torch.float32,
@@ -28,7 +31,9 @@ _DTYPES = (
 
 
 @torch.no_grad()
-def mend(optimizer: Optimizer, findings: Iterable[_C.Finding], staged: Staged) -> None:
+def mend(
+    optimizer: Optimizer, findings: Iterable[_C.Finding], staged: Staged, given: Given
+) -> None:
     """Makes missing states and counters, and dense copies (into ``staged``) of strided tensors.
 
     Raises:
@@ -37,30 +42,68 @@ def mend(optimizer: Optimizer, findings: Iterable[_C.Finding], staged: Staged) -
     findings = _without_freed_grads(list(findings))
     without_state = set()
     for finding in findings:
-        _check(optimizer, finding, twice=finding.param in without_state)
+        _check(optimizer, finding, given, twice=finding.param in without_state)
         if finding.key == "state":
             without_state.add(finding.param)
-    counter = torch.tensor(0.0, dtype=_counter_dtype(), device="cpu")
+    make_states(
+        optimizer,
+        [(f.param, optimizer.param_groups[f.group]) for f in findings if f.key == "state"],
+    )
+    counters: dict[tuple[float, torch.device], Tensor] = {}
     for finding in findings:
         param, group = finding.param, optimizer.param_groups[finding.group]
         state = optimizer.state[param]
         if finding.key == "state":
-            state["step"] = counter
-            for key in ("exp_avg", "exp_avg_sq", *_amsgrad_keys(group)):
-                state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            continue
+        if finding.key == "step on device":
+            count = float(state["step"])
+            if (count, param.device) not in counters:
+                counters[count, param.device] = torch.full(
+                    (), count, dtype=_counter_dtype(), device=param.device
+                )
+            state["step"] = counters[count, param.device]
         elif finding.key == "step":
             state["step"] = torch.tensor(float(state["step"]), dtype=_counter_dtype(), device="cpu")
         else:
-            _stage(param, state, group, staged)
+            _stage(param, _tensors(param, state, group, given), staged)
+
+
+def refuse_in_capture(optimizer: Optimizer, findings: Iterable[_C.Finding]) -> None:
+    """Of what is to be mended, what each replay of a CUDA graph would do anew.
+
+    Raises:
+        RuntimeError: a state or a step count is missing, or not where a graph can read it.
+    """
+    if any(finding.key in ("state", "step", "step on device") for finding in findings):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: states and step counts must be there before a step is "
+            "captured into a CUDA graph, or each replay would make them anew: step once before, "
+            "with the same grads"
+        )
 
 
 @torch.no_grad()
-def unstage(optimizer: Optimizer, staged: Staged) -> None:
+def make_states(
+    optimizer: Optimizer, params_and_groups: Iterable[tuple[Tensor, dict[str, Any]]]
+) -> None:
+    """Zeros for those that have no state yet, which share a step count."""
+    counter = torch.tensor(0.0, dtype=_counter_dtype(), device="cpu")
+    for param, group in params_and_groups:
+        state = optimizer.state[param]
+        if not state:
+            state["step"] = counter
+            for key in ("exp_avg", "exp_avg_sq", *_amsgrad_keys(group)):
+                state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+@torch.no_grad()
+def unstage(optimizer: Optimizer, staged: Staged, given: Given) -> None:
     """Copies what the step has written into staged tensors back to where it belongs."""
     for param, copies in staged.items():
+        original = {"param": param, **optimizer.state[param], **given.get(param, {})}
         for key, copy in copies.items():
             if key != "grad":
-                (param if key == "param" else optimizer.state[param][key]).copy_(copy)
+                original[key].copy_(copy)
 
 
 def _without_freed_grads(findings: list[_C.Finding]) -> list[_C.Finding]:
@@ -71,9 +114,19 @@ def _without_freed_grads(findings: list[_C.Finding]) -> list[_C.Finding]:
     return [finding for finding in findings if finding.param not in freed]
 
 
-def _tensors(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def stand_ins(given: Given, staged: Staged) -> Mapping[Tensor, Mapping[str, Tensor | None]]:
+    """What the gather is to read instead of a param's own tensors."""
+    if not given:
+        return staged
+    return {param: {**tensors, **staged.get(param, {})} for param, tensors in given.items()}
+
+
+def _tensors(
+    param: Tensor, state: dict[str, Any], group: dict[str, Any], given: Given
+) -> dict[str, Any]:
     keys = ("exp_avg", "exp_avg_sq", *_amsgrad_keys(group))
-    return {"param": param, "grad": param.grad, **{key: state.get(key) for key in keys}}
+    own = {"param": param, "grad": param.grad, **{key: state.get(key) for key in keys}}
+    return {**own, **given.get(param, {})}
 
 
 def _amsgrad_keys(group: dict[str, Any]) -> tuple[str, ...]:
@@ -84,16 +137,16 @@ def _counter_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
-def _stage(param: Tensor, state: dict[str, Any], group: dict[str, Any], staged: Staged) -> None:
-    like = torch.empty_like(param, memory_format=torch.preserve_format)
+def _stage(param: Tensor, tensors: dict[str, Any], staged: Staged) -> None:
+    like = torch.empty_like(tensors["param"], memory_format=torch.preserve_format)
     staged[param] = {
         key: torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-        for key, tensor in _tensors(param, state, group).items()
+        for key, tensor in tensors.items()
         if tensor.stride() != like.stride() or tensor.is_conj() or tensor.is_neg()
     }
 
 
-def _check(optimizer: Optimizer, finding: _C.Finding, twice: bool) -> None:
+def _check(optimizer: Optimizer, finding: _C.Finding, given: Given, twice: bool) -> None:
     param, group = finding.param, optimizer.param_groups[finding.group]
     index = max(i for i, p in enumerate(group["params"]) if p is param)
     name = f"param_groups[{finding.group}]['params'][{index}]"
@@ -105,13 +158,13 @@ def _check(optimizer: Optimizer, finding: _C.Finding, twice: bool) -> None:
 
     if twice or finding.key == "twice":
         refuse(f"a param appears twice in the param groups, again as {name}")
-    if param.grad is not None and param.grad.is_sparse:
-        refuse(f"sparse gradients are not supported, please consider SparseAdam: {name}.grad")
     state = optimizer.state.get(param) or {}
-    tensors = _tensors(param, state, group)
+    tensors = _tensors(param, state, group, given)
+    if tensors["grad"] is not None and tensors["grad"].is_sparse:
+        refuse(f"sparse gradients are not supported, please consider SparseAdam: {name}.grad")
     if not state:
         tensors = {key: tensors[key] for key in ("param", "grad")}
-    elif finding.key == "step":
+    elif finding.key in ("step", "step on device"):
         try:
             float(state["step"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -12,7 +12,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import _C, backends, checkpoints
 from .arguments import document, validate
-from .mending import Staged, mend, unstage
+from .loss_scaling import LossScaling
+from .mending import Given, Staged, mend, refuse_in_capture, stand_ins, unstage
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -21,6 +22,8 @@ class _FusedAdam(Optimizer):
     """Adam's direction composed with a decay rule; the classes below say which."""
 
     decay: ClassVar[str]
+    _handle: int | None = None  # of compiled.py
+    _step_supports_amp_scaling: ClassVar[bool] = True  # of GradScaler: see loss_scaling.py
 
     def __init__(
         self,
@@ -70,11 +73,23 @@ class _FusedAdam(Optimizer):
                 param_group.setdefault("initial_lr", float(group["lr"]))
         super().add_param_group(param_group)
 
+    # torch.compile reads every value of an attribute of that name, and compiles again when one has
+    # changed; here the attribute has another name.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As ``torch.optim.Optimizer.param_groups``."""
+        return self._param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._param_groups = groups
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({k: v for k, v in state.items() if k != "param_groups"})
+        self.param_groups = state["param_groups"]
         self._gather = _C.Gather(self.decay)
         for group in self.param_groups:
             # Saved by torch.optim's classes, or by an older one of them.
@@ -120,6 +135,11 @@ class _FusedAdam(Optimizer):
         Raises:
             RuntimeError: a tensor cannot be used or no backend can run; nothing was updated.
         """
+        if torch.compiler.is_compiling():
+            from . import compiled  # and Dynamo, only where it is in use
+
+            traced = compiled.observed_traced_step if _has_hooks(self) else compiled.traced_step
+            return traced(self, closure)
         if _is_observed(self):  # hooks see no argument where there is none
             return _observed_step(self, *(() if closure is None else (closure,)))
         return _step(self, closure)
@@ -134,29 +154,64 @@ def _step(optimizer: _FusedAdam, closure: Callable[[], float] | None = None) -> 
         with torch.enable_grad():
             loss = closure()
 
-    gather = optimizer._gather
-    if optimizer._backend in (None, "cpu") and gather.step_on_cpu(
-        optimizer.param_groups, optimizer.state, torch.get_num_threads()
-    ):
-        return loss
+    step_tensors(optimizer, LossScaling.of(optimizer), {})
+    return loss
 
+
+def step_tensors(optimizer: _FusedAdam, scaling: LossScaling | None, given: Given) -> None:
+    """The step itself; ``given`` has tensors that stand in for the optimizer's own."""
+    gather = optimizer._gather
+    if (
+        scaling is None
+        and not given
+        and optimizer._backend in (None, "cpu")
+        and gather.step_on_cpu(optimizer._param_groups, optimizer.state, torch.get_num_threads())
+    ):
+        return
+
+    capturing = backends.capturing()
+    if capturing:
+        _check_capture(optimizer)
     staged = Staged()
+    recipes = backends.follow_recipes(optimizer._backend)
     try:
-        # At most twice: states that were missing may turn out to need copies.
-        while findings := gather.read(optimizer.param_groups, optimizer.state, staged):
-            mend(optimizer, findings, staged)
+        # At most three times: states that were missing may turn out to need copies, and counts a
+        # place on a device.
+        while findings := gather.read(
+            optimizer.param_groups,
+            optimizer.state,
+            stand_ins(given, staged),
+            *recipes,
+            scaling is not None,
+        ):
+            if capturing:
+                refuse_in_capture(optimizer, findings)
+            mend(optimizer, findings, staged, given)
         gather.hold()
         tables = gather.tables()
         chosen = [backends.select(optimizer._backend, table.device[0]) for table in tables]
-        gather.mark_written()
+        if capturing and not all(table.has_recipes for table in tables):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: what the host steps cannot be captured into a CUDA "
+                "graph: params on the CPU, or backend='reference'; nothing was updated"
+            )
+        if scaling is not None and not scaling.apply(tables):
+            return
+        gather.begin_step()
         for table, backend in zip(tables, chosen, strict=True):
             backend.step(table, optimizer.decay, optimizer.param_groups)
         gather.count_step()
     finally:
         gather.release()
     if staged:
-        unstage(optimizer, staged)
-    return loss
+        unstage(optimizer, staged, given)
+
+
+def _check_capture(optimizer: Optimizer) -> None:
+    """Refuses, in torch's words, to be captured into a CUDA graph without ``capturable``."""
+    # Its name in newer versions of torch, and in older ones.
+    names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    getattr(optimizer, next(name for name in names if hasattr(optimizer, name)))()
 
 
 _observed_step = Optimizer.profile_hook_step(_step)
@@ -164,9 +219,12 @@ _observed_step = Optimizer.profile_hook_step(_step)
 
 def _is_observed(optimizer: Optimizer) -> bool:
     """Whether a profiler or a hook would notice a step."""
+    return torch.autograd._profiler_enabled() or _has_hooks(optimizer)  # type: ignore[attr-defined]
+
+
+def _has_hooks(optimizer: Optimizer) -> bool:
     return bool(
-        torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-        or optimizer._optimizer_step_pre_hooks
+        optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or torch_optimizer._global_optimizer_pre_hooks
         or torch_optimizer._global_optimizer_post_hooks

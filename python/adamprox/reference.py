@@ -32,7 +32,7 @@ class Scalars(NamedTuple):
     decay: float
     """``weight_decay`` (coupled), ``s / (1 + s)`` (prox_sq_l2), else the decay strength ``s``"""
     grad_scale: float
-    """-1 to maximize, else 1"""
+    """of the grads: 1, or -1 to maximize, divided by the loss scale, if any"""
 
 
 def decay_strength(group: Mapping[str, Any]) -> float:
@@ -43,11 +43,27 @@ def decay_strength(group: Mapping[str, Any]) -> float:
     return eta * float(group["weight_decay"])
 
 
-def step_scalars(decay: str, group: Mapping[str, Any], step: float) -> Scalars:
-    """The scalars of step number ``step`` (the first is 1) for one param group."""
+def power(base: float, exponent: float) -> float:
+    """``base**exponent`` by squaring, for a whole number: rounded alike everywhere."""
+    result, n = 1.0, int(exponent)
+    while n > 0:
+        if n % 2:
+            result *= base
+        base *= base
+        n //= 2
+    return result
+
+
+def step_scalars(
+    decay: str, group: Mapping[str, Any], step: float, loss_scale: float = 1.0
+) -> Scalars:
+    """The scalars of step number ``step`` (the first is 1) for one param group.
+
+    The grads are those of ``loss_scale`` times the loss.
+    """
     beta1, beta2 = map(float, group["betas"])
-    bias_correction1 = 1 - beta1**step
-    bias_correction2_sqrt = math.sqrt(1 - beta2**step)
+    bias_correction1 = 1 - power(beta1, step)
+    bias_correction2_sqrt = math.sqrt(1 - power(beta2, step))
     s = decay_strength(group)
     return Scalars(
         one_minus_beta1=1 - beta1,
@@ -55,7 +71,7 @@ def step_scalars(decay: str, group: Mapping[str, Any], step: float) -> Scalars:
         step_size=float(group["lr"]) * bias_correction2_sqrt / bias_correction1,
         eps=float(group["eps"]) * bias_correction2_sqrt,
         decay={"coupled": float(group["weight_decay"]), "prox_sq_l2": s / (1 + s)}.get(decay, s),
-        grad_scale=-1.0 if group["maximize"] else 1.0,
+        grad_scale=(-1.0 if group["maximize"] else 1.0) / loss_scale,
     )
 
 

@@ -27,6 +27,7 @@ class _Step(ctypes.Structure):
         ("num_chunks", ctypes.c_int64),
         ("payload", ctypes.c_char_p),
         ("payload_bytes", ctypes.c_int64),
+        ("prepared", ctypes.c_void_p),
         ("blocks", ctypes.c_uint),
         ("resident", ctypes.c_uint),
         ("seed", ctypes.c_uint),
@@ -41,6 +42,8 @@ class CudaOnHostBackend:
     ``blocks`` in the random order of ``seed``, of which ``resident`` at a time; ``sleeps`` counts
     how often one had to wait for another.
     """
+
+    follows_recipes = True
 
     def __init__(self, library: Path) -> None:
         self._step = ctypes.CDLL(str(library)).step
@@ -58,6 +61,7 @@ class CudaOnHostBackend:
     def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
         metadata = table.metadata(lambda b: torch.frombuffer(bytearray(b), dtype=torch.uint8))
         payload = table.payload()
+        prepared = torch.empty(table.prepared_size, dtype=torch.uint8)
         step = _Step(
             decay=reference.DECAYS.index(decay),
             metadata=metadata.data_ptr(),
@@ -65,17 +69,26 @@ class CudaOnHostBackend:
             num_chunks=table.num_chunks,
             payload=payload,
             payload_bytes=len(payload),
+            prepared=prepared.data_ptr() if table.has_recipes else None,
             blocks=self.blocks,
             resident=self.resident,
             seed=self.seed,
         )
-        if error := self._step(ctypes.byref(step)):
-            raise RuntimeError(error.decode())
+        self._last = step, metadata, payload, prepared
+        self._launch(step)
         self.launches += step.launches
         self.sleeps += step.sleeps
         self.seed += 1
         work = metadata[table.num_rows * _ROW + table.num_chunks * _CHUNK :]
         assert _counts(work, table.num_chunks).count_nonzero() == 0, "not ready for the next launch"
+
+    def _launch(self, step: _Step) -> None:
+        if error := self._step(ctypes.byref(step)):
+            raise RuntimeError(error.decode())
+
+    def replay(self) -> None:
+        """The launches of the last step again, with the same arguments: as a CUDA graph does it."""
+        self._launch(self._last[0])
 
 
 def _counts(work: Tensor, num_chunks: int) -> Tensor:

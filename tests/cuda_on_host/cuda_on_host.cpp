@@ -15,6 +15,7 @@ struct Step {
   int64_t num_chunks;
   const void* payload;
   int64_t payload_bytes;
+  void* prepared;
   unsigned blocks, resident, seed;  // see cuda_on_host.h
   int launches, sleeps;             // how many there were
 };
@@ -22,12 +23,18 @@ struct Step {
 extern "C" const char* step(Step* s) {
   static std::string error;
   const bool is_inline = s->payload_bytes <= kInlinePayload;
-  LaunchArgs args(s->metadata, s->num_rows, s->num_chunks, is_inline ? nullptr : s->payload);
+  LaunchArgs args(s->metadata, s->num_rows, s->num_chunks, is_inline ? nullptr : s->payload,
+                  s->prepared);
   if (is_inline) std::memcpy(args.inline_payload, s->payload, s->payload_bytes);
   cuda_on_host::Launch::sleeps = 0;
   s->launches = 0;
+  const auto decay = static_cast<Decay>(s->decay);
   try {
-    with_rule(static_cast<Decay>(s->decay), [&](auto rule) {
+    if (args.prepared != nullptr) {
+      cuda_on_host::launch(1, 1, kThreads, s->seed, [&] { prepare_kernel(args, decay); });
+      ++s->launches;
+    }
+    with_rule(decay, [&](auto rule) {
       cuda_on_host::launch(s->blocks, s->resident, kThreads, s->seed,
                            [&] { update_kernel<typename decltype(rule)::type>(args); });
       ++s->launches;
