@@ -14,6 +14,7 @@ std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
   release();
   StateCursor states(state.ptr());
   trail_.start();
+  sharded = false;
   int index = 0;
   for (const py::handle group : groups) {
     read_group(index++, py::reinterpret_borrow<py::dict>(group), states, staged);
@@ -51,8 +52,9 @@ void Gather::read_param(int group, PyObject* param, const HyperParameters& hyper
     if (stand_ins == nullptr && PyErr_Occurred()) throw py::error_already_set();
   }
   const auto pick = [&](PyObject* key, PyObject* original) {
+    PyObject* share = local(original, param);
     PyObject* stand_in = stand_ins ? PyDict_GetItemWithError(stand_ins, key) : nullptr;
-    return stand_in != nullptr ? stand_in : original;
+    return stand_in != nullptr ? stand_in : share;
   };
 
   member.grad = pick(k.grad, nullptr);
@@ -170,6 +172,19 @@ int32_t Gather::scalars_of(DeviceTable& device, int cohort, const HyperParameter
   return index;
 }
 
+// What has the memory: of a DTensor, its share on this rank, if it is dealt out as the param is.
+PyObject* Gather::local(PyObject* object, PyObject* param) {
+  if (object == nullptr || !types_.of(object).distributed) return object;
+  if (object == param) {
+    const Placements::Kind kind = placements_.kind_of(param);
+    if (kind == Placements::Kind::kOther) return object;
+    sharded |= kind == Placements::Kind::kShard;
+  } else if (!types_.of(param).distributed || !Placements::alike(object, param)) {
+    return object;
+  }
+  return held_.emplace_back(Placements::share_of(object)).ptr();
+}
+
 bool Gather::read_tensor(PyObject* object, dlpack::Tensor& out) {
   if (object == nullptr || !types_.of(object).plain) return false;
   reader_.visit(object, trail_);
@@ -181,7 +196,7 @@ TensorReader::Grad Gather::read_grad(Member& member, dlpack::Tensor& out) {
     if (reader_.reads_grads() && types_.of(member.owner).plain) {
       return reader_.read_grad(member.owner, out, trail_);
     }
-    member.grad = grad_of(member.owner);
+    member.grad = local(grad_of(member.owner), member.owner);
   }
   if (member.grad == Py_None) return TensorReader::Grad::kNone;
   return read_tensor(member.grad, out) ? TensorReader::Grad::kRead
@@ -245,7 +260,10 @@ void Gather::report(int group, PyObject* param, const char* key) {
 }
 
 void Gather::mark_written() const {
-  for (const Member& member : members) reader_.mark_written(member.param);
+  for (const Member& member : members) {
+    reader_.mark_written(member.param);
+    if (member.owner != member.param) reader_.mark_written(member.owner);
+  }
 }
 
 void Gather::count_step() {

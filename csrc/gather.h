@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "local_tensor.h"
 #include "state_cursor.h"
 #include "step_scalars.h"
 #include "tensor_reader.h"
@@ -20,7 +21,7 @@ namespace py = pybind11;
 
 // One param of this step, and what it is read from; borrowed until hold().
 struct Member {
-  PyObject* param;  // or its stand-in, as with the others
+  PyObject* param;  // or its stand-in or share, as with the others
   PyObject* grad;   // null: param's own, of which no Python object has been asked for yet
   PyObject *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last one null or a tensor
   PyObject* state;                                  // the param's dict
@@ -72,11 +73,15 @@ class Gather {
 
   const TensorReader& reader() const { return reader_; }
 
+  // Whether the step takes a norm of which other ranks have a part.
+  bool norms_across_ranks() const { return sharded && decay_ == Decay::kProxL2; }
+
   double step_of(const Member& member) const { return cohorts_[member.cohort].step + 1; }
 
   std::vector<DeviceTable> tables;
   std::vector<Member> members;
   bool only_on_cpu = false;   // whether all that the last read() found is there
+  bool sharded = false;       // whether a param in it has other ranks' shares
   double update_seconds = 0;  // what the CPU's update took in the last step: the rest is host time
 
  private:
@@ -99,6 +104,7 @@ class Gather {
                   StateCursor& states, const py::dict& staged);
   void find_skipped_states(StateCursor& states);
   int32_t scalars_of(DeviceTable& device, int cohort, const HyperParameters& hyper);
+  PyObject* local(PyObject* object, PyObject* param);
   bool read_tensor(PyObject* object, dlpack::Tensor& out);
   TensorReader::Grad read_grad(Member& member, dlpack::Tensor& out);
   PyObject* grad_of(PyObject* param);
@@ -109,6 +115,7 @@ class Gather {
   const Decay decay_;
   const TensorReader reader_;
   TensorTypes types_;
+  Placements placements_;
   std::vector<Cohort> cohorts_;
   std::unordered_map<PyObject*, int> cohort_index_;
   std::vector<Skipped> skipped_;

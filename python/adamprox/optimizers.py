@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import _C, backends
 from .arguments import document, validate
 from .mending import Staged, mend, unstage
+from .sharding import share_of
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -54,8 +55,12 @@ class _FusedAdam(Optimizer):
         }
         validate(defaults)
         self._backend = backends.requested(backend)
-        self._gather = _C.Gather(self.decay)
+        self._make_gathers()
         super().__init__(params, defaults)
+
+    def _make_gathers(self) -> None:
+        self._gather = _C.Gather(self.decay)
+        self._gather_of_z = _C.Gather("prox_l1")  # see _step
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; its values are checked first."""
@@ -72,7 +77,7 @@ class _FusedAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._gather = _C.Gather(self.decay)
+        self._make_gathers()
         for group in self.param_groups:
             # Saved by torch.optim's classes, or by an older one of them.
             group.setdefault("amsgrad", False)
@@ -132,13 +137,31 @@ def _step(optimizer: _FusedAdam, closure: Callable[[], float] | None = None) -> 
         # At most twice: states that were missing may turn out to need copies.
         while findings := gather.read(optimizer.param_groups, optimizer.state, staged):
             mend(optimizer, findings, staged)
+        decay, groups = optimizer.decay, optimizer.param_groups
+        across_ranks = gather.norms_across_ranks
+        if across_ranks:  # z first; a soft threshold of zero leaves it as it is, to the bit
+            decay, groups = "prox_l1", [{**group, "weight_decay": 0.0} for group in groups]
+            gather.release()
+            gather = optimizer._gather_of_z
+            gather.read(groups, optimizer.state, staged)
         gather.hold()
         tables = gather.tables()
         chosen = [backends.select(optimizer._backend, table.device[0]) for table in tables]
         gather.mark_written()
         for table, backend in zip(tables, chosen, strict=True):
-            backend.step(table, optimizer.decay, optimizer.param_groups)
+            backend.step(table, decay, groups)
         gather.count_step()
+        if across_ranks:
+            from .block_norms import Block, shrink
+
+            shrink(
+                [
+                    Block(p, staged.get(p, {}).get("param", share_of(p)), group)
+                    for group in optimizer.param_groups
+                    for p in group["params"]
+                    if p.grad is not None
+                ]
+            )
     finally:
         gather.release()
     if staged:
