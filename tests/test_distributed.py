@@ -15,18 +15,18 @@ WORLDS = (2, 3, 4)
 
 
 @pytest.fixture(scope="session")
-def _runs(tmp_path_factory):
+def runs(tmp_path_factory):
     """Of each world: what each rank says of each case."""
     folder = tmp_path_factory.mktemp("ranks")
     with warnings.catch_warnings(action="ignore"):  # that this is one process
         for name in OPTIMIZERS:
             ranks.resume(ranks.model(), name, None, folder / f"checkpoint-{name}-1", first=0)
-    runs = {}
+    result = {}
     for world in WORLDS:  # each loads what the one before it saved
         torch.multiprocessing.start_processes(
             ranks.main, (world, folder), nprocs=world, start_method="spawn"
         )
-        runs[world] = [
+        result[world] = [
             {
                 (case, name): error
                 for case, name, error, _ in map(
@@ -35,13 +35,13 @@ def _runs(tmp_path_factory):
             }
             for rank in range(world)
         ]
-    return runs, folder
+    return result
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("case", ranks.CASES)
 @pytest.mark.parametrize("world", WORLDS)
-def test_ranks_give_the_bits_of_one_process(world, case, optimizer, _runs):
-    for rank, results in enumerate(_runs[0][world]):
+def test_ranks_give_the_bits_of_one_process(world, case, optimizer, runs):
+    for rank, results in enumerate(runs[world]):
         error = results.get((case, optimizer), "not run: an earlier case failed")
         assert error is None, f"rank {rank}: {error}"

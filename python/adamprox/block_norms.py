@@ -1,11 +1,10 @@
-"""AdamProxL2 where ranks share a block: its norm is that of the whole, its bits those of one process.
+"""AdamProxL2 where ranks share a block: the norm of the whole, the bits of one process.
 
-    each rank: z, and the sums of the reduction tree that it knows -> one small all-reduce -> the rest
-    of the tree -> shrink
+    each rank: z, the sums of the tree that it knows -> one small all-reduce -> the rest -> shrink
 
 A rank that has the elements from ``k * 2**n`` to ``(k + 1) * 2**n`` knows one of the tree's sums
-(:func:`adamprox.reference.tree_sum`), and a shard's range falls apart into a few of these. Every sum
-has a place of its own in the buffer that is reduced: zeros are added to it, and no order matters.
+(:func:`adamprox.reference.tree_sum`), and a shard's range falls apart into a few of these. Every
+sum has a place of its own in the buffer that is reduced: zeros are added to it, in any order.
 """
 
 from __future__ import annotations
