@@ -137,7 +137,7 @@ class _ParamStep:
         alone.__dict__.update(
             optimizer.__dict__,
             _gather=self._gather,
-            param_groups=[{**group, "params": [param], "param_names": [self._name]}],
+            _param_groups=[{**group, "params": [param], "param_names": [self._name]}],
             state=defaultdict(dict, {param: state}),
         )
         _step(alone)
