@@ -9,7 +9,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -97,12 +97,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> Settings:
     chosen = settings.QUICK if args.quick else settings.paper(args.data)
-    changes = {"seeds": tuple(dict.fromkeys(args.seeds))}
+    changes: dict[str, Any] = {"seeds": tuple(dict.fromkeys(args.seeds))}
     if chosen.cifar:  # found out now rather than hours later
         for name in data.ARCHIVES:
             data.load(name, path=args.data)
     if args.epochs is not None:
-        return dataclasses.replace(chosen, epochs=args.epochs, **changes)
+        changes["epochs"] = args.epochs
     return dataclasses.replace(chosen, **changes)
 
 

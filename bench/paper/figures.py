@@ -46,9 +46,7 @@ def figure_1(lab: Lab) -> None:
             "algorithm": run.algorithm,
             "condition_number": run.condition_number,
             "lr": run.lr,
-            "first_value": run.values[0].item(),
-            "last_value": run.values[-1].item(),
-            "share_left": (run.values[-1] / run.values[0]).item(),
+            "last_distance": run.distance,
         }
         for run in runs
     ]
@@ -115,7 +113,7 @@ def figure_4(lab: Lab) -> None:
     _finish(lab, "figure-4", "Figure 4: without BN", _best_rows(lab, grids, seeds=False))
     total = len(scaling.FACTORS) * len(scaling.OPTIMIZERS) * 2
     with tqdm(total=total, desc="loss times a factor", disable=None, leave=False) as progress:
-        curves = scaling.curves(advance=progress.update)
+        curves = scaling.curves(scaling.STEPS, progress.update)
     original = {(c.optimizer, c.dtype): c for c in curves if c.factor == 1}
     rows = [
         {
@@ -150,7 +148,7 @@ def figure_5(lab: Lab) -> None:
     rows = []
     labels = {"eta": "eta", "weight_decay": "lambda"}
     for place, (over, label) in zip(axes[0], labels.items(), strict=True):
-        points = taylor.distances(over)
+        points = taylor.distances(over, taylor.STEPS)
         xs, ys = [getattr(p, over) for p in points], [p.distance for p in points]
         slope = taylor.slope(xs, ys)
         place.loglog(xs, ys, "o-", base=2, color="C0")
@@ -207,11 +205,14 @@ def _histograms(number: int) -> Callable[[Lab], None]:
         settings = lab.settings
         network = settings.histogram_networks[number]
         # A network without a grid of its own has the best settings of one that has.
-        source = network if network in settings.networks else settings.networks[-1]
+        has_grid = network in settings.networks
+        source = network if has_grid else settings.networks[-1]
+        shorter: Row = {} if has_grid else {"epochs": settings.histogram_epochs}
         grids = _pairs(settings, [source])
         _search(lab, grids[source], f"figure {number}, settings")
         cells = [
-            dataclasses.replace(grid.best(lab.store), network=network) for grid in grids[source]
+            dataclasses.replace(grid.best(lab.store), network=network, **shorter)
+            for grid in grids[source]
         ]
         lab.store.fill(cells, lab.machine, f"figure {number}")
         results = [lab.store[cell] for cell in cells]

@@ -92,5 +92,7 @@ def search(
     for extension in range(extensions + 1):
         named = title if extension == 0 else f"{title}, extension {extension}"
         store.fill([cell for grid in grids for cell in grid.cells()], machine, named)
-        if extension < extensions and not any([grid.extend(store) for grid in grids]):
-            break
+        if extension < extensions:
+            extended = [grid.extend(store) for grid in grids]  # all of them
+            if not any(extended):
+                break

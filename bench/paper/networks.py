@@ -84,7 +84,7 @@ class DenseNet(nn.Module):
         for index, bottlenecks in enumerate(self.blocks):
             if index > 0:
                 x = F.avg_pool2d(self.transitions[index - 1](x), 2)
-            for bottleneck in bottlenecks:  # type: ignore[union-attr]
+            for bottleneck in bottlenecks.children():
                 x = torch.cat((x, bottleneck(x)), dim=1)
         logits: Tensor = self.linear(F.relu(self.norm(x)).mean(dim=(2, 3)))
         return logits
@@ -100,7 +100,7 @@ class TanhNetwork(nn.Sequential):
         widths = [inputs, *(layers - 1) * [width], classes]
         modules: list[nn.Module] = [nn.Flatten()]
         for index in range(layers):
-            modules += [nn.Linear(*widths[index : index + 2]), nn.Tanh()]
+            modules += [nn.Linear(widths[index], widths[index + 1]), nn.Tanh()]
         super().__init__(*modules[:-1])
 
 

@@ -117,13 +117,13 @@ def paths(out: Path, runs: Sequence[quadratics.Path]) -> None:
                 continue
             color = "C0" if run.algorithm == "AdamW" else "C1"
             label = f"{run.algorithm}, lr {run.lr:g}"
-            values = (run.values / run.values[0]).clamp(min=1e-20)
-            above.plot(values, color=color, label=label)
+            distances = (run.iterates - run.iterates.new_tensor(quadratics.MINIMIZER)).norm(dim=1)
+            above.plot(distances.clamp(min=1e-16), color=color, label=label)
             below.plot(*run.iterates.T, ".-", color=color, markersize=3, linewidth=1, label=label)
         above.set_yscale("log")
         above.set_title(f"condition number {number:g}")
         above.set_xlabel("step")
-        above.set_ylabel("(f(x) - f*) / (f(x_0) - f*)")
+        above.set_ylabel("norm(x - x*)")
         below.plot(*quadratics.MINIMIZER, "k*", label="minimizer")
         below.set_xlabel("first coordinate")
         below.set_ylabel("second coordinate")

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 FACTORS = (1.0, 10.0, 100.0, 128.0)  # the last one is a power of two
 OPTIMIZERS = ("AdamW", "AdamProx", "Adam")
-STEPS = 300
+STEPS = 150
 LAYERS = 10
 LEARNING_RATE = 1e-3
-WEIGHT_DECAY = 1e-2
+WEIGHT_DECAY = 1e-3
 
 
 class Curve(NamedTuple):
@@ -31,7 +31,7 @@ class Curve(NamedTuple):
     losses: list[float]
 
 
-def curves(steps: int = STEPS, advance: Callable[[], object] | None = None) -> list[Curve]:
+def curves(steps: int, advance: Callable[[], object] | None = None) -> list[Curve]:
     """Each optimizer, float32 and float64, each factor; the same weights and images for all."""
     result = []
     for optimizer in OPTIMIZERS:

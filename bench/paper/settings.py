@@ -25,8 +25,8 @@ class Settings:
         size: height and width that digits are scaled to.
         width: of the networks, see :func:`.networks.make`.
         batch_norm_networks, networks: of figures 2 and 3, without the latter's BN.
-        histogram_networks: of figures 7 to 12; their settings, if they are not in ``networks``,
-            are the best ones of the deepest network there.
+        histogram_networks: of figures 7 to 12. One that is not in ``networks`` is trained for
+            ``histogram_epochs`` with the best settings of the last one there.
         lrs, weight_decays: the grid of AdamW, AdamProx and AdamProxL2 starts as their product.
         coupled_weight_decays: the grid's for Adam-l2.
         l1_weight_decays, l2_weight_decays: AdamProxL1's thresholds, AdamProxL2's lengths.
@@ -37,12 +37,14 @@ class Settings:
     size: int
     width: int
     epochs: int
+    batch: int
     batch_norm_networks: tuple[str, ...]
     networks: tuple[str, ...]
     scaled_network: str
     taylor_networks: tuple[str, ...]
     section5_network: str
     histogram_networks: dict[int, str]
+    histogram_epochs: int
     sgd_network: str
     sgd_epochs: int
     lrs: tuple[float, ...]
@@ -69,6 +71,7 @@ class Settings:
             lr=0.0,
             weight_decay=0.0,
             epochs=self.epochs,
+            batch=self.batch,
             seed=self.seeds[0],
         )
 
@@ -80,12 +83,14 @@ def paper(path: Path | None) -> Settings:
         size=32,
         width=16,
         epochs=300,
+        batch=128,
         batch_norm_networks=("ResNet-20", "ResNet-44", "ResNet-56", "ResNet-110", DENSENET),
         networks=(*RESNETS, DENSENET),
         scaled_network="ResNet-110",
         taylor_networks=("ResNet-110", DENSENET),
         section5_network="ResNet-110",
         histogram_networks=dict(enumerate((*RESNETS, DENSENET), start=7)),
+        histogram_epochs=300,
         sgd_network="ResNet-110",
         sgd_epochs=5,
         lrs=PAPER_LRS,
@@ -101,21 +106,23 @@ def paper(path: Path | None) -> Settings:
 QUICK = Settings(
     cifar=False,
     size=8,
-    width=8,
-    epochs=16,
-    batch_norm_networks=("ResNet-20",),
-    networks=("ResNet-20", "ResNet-44"),
-    scaled_network="ResNet-20",
-    taylor_networks=("ResNet-20",),
-    section5_network="ResNet-20",
+    width=4,
+    epochs=12,
+    batch=32,
+    batch_norm_networks=("ResNet-8",),
+    networks=("ResNet-8", "ResNet-20", "ResNet-32"),
+    scaled_network="ResNet-8",
+    taylor_networks=("ResNet-8",),
+    section5_network="ResNet-8",
     histogram_networks=dict(enumerate((*RESNETS, DENSENET), start=7)),
+    histogram_epochs=2,
     sgd_network="ResNet-110",
-    sgd_epochs=2,
-    lrs=(5e-4, 1e-3),
-    weight_decays=(0.0, 1e-4, 1e-3),
+    sgd_epochs=1,
+    lrs=(1e-3, 5e-3),
+    weight_decays=(0.0, 1e-3, 1e-2),
     coupled_weight_decays=(0.0, 1e-3, 1e-2),
-    l1_weight_decays=(0.0, 1e-6, 1e-5, 1e-4),
+    l1_weight_decays=(0.0, 1e-5, 1e-4, 5e-4),
     l2_weight_decays=(0.0, 1e-3, 1e-2),
-    extensions=1,
+    extensions=0,
     rounds=3,
 )

@@ -58,10 +58,15 @@ class Store:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self.close()
             raise RuntimeError(f"another run writes to {out}") from error
         self._results: dict[Cell, Result] = {}
-        if self.file.exists():
-            self._read()
+        try:
+            if self.file.exists():
+                self._read()
+        except (KeyError, ValueError):
+            self.close()
+            raise
 
     def close(self) -> None:
         """Lets others write to the folder."""
@@ -125,8 +130,9 @@ class Store:
                 raise ValueError(f"{self.file} has other columns than these cells: move it away")
             for row in reader:
                 cell = Cell(**{name: _parse(row[name], kind) for name, kind in _CELL.items()})
+                scalars: dict[str, Any] = {name: float(row[name]) for name in _RESULT}
                 self._results[cell] = Result(
-                    *(float(row[name]) for name in _RESULT),
+                    **scalars,
                     train_losses=[float(text) for text in row["train_losses"].split()],
                     test_errors=[float(text) for text in row["test_errors"].split()],
                     histogram_epochs=[int(text) for text in row["histogram_epochs"].split()],

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 ALPHA = 1e-3
 WEIGHT_DECAY = 1e-3
 ETAS = tuple(2.0**-k for k in range(7))
-WEIGHT_DECAYS = tuple(1e-2 * 2.0**-k for k in range(7))
-STEPS = 100
+WEIGHT_DECAYS = tuple(1e-3 * 2.0**-k for k in range(7))
+STEPS = 50
 BATCH = 128
 LAYERS = 10
 
@@ -34,9 +34,7 @@ class Point(NamedTuple):
     distance: float
 
 
-def distances(
-    over: str, steps: int = STEPS, advance: Callable[[], object] | None = None
-) -> list[Point]:
+def distances(over: str, steps: int, advance: Callable[[], object] | None = None) -> list[Point]:
     """Trains a smooth network on digits with both, in float64.
 
     Args:
@@ -64,8 +62,9 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
     """Of the line of least squares through ``(log2 x, log2 y)``."""
     logs = [(math.log2(x), math.log2(y)) for x, y in zip(xs, ys, strict=True)]
     mean_x, mean_y = (sum(column) / len(logs) for column in zip(*logs, strict=True))
-    above = sum((x - mean_x) * (y - mean_y) for x, y in logs)
-    return above / sum((x - mean_x) ** 2 for x, _ in logs)
+    above: float = sum((x - mean_x) * (y - mean_y) for x, y in logs)
+    spread: float = sum((x - mean_x) ** 2 for x, _ in logs)
+    return above / spread
 
 
 def _train(

@@ -169,5 +169,6 @@ def _test_error(model: nn.Module, images: data.Images) -> float:
 @lru_cache(maxsize=2)
 def _load(name: str, size: int, path: Path | None, device: torch.device) -> data.Images:
     images = data.load(name, size, path)
-    tensors = (tensor.to(device) for tensor in images[:5])
-    return data.Images(*tensors, images.classes, images.mirrored)  # type: ignore[call-arg]
+    return images._replace(
+        **{name: getattr(images, name).to(device) for name in data.Images._fields[:5]}
+    )
