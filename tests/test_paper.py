@@ -7,11 +7,13 @@ import io
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from adamprox.bench.paper import (
     grids,
     histograms,
     networks,
+    page,
     quadratics,
     scaling,
     settings,
@@ -34,6 +37,7 @@ from adamprox.bench.paper import (
 )
 
 CPU = torch.device("cpu")
+PAGE = Path(__file__).parent.parent / "bench/paper/README.md"
 TINY = training.Cell("digits", 8, "ResNet-8", 4, False, "AdamW", 1e-3, 1e-3, epochs=1, batch=256)
 
 
@@ -302,7 +306,7 @@ if __name__ == "__main__":
 
 
 def test_a_killed_grid_goes_on(tmp_path):
-    """Killed with its workers, which are two."""
+    """Killed with its two workers, it goes on without any."""
     script = tmp_path / "grid.py"
     script.write_text(GRID)
     out = tmp_path / "out"
@@ -320,7 +324,7 @@ def test_a_killed_grid_goes_on(tmp_path):
         running.send_signal(signal.SIGKILL)
     before = rows()
     total = len(before) + 2
-    again = subprocess.run([*command, str(total), "2"], capture_output=True, text=True)
+    again = subprocess.run([*command, str(total), "1"], capture_output=True, text=True)
     assert again.stdout == f"{len(before)} found\n", again.stderr
     after = rows()
     assert after[: len(before)] == before
@@ -362,11 +366,11 @@ def test_a_factor_of_the_loss_moves_adam_l2_alone():
     for curve in curves:
         moved = scaling.deviation(curve, original[curve.optimizer, curve.dtype])
         if curve.optimizer == "Adam" and curve.factor != 1:
-            assert moved > 1e-3
+            assert moved > 1e-4
         elif math.log2(curve.factor).is_integer():
             assert moved == 0
         else:
-            assert moved < (1e-4 if curve.dtype == "float32" else 1e-12)
+            assert moved < (1e-5 if curve.dtype == "float32" else 1e-12)
 
 
 @pytest.mark.parametrize("condition_number", [1.0, 1e2])
@@ -472,10 +476,30 @@ def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkey
     assert (tmp_path / "cells.csv").read_bytes() == finished
 
 
+def test_the_page_has_the_tables_of_its_csv():
+    text = PAGE.read_text()
+    assert page.refresh(text, PAGE.parent / "results") == text
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") > 3
+    for name in re.findall(r"\]\((results/\S+?)\)", text):
+        assert (PAGE.parent / name).is_file()
+
+
+def test_tables_of_a_page(tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "network,seeds,a,a_min,a_max\nR,3,0.25,0.12345,0.5\nS,1,1,1,1\n"
+    )
+    text = "x\n<!-- table: t columns: network, a -->\nold\n<!-- end -->\ny\n"
+    table = "| network | a |\n|---|---|\n| R | 0.25 (0.123 .. 0.5) |\n| S | 1 |\n"
+    assert page.refresh(text, tmp_path) == text.replace("old\n", table)
+    with pytest.raises(FileNotFoundError):
+        page.refresh(text.replace(" t ", " u "), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["13"], "argument FIGURE: invalid choice: '13'"),
+        ([], "argument FIGURE: none is given"),
         (["1", "--jobs", "0"], "argument --jobs: '0' is not a positive int"),
         (["1", "--device", "abacus"], "argument --device: 'abacus' cannot be used: "),
         (["3", "--quick", "--data", "."], "argument --data: --quick trains on digits"),

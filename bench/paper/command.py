@@ -16,7 +16,7 @@ import torch
 from adamprox.bench.command import _device as device
 from adamprox.bench.command import _positive as positive
 
-from . import data, settings
+from . import data, page, settings
 from .figures import FIGURES, Lab
 from .store import Machine, Store
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     add = parser.add_argument
-    add("figures", nargs="+", choices=[*FIGURES, "all"], metavar="FIGURE",
+    add("figures", nargs="*", type=_figure, metavar="FIGURE",
         help="which, see below, or all")  # fmt: skip
     add("--quick", action="store_true", help="small networks, short trainings, coarse grids")
     add("--out", type=Path, default=Path("adamprox-paper"), metavar="DIR",
@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED",
         help="of weights and order; the first one's for grids, all for the best settings "
         "(default: 0 1 2)")  # fmt: skip
-    add("--epochs", type=positive(int), help="of each training (default: the settings')")
+    add("--epochs", type=positive(int), help="of the grids' trainings (default: the settings')")
+    add("--page", type=Path, metavar="FILE",
+        help="put the tables of DIR into this page of results; see bench/paper")  # fmt: skip
     add("--device", type=device, default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--jobs", type=positive(int),
         help="trainings at a time (default: on a CPU as many as cores, on a GPU 1)")  # fmt: skip
@@ -69,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
             import_module(package)
         except ImportError as error:
             _fail(f"{error}; please pip install 'adamprox[paper]'")
+    if not args.figures and args.page is None:
+        _fail("argument FIGURE: none is given")
     if args.quick and args.data is not None:
         _fail("argument --data: --quick trains on digits of 8 x 8 pixels, not on CIFAR")
     try:
@@ -88,11 +92,19 @@ def run(args: argparse.Namespace) -> int:
     finally:
         store.close()
     seconds = time.perf_counter() - start
+    if args.page is not None:
+        args.page.write_text(page.refresh(args.page.read_text(), args.out))
     print(
         f"{len(store) - before} trainings in {seconds:.0f} s, {before} were there before; "
         f"see {args.out}"
     )
     return 0
+
+
+def _figure(text: str) -> str:
+    if text not in (*FIGURES, "all"):
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}")
+    return text
 
 
 def _settings(args: argparse.Namespace) -> Settings:
