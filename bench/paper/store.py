@@ -148,8 +148,7 @@ def _row(item: tuple[Cell, Result]) -> list[Any]:
     return [
         *dataclasses.astuple(cell),
         *(getattr(result, name) for name in _RESULT),
-        " ".join(f"{loss:.5g}" for loss in result.train_losses),
-        " ".join(f"{error:.4g}" for error in result.test_errors),
+        *(" ".join(map(str, losses)) for losses in (result.train_losses, result.test_errors)),
         " ".join(map(str, result.histogram_epochs)),
         "|".join(" ".join(map(str, counts)) for counts in result.histograms),
     ]
