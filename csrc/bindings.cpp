@@ -66,8 +66,10 @@ bool step_on_cpu(Gather& gather, const py::list& groups, const py::dict& state, 
     Gather& gather;
     ~Release() { gather.release(); }
   } release{gather};
-  if (!gather.read(groups, state, py::dict(), Recipes{}).empty() || !gather.only_on_cpu)
+  if (!gather.read(groups, state, py::dict(), Recipes{}).empty() || !gather.only_on_cpu ||
+      gather.norms_across_ranks()) {
     return false;
+  }
   const bool brief = std::all_of(gather.tables.begin(), gather.tables.end(),
                                  [](const auto& t) { return t.table.numel <= kBriefNumel; });
   if (!brief || !gather.reader().marks_without_python()) gather.hold();
@@ -289,5 +291,6 @@ PYBIND11_MODULE(_C, m) {
       .def("count_step", &Gather::count_step)
       .def("release", &Gather::release)
       .def_readonly("update_seconds", &Gather::update_seconds)
+      .def_property_readonly("norms_across_ranks", &Gather::norms_across_ranks)
       .def_property_readonly("reader", [](const Gather& g) { return g.reader().interface(); });
 }

@@ -15,9 +15,50 @@ namespace adamprox {
 
 constexpr int kBlocksPerMultiprocessor = 2;  // the budget: 128 registers a thread, no spills
 
+// Also sums the squares of what is stored: a vector's by its thread, those of a warp's vectors, which
+// are neighbours, by the warp; into `sums`, the chunk's by kWarp neighbours each, from zeros.
+template <typename Param, typename Update>
+struct AndSquares {
+  static constexpr bool kTogether = true;
+  const Update update;
+  double* sums;
+  WaitingSums<4> waiting;  // in registers: every index is known to the compiler
+
+  template <typename T, typename... Others>
+  __device__ __forceinline__ void operator()(int i, T& param, Others&... others) {
+    update(param, others...);
+    waiting.add(i, square(Convert<Param>::widen(Convert<Param>::narrow(param))));
+  }
+
+  // Of the warp's vectors, which begin at element `first`, the thread's is at `at`, or past the end,
+  // where there may be a rest.
+  template <int kWidth>
+  __device__ __forceinline__ void finish(int first, int at, int end) {
+    double sum = 0;
+    if (at < end) {
+      sum = waiting.template total_of<kWidth>();
+    } else if (kWidth > 1 && at == end) {
+      sum = sums[kSums];
+    }
+    sum = sum_of_warp(sum);
+    if (at == first) sums[first / kWarp] = sum;
+  }
+
+  // What is left of a chunk when all vectors of kWidth are full has been summed, before them; unless
+  // their warps begin there, it belongs to the last of them.
+  template <int kWidth>
+  __device__ __forceinline__ void finish_rest(int first) {
+    if (threadIdx.x == 0 && first % (kWarp * kWidth) != 0) {
+      sums[kSums] = sums[first / kWarp];
+      sums[first / kWarp] = 0;
+    }
+    __syncthreads();
+  }
+};
+
 template <typename Rule, typename Param, typename State>
 __device__ __forceinline__ void update_chunk(const Work& work, const Scalars& scalars,
-                                             double* lanes) {
+                                             double* sums) {
   using T = Compute<Param>;
   const TensorRow& row = work.row;
   const Update<Rule, T> update(scalars);
@@ -25,16 +66,14 @@ __device__ __forceinline__ void update_chunk(const Work& work, const Scalars& sc
   const Once<Read<Param>> grad{{work.at<Param>(work.grad())}};
   const Once<ReadWrite<State>> exp_avg{{work.at<State>(row.exp_avg)}};
   const Once<ReadWrite<State>> exp_avg_sq{{work.at<State>(row.exp_avg_sq)}};
-  const auto step = [&](int i, T& p, auto&... others) {
-    update(p, others...);
-    if constexpr (std::is_same_v<Rule, ProxL2>) {  // of z as it is stored
-      T stored = Convert<Param>::widen(Convert<Param>::narrow(p));
-      AddSquare{}(stored, lanes[i % kTileSize]);
-    }
-  };
-  constexpr int kMostVectors = std::is_same_v<Rule, ProxL2> ? 2 : 4;
   const auto run = [&](auto... streams) {
-    for_each_element<kMostVectors>(work.count, row.aligned != 0, step, streams...);
+    if constexpr (std::is_same_v<Rule, ProxL2>) {
+      const AndSquares<Param, Update<Rule, T>> step{update, sums, {}};
+      for_each_element<2>(work.count, row.aligned != 0, step, streams...);
+    } else {
+      const EachAlone step{[&](int, auto&... elements) { update(elements...); }};
+      for_each_element<4>(work.count, row.aligned != 0, step, streams...);
+    }
   };
   if (row.max_exp_avg_sq == nullptr) {
     run(param, grad, exp_avg, exp_avg_sq);
@@ -56,20 +95,20 @@ template <typename Rule>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     update_kernel(const __grid_constant__ LaunchArgs args) {
   constexpr bool kNorms = std::is_same_v<Rule, ProxL2>;
-  __shared__ double lanes[kNorms ? kTileSize : 1];
+  __shared__ double sums[kNorms ? kSums + 1 : 1];
   __shared__ int32_t top;
   if (args.skip()) return;
-  Pending pending{args, lanes, top};
+  Pending pending{args, sums, top};
   if (threadIdx.x == 0) top = -1;
   for_each_chunk(args, [&](const int32_t& index) {
     const Work work(args, index);
     if constexpr (kNorms) {
-      for (int lane = threadIdx.x; lane < kTileSize; lane += kThreads) lanes[lane] = 0;
+      for (int i = threadIdx.x; i <= kSums; i += kThreads) sums[i] = 0;
       __syncthreads();
     }
     with_dtypes(work.row.param_dtype, work.row.state_dtype, [&](auto param, auto state) {
       update_chunk<Rule, typename decltype(param)::type, typename decltype(state)::type>(
-          work, work.scalars(args), lanes);
+          work, work.scalars(args), sums);
     });
     if constexpr (kNorms) pending.add(index);
   });

@@ -2,6 +2,7 @@
 // AVX2 and the baseline from the one definition in update.h, and chosen when the library loads.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -52,35 +53,72 @@ MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
   }
 }
 
-// Adds `tiles` tiles that follow each other, or the first `count` elements of each.
-template <typename Term, int tiles, typename Storage>
-inline __attribute__((always_inline)) void add_to_lanes(const Storage* values, int64_t count,
-                                                        double* lanes) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) {
-    double lane = lanes[i];
-#pragma GCC unroll 8
-    for (int tile = 0; tile < tiles; ++tile) {
-      auto value = Convert<Storage>::widen(values[tile * kTileSize + i]);
-      Term{}(value, lane);
-    }
-    lanes[i] = lane;
-  }
+typedef double Quad __attribute__((vector_size(32)));
+
+// The sums of four neighbours each.
+inline __attribute__((always_inline)) void add_neighbours(const Quad& a, const Quad& b,
+                                                          const Quad& c, const Quad& d,
+                                                          double* sums) {
+  typedef int64_t At __attribute__((vector_size(32)));
+  const At even{0, 4, 2, 6}, odd{1, 5, 3, 7}, front{0, 1, 4, 5}, back{2, 3, 6, 7};
+  const Quad ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+  const Quad cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
+  const Quad four = __builtin_shuffle(ab, cd, front) + __builtin_shuffle(ab, cd, back);
+  std::memcpy(sums, &four, sizeof(four));
 }
 
-template <typename Term, typename Storage>
-MULTIVERSION double tree_sum(const Storage* values, int64_t count) {
-  double lanes[kTileSize];
-  const int64_t active = std::min(count, kTileSize);
-  std::fill_n(lanes, active, 0.0);
+struct Squares {
+  template <typename Storage>
+  static double at(const Storage* values, int64_t i) {
+    return square(Convert<Storage>::widen(values[i]));
+  }
+};
+
+struct Sums {
+  static double at(const double* sums, int64_t i) { return sums[i]; }
+};
+
+// Two levels of the reduction tree: from `count` values to a quarter of them, and zeros up to a
+// multiple of four; returns how many.
+template <typename Terms, typename Storage>
+inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, int64_t count,
+                                                        double* sums) {
   int64_t i = 0;
-  for (; i + kChunkSize <= count; i += kChunkSize) {  // the lanes stay in registers for a chunk
-    add_to_lanes<Term, kChunkSize / kTileSize>(values + i, kTileSize, lanes);
+  const auto add = [&](const Storage* from) {
+    Quad q[4];
+    for (int j = 0; j < 16; ++j) q[j / 4][j % 4] = Terms::at(from, j);
+    add_neighbours(q[0], q[1], q[2], q[3], sums + i / 4);
+    i += 16;
+  };
+  while (i + 16 <= count) add(values + i);
+  if (i < count) {
+    Storage rest[16] = {};
+    std::copy(values + i, values + count, rest);
+    add(rest);
   }
-  for (; i < count; i += kTileSize) {
-    add_to_lanes<Term, 1>(values + i, std::min(count - i, kTileSize), lanes);
+  return i / 4;
+}
+
+template <typename Terms, typename Storage>
+inline __attribute__((always_inline)) double tree_sum(const Storage* values, int64_t count) {
+  double sums[kTileSize / 4];
+  WaitingSums<> waiting;
+  uint64_t tiles = 0;
+  for (int64_t first = 0; first < count; first += kTileSize) {
+    int64_t left = add_fours<Terms>(values + first, std::min(count - first, kTileSize), sums);
+    while (left > 4) left = add_fours<Sums>(sums, left, sums);
+    waiting.add(tiles++, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
-  return sum_lanes(lanes, active, 0, 1, [] {});
+  return waiting.total(tiles);
+}
+
+template <typename Storage>
+MULTIVERSION double sum_of_squares(const Storage* values, int64_t count) {
+  return tree_sum<Squares>(values, count);
+}
+
+MULTIVERSION double sum_of_sums(const double* sums, int64_t count) {
+  return tree_sum<Sums>(sums, count);
 }
 
 template <typename Param>
@@ -114,9 +152,9 @@ class Step {
       RowProgress& p = progress[index];
       if (sweep == Sweep::kUpdate) {
         update_chunk<ProxL2>(span);
-        sums[chunk] = sum_of_squares(span);
+        sums[chunk] = sum_of(span);
         if (p.updated.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks) return;
-        const double sum = tree_sum<Add>(&sums[row.first_chunk], chunks);
+        const double sum = sum_of_sums(&sums[row.first_chunk], chunks);
         p.shrinkage = ProxL2::shrinkage(sum, table_.scalars[row.scalars].decay);
         p.ready.store(true, std::memory_order_release);
         if (chunks > 1) return;
@@ -184,11 +222,11 @@ class Step {
     });
   }
 
-  static double sum_of_squares(const Span& span) {
+  static double sum_of(const Span& span) {
     double sum = 0;
     with_dtype(span.row.param_dtype, [&](auto param) {
       using Param = typename decltype(param)::type;
-      sum = tree_sum<AddSquare>(span.at<Param>(span.row.param), span.count);
+      sum = sum_of_squares(span.at<Param>(span.row.param), span.count);
     });
     return sum;
   }

@@ -29,6 +29,7 @@ std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
   release();
   recipes_ = recipes;
   StateCursor states(state.ptr());
+  sharded = false;
   int index = 0;
   for (const py::handle group : groups) {
     read_group(index++, py::reinterpret_borrow<py::dict>(group), states, staged);
@@ -64,14 +65,16 @@ void Gather::read_param(int group, PyObject* param, const GroupValues& values, b
   Member member{};
   member.group = group;
   member.owner = param;
+  const bool distributed = types_.of(param).distributed;
   PyObject* stand_ins = nullptr;
   if (PyDict_GET_SIZE(staged.ptr()) != 0) {
     stand_ins = PyDict_GetItemWithError(staged.ptr(), param);
     if (stand_ins == nullptr && PyErr_Occurred()) throw py::error_already_set();
   }
   const auto pick = [&](PyObject* key, PyObject* original) {
+    PyObject* share = distributed ? local(original, param) : original;
     PyObject* stand_in = stand_ins ? PyDict_GetItemWithError(stand_ins, key) : nullptr;
-    return stand_in != nullptr ? stand_in : original;
+    return stand_in != nullptr ? stand_in : share;
   };
 
   member.grad = pick(k.grad, nullptr);
@@ -299,6 +302,19 @@ Number Gather::number(const dlpack::Device& device, PyObject* object, double val
   return {0, t.data, static_cast<int64_t>(real_dtype(t.dtype))};
 }
 
+// What has the memory: of a DTensor, its share on this rank, if it is dealt out as the param is.
+PyObject* Gather::local(PyObject* object, PyObject* param) {
+  if (object == nullptr || !types_.of(object).distributed) return object;
+  if (object == param) {
+    const Placements::Kind kind = placements_.kind_of(param);
+    if (kind == Placements::Kind::kOther) return object;
+    sharded |= kind == Placements::Kind::kShard;
+  } else if (!types_.of(param).distributed || !Placements::alike(object, param)) {
+    return object;
+  }
+  return held_.emplace_back(Placements::share_of(object)).ptr();
+}
+
 bool Gather::read_tensor(PyObject* object, dlpack::Tensor& out) {
   return object != nullptr && types_.of(object).plain && reader_.read(object, out);
 }
@@ -309,7 +325,7 @@ bool Gather::has_grad(Member& member) {
       member.grad_handle = reader_.grad(member.owner);
       return member.grad_handle != nullptr;
     }
-    member.grad = grad_of(member.owner);
+    member.grad = local(grad_of(member.owner), member.owner);
   }
   return member.grad != Py_None;
 }
@@ -374,7 +390,10 @@ void Gather::report(int group, PyObject* param, const char* key) {
 
 void Gather::begin_step() {
   let_skipped_leave();
-  for (const Member& member : members) reader_.mark_written(member.param);
+  for (const Member& member : members) {
+    reader_.mark_written(member.param);
+    if (member.owner != member.param) reader_.mark_written(member.owner);
+  }
 }
 
 namespace {

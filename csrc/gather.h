@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "known_param.h"
+#include "local_tensor.h"
 #include "python_values.h"
 #include "state_cursor.h"
 #include "step_scalars.h"
@@ -19,7 +20,7 @@ namespace adamprox {
 
 // One param of this step, and what it is read from; borrowed until hold().
 struct Member {
-  PyObject* param;    // or its stand-in, as with the others
+  PyObject* param;    // or its stand-in or share, as with the others
   PyObject* grad;     // null: param's own, of which no Python object has been asked for yet
   void* grad_handle;  // what the reader has of it instead
   PyObject *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last one null or a tensor
@@ -85,12 +86,16 @@ class Gather {
     return number(table.device, tensor.ptr(), 0);
   }
 
+  // Whether the step takes a norm of which other ranks have a part.
+  bool norms_across_ranks() const { return sharded && decay_ == Decay::kProxL2; }
+
   double step_of(const Member& member) const { return cohorts_[member.cohort].step + 1; }
 
   std::vector<DeviceTable> tables;
   std::vector<Member> members;
   std::vector<py::object> captured;  // what CUDA graphs of earlier steps read
   bool only_on_cpu = false;          // whether all that the last read() found is there
+  bool sharded = false;              // whether a param in it has other ranks' shares
   double update_seconds = 0;  // what the CPU's update took in the last step: the rest is host time
 
  private:
@@ -126,6 +131,7 @@ class Gather {
   int32_t scalars_of(DeviceTable& device, int cohort, const GroupValues& values);
   Recipe recipe(const dlpack::Device& device, Cohort& cohort, const GroupValues& values);
   Number number(const dlpack::Device& device, PyObject* object, double value);
+  PyObject* local(PyObject* object, PyObject* param);
   bool read_tensor(PyObject* object, dlpack::Tensor& out);
   PyObject* grad_of(PyObject* param);
   int cohort_of(PyObject* counter);
@@ -136,6 +142,7 @@ class Gather {
   const Decay decay_;
   const TensorReader reader_;
   TensorTypes types_;
+  Placements placements_;
   std::vector<Cohort> cohorts_;
   std::unordered_map<PyObject*, int> cohort_index_;
   std::vector<Skipped> skipped_;

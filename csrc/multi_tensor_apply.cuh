@@ -10,6 +10,16 @@
 namespace adamprox {
 
 constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+
+// What for_each_element calls: f(i, element...), i counting from 0 within a vector. One that is
+// kTogether is told by whole warps, too, which vector each of their threads has finished.
+template <typename F>
+struct EachAlone : F {
+  static constexpr bool kTogether = false;
+};
+template <typename F>
+EachAlone(F) -> EachAlone<F>;
 
 // A stream that is touched once a step: in the L2 cache it makes room for those that are not.
 template <typename Stream>
@@ -79,14 +89,16 @@ struct Held {
 // Vectors of the calling thread from `at` to `end`, a block's width apart, so that neighbouring
 // threads touch neighbouring memory; kVectors at a time, whose loads are all under way before the
 // first one is needed. Past the end, the first one is loaded again: a branch would divide the loads,
-// and a loop of its own for what is left double the code.
+// and a loop of its own for what is left double the code. The threads of a warp that sums stay
+// together to the end.
 template <int kVectors, int kWidth, typename F, typename... Streams>
 __device__ __forceinline__ void for_each_vector(int at, int end, F f, Streams... streams) {
   constexpr int kStride = kThreads * kWidth;
+  const int behind = F::kTogether ? threadIdx.x % kWarp * kWidth : 0;  // the warp's first thread
   const auto run = [&](auto... held) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      (held.load(v, at + v * kStride < end ? at + v * kStride : at), ...);
+      (held.load(v, at + v * kStride < end ? at + v * kStride : at - behind), ...);
     }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -94,22 +106,27 @@ __device__ __forceinline__ void for_each_vector(int at, int end, F f, Streams...
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
           (held.open(v, i), ...);
-          f(at + v * kStride + i, held.value...);
+          f(i, held.value...);
           (held.close(v, i), ...);
         }
         (held.store(v, at + v * kStride), ...);
       }
+      if constexpr (F::kTogether) {
+        if (at - behind + v * kStride < end) {
+          f.template finish<kWidth>(at - behind + v * kStride, at + v * kStride, end);
+        }
+      }
     }
   };
 #pragma unroll 1
-  for (; at < end; at += kVectors * kStride) {
+  for (; at - behind < end; at += kVectors * kStride) {
     run(Held<kVectors, kWidth, Streams>{streams, {}, {}}...);
   }
 }
 
 // Calls f(i, element...) for `count` elements of the streams, which point to the first ones: they
 // are loaded before and stored after. `aligned`: the streams are, at 16 bytes. All threads of a
-// block call it; of i and i + kTileSize, the same one works on both.
+// block call it.
 template <int kMostVectors, typename F, typename First, typename... Streams>
 __device__ __forceinline__ void for_each_element(int count, bool aligned, F f, First first,
                                                  Streams... streams) {
@@ -120,10 +137,11 @@ __device__ __forceinline__ void for_each_element(int count, bool aligned, F f, F
   constexpr int kFit = kSize == 4 && kLoads <= 4 ? 4 : kLoads <= 6 ? 2 : 1;
   constexpr int kVectors = kFit < kMostVectors ? kFit : kMostVectors;
   const int in_vectors = aligned ? count - count % kWidth : 0;
+  if (in_vectors < count) {  // first: where warps sum, they need what is left
+    for_each_vector<1, 1>(in_vectors + threadIdx.x, count, f, first, streams...);
+    if constexpr (F::kTogether) f.template finish_rest<kWidth>(in_vectors);
+  }
   for_each_vector<kVectors, kWidth>(threadIdx.x * kWidth, in_vectors, f, first, streams...);
-  if (in_vectors == count) return;
-  __syncthreads();  // elements change hands
-  for_each_vector<1, 1>(in_vectors + threadIdx.x, count, f, first, streams...);
 }
 
 }  // namespace adamprox

@@ -14,21 +14,38 @@
 
 namespace adamprox {
 
-// The lanes that a block sums in shared memory.
-__device__ __forceinline__ double sum_of_block(double* lanes, int64_t active) {
+constexpr int kSums = kChunkSize / kWarp;  // that a block has in shared memory
+static_assert(kSums == 2 * kThreads);
+
+// The reduction tree over what neighbouring threads have, for each of them.
+__device__ __forceinline__ double sum_of_warp(double sum) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    sum = sum + __shfl_xor_sync(0xffffffffu, sum, distance);
+  }
+  return sum;
+}
+
+__device__ __forceinline__ double sum_of_block(double sum, double* shared) {
+  constexpr int kWarps = kThreads / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  sum = sum_of_warp(sum);
   __syncthreads();
-  return sum_lanes(lanes, active, threadIdx.x, kThreads, [] { __syncthreads(); });
+  if (lane == 0) shared[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  return sum_of_warp(lane < kWarps ? shared[lane] : 0.0);
 }
 
 struct Pending {
   const LaunchArgs& args;
-  double* lanes;
+  double* sums;
   int32_t& top;  // in shared memory, as is all that the loop over elements has no register for
 
-  // Of a chunk that is updated, with its squares in the lanes.
+  // Of a chunk that is updated, with the sums of its squares.
   __device__ __forceinline__ void add(const int32_t& index) {
     const Work work(args, index);
-    const double sum = sum_of_block(lanes, work.count);
+    __syncthreads();
+    const double sum = sum_of_block(sums[2 * threadIdx.x] + sums[2 * threadIdx.x + 1], sums);
     if (work.row.numel <= kChunkSize) return shrink(work, sum);
     if (threadIdx.x == 0) {
       args.work.sums[index] = sum;
@@ -89,14 +106,21 @@ struct Pending {
 
   __device__ __forceinline__ double sum_of_tensor(const TensorRow& row) {
     const int64_t count = num_chunks(row);
-    for (int lane = threadIdx.x; lane < kTileSize; lane += kThreads) {
-      lanes[lane] = 0;
-      for (int64_t i = lane; i < count; i += kTileSize) {
-        double term = __ldcg(&args.work.sums[row.first_chunk + i]);  // not from an old L1 line
-        Add{}(term, lanes[lane]);
-      }
+    const auto sum_of_chunk = [&](int64_t i) {
+      return i < count ? __ldcg(&args.work.sums[row.first_chunk + i]) : 0.0;  // no old L1 line
+    };
+    auto& waiting = *reinterpret_cast<WaitingSums<>*>(sums + kWarp);
+    double sum = 0;
+    for (int64_t i = 0; i < count; i += kSums) {
+      const int64_t pair = i + 2 * threadIdx.x;
+      sum = sum_of_block(sum_of_chunk(pair) + sum_of_chunk(pair + 1), sums);
+      if (threadIdx.x == 0 && count > kSums) waiting.add(i / kSums, sum);
+      __syncthreads();
     }
-    return sum_of_block(lanes, count);
+    if (count <= kSums) return sum;
+    if (threadIdx.x == 0) sums[0] = waiting.total((count + kSums - 1) / kSums);
+    __syncthreads();
+    return sums[0];
   }
 
   __device__ __forceinline__ void shrink(const Work& work, double sum) {
@@ -105,8 +129,8 @@ struct Pending {
       using Param = typename decltype(dtype)::type;
       const Shrink<Compute<Param>> shrink{static_cast<Compute<Param>>(shrinkage)};
       const ReadWrite<Param> param{work.at<Param>(work.row.param)};
-      for_each_element<4>(
-          work.count, work.row.aligned != 0, [&](int, Compute<Param>& p) { shrink(p); }, param);
+      for_each_element<4>(work.count, work.row.aligned != 0,
+                          EachAlone{[&](int, Compute<Param>& p) { shrink(p); }}, param);
     });
   }
 };

@@ -1,8 +1,9 @@
-// The one order in which squares are summed, in double, whatever the chunking and the threads.
+// The one order in which squares are summed, in double, whatever the chunks, threads and ranks.
 //
-// sum(values): lane i takes values i, i + kTileSize, i + 2 * kTileSize, ... from left to right;
-// then the upper half of the lanes is added to the lower half until one lane is left.
-// A tensor's sum of squares is the sum of its chunks' sums. reference.py says the same in PyTorch.
+// Neighbours are added, then neighbours among these sums, until one is left; the last one of an odd
+// number stays as it is. So whoever has values k * 2^n to (k + 1) * 2^n knows one of the sums.
+// Squares are no negative zeros: zeros may stand where there are none.
+// reference.py says the same in PyTorch.
 #pragma once
 
 #include "host_device.h"
@@ -10,33 +11,40 @@
 
 namespace adamprox {
 
-struct Add {
-  HOST_DEVICE void operator()(double& value, double& lane) const { lane = lane + value; }
-};
-
-struct AddSquare {
-  template <typename T>
-  HOST_DEVICE void operator()(T& value, double& lane) const {
-    lane = lane + static_cast<double>(value) * static_cast<double>(value);
-  }
-};
-
-// Halves the first `active` lanes, the only ones in use, down to lane 0. `worker` is one of
-// `workers` threads that share the lanes; all of them call it, and `barrier` holds them together.
-template <typename Barrier>
-HOST_DEVICE double sum_lanes(double* lanes, int64_t active, int worker, int workers,
-                             Barrier barrier) {
-  for (int64_t half = kTileSize / 2; half > 0; half /= 2) {
-    const int64_t end = active - half < half ? active - half : half;
-#if !defined(__CUDACC__)
-#pragma GCC ivdep  // the halves do not overlap
-#endif
-    for (int64_t i = worker; i < end; i += workers) {
-      lanes[i] = lanes[i] + lanes[i + half];
-    }
-    barrier();
-  }
-  return lanes[0];
+template <typename T>
+HOST_DEVICE double square(T value) {
+  return static_cast<double>(value) * static_cast<double>(value);
 }
+
+// The sums that wait for their right neighbours, at most one a level: of 2^level terms each.
+template <int kLevels = 48>
+struct WaitingSums {
+  double at_level[kLevels];
+
+  // Term number `index`, in their order from 0 on.
+  HOST_DEVICE void add(uint64_t index, double sum) {
+    int level = 0;
+    for (; (index >> level) & 1; ++level) sum = at_level[level] + sum;
+    at_level[level] = sum;
+  }
+
+  // Of `kCount` terms, a power of two.
+  template <int kCount>
+  HOST_DEVICE double total_of() const {
+    int level = 0;
+    for (; (kCount >> level) != 1; ++level) {
+    }
+    return at_level[level];
+  }
+
+  // Of `count` terms.
+  HOST_DEVICE double total(uint64_t count) const {
+    double sum = 0;
+    for (int level = 0; (count >> level) != 0; ++level) {
+      if ((count >> level) & 1) sum = at_level[level] + sum;
+    }
+    return sum;
+  }
+};
 
 }  // namespace adamprox

@@ -6,8 +6,8 @@
 
 namespace adamprox {
 
-// A tile is what the lanes of the reduction tree cover, and what one CUDA block loads at once:
-// 256 threads of 8 elements. A chunk is the unit of work that threads and blocks share out.
+// A tile is what one CUDA block loads at once: 256 threads of 8 elements, 128 bits of 16-bit numbers.
+// A chunk is the unit of work that threads and blocks share out.
 constexpr int64_t kTileSize = 2048;
 constexpr int64_t kChunkSize = 8 * kTileSize;
 

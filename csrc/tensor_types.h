@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "local_tensor.h"
 #include "python_values.h"
 
 namespace adamprox {
@@ -12,6 +13,7 @@ namespace adamprox {
 struct TensorType {
   PyTypeObject* type;
   bool plain;               // its memory is its own: not a DTensor, a FakeTensor or another wrapper
+  bool distributed;         // a DTensor
   const PyGetSetDef* grad;  // the C getter of its grad, or null
 };
 
@@ -35,7 +37,7 @@ class TensorTypes {
     const bool getset = Py_IS_TYPE(grad.ptr(), &PyGetSetDescr_Type);
     t.inc_ref();  // another type must not take its address
     types_.push_back(
-        {type, plain,
+        {type, plain, is_distributed(type),
          getset ? reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset : nullptr});
     return types_.back();
   }

@@ -18,7 +18,7 @@ ARCHITECTURES = [name.removesuffix("-real") for name in BUILT if not name.endswi
 PTX = [name.removesuffix("-virtual") for name in BUILT if not name.endswith("-real")]
 
 # The budget: 2 blocks of 256 threads a multiprocessor, whose 65,536 registers are given out to
-# warps in units of 256. AdamProxL2 has 16 KB of lanes in shared memory; CUDA takes 1 KB a block.
+# warps in units of 256. AdamProxL2 has 4 KB of sums in shared memory; CUDA takes 1 KB a block.
 THREADS, BLOCKS = 256, 2
 REGISTERS_PER_MULTIPROCESSOR = 65_536
 SHARED_KB_PER_MULTIPROCESSOR = {"75": 64, "80": 164, "90": 228, "100": 228, "120": 100}

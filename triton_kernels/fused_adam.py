@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .. import reference
 from .recipes import COMPUTE, SCALARS_WORDS, STORAGE, prepare_kernel
-from .update import TILE_SIZE, add_square, narrow, shrink, shrinkage, sum_lanes, update, widen
+from .update import TILE_SIZE, narrow, shrink, shrinkage, square, tree_sum, update, widen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_SIZE = tl.constexpr(reference.CHUNK_SIZE)
+TILES = tl.constexpr(reference.CHUNK_SIZE // reference.TILE_SIZE)  # of a chunk
 ROW_WORDS = tl.constexpr(7)  # sizeof(TensorRow) / 8
 
 # Threads of 8 elements, 128 bits of 16-bit numbers; of a warp's 64 threads on AMD and 32 on NVIDIA.
@@ -76,7 +77,7 @@ def store(pointer, first, mask, value):
 
 
 @triton.jit
-def update_tile(tensors, args, first, mask, lanes):
+def update_tile(tensors, args, first, mask, sums):
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq = tensors
     scalars = args[0]
     DECAY: tl.constexpr = args[1]
@@ -97,31 +98,32 @@ def update_tile(tensors, args, first, mask, lanes):
     if DECAY == "prox_l2":
         if mask is not None:  # what a lane beyond the end has computed may be anything
             stored = tl.where(mask, stored, 0.0)
-        lanes = add_square(stored, lanes)
-    return lanes
+        tile = tl.arange(0, TILES) == first // TILE_SIZE
+        sums = tl.where(tile, tree_sum(square(stored)), sums)
+    return sums
 
 
 @triton.jit
-def shrink_tile(param, k, first, mask, lanes):
+def shrink_tile(param, k, first, mask, sums):
     store(param, first, mask, shrink(load(param, first, mask), k))
-    return lanes
+    return sums
 
 
 @triton.jit
 def for_each_tile(f: tl.constexpr, tensors, args, row, count):
-    """Calls f on the tiles of a chunk; returns the lanes that f adds to."""
-    lanes = tl.zeros([TILE_SIZE], tl.float64)
+    """Calls f on the tiles of a chunk; returns the tiles' sums, which f fills in."""
+    sums = tl.zeros([TILES], tl.float64)
     # Two loops, since one with both kinds of access takes all registers that there are.
     aligned = (tl.load(row + 6) >> 16) & 1
     full = (count // TILE_SIZE * TILE_SIZE) * aligned.to(tl.int32)
     first = 0
     while first < full:
-        lanes = f(tensors, args, first, None, lanes)
+        sums = f(tensors, args, first, None, sums)
         first += TILE_SIZE
     while first < count:
-        lanes = f(tensors, args, first, first + tl.arange(0, TILE_SIZE) < count, lanes)
+        sums = f(tensors, args, first, first + tl.arange(0, TILE_SIZE) < count, sums)
         first += TILE_SIZE
-    return lanes
+    return sums
 
 
 @triton.jit
@@ -149,9 +151,9 @@ def update_chunk(row, grad, begin, count, scalars, sum_out, DECAY, VARIANT: tl.c
         tl.load(scalars + 4).to(dtype),
         tl.load(scalars + 5).to(dtype),
     )
-    lanes = for_each_tile(update_tile, tensors, (rounded, DECAY), row, count)
+    sums = for_each_tile(update_tile, tensors, (rounded, DECAY), row, count)
     if DECAY == "prox_l2":
-        tl.store(sum_out, sum_lanes(lanes))
+        tl.store(sum_out, tree_sum(sums))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -175,14 +177,15 @@ def shrink_kernel(metadata, payload, prepared, sums, num_rows, DTYPES: tl.conste
     _, row, begin, count = read_chunk(metadata, prepared, num_rows)
     sums += tl.load(row + 5) >> 32
     num_chunks = tl.cdiv(tl.load(row + 4), CHUNK_SIZE).to(tl.int32)
-    lanes = tl.zeros([TILE_SIZE], tl.float64)
+    tops = tl.zeros([TILE_SIZE], tl.float64)  # a sum each of TILE_SIZE chunks
     first = 0
     while first < num_chunks:
-        lane = first + tl.arange(0, TILE_SIZE)
-        lanes += tl.load(sums + lane, lane < num_chunks, 0.0)
+        chunk = first + tl.arange(0, TILE_SIZE)
+        top = tree_sum(tl.load(sums + chunk, chunk < num_chunks, 0.0))
+        tops = tl.where(tl.arange(0, TILE_SIZE) == first // TILE_SIZE, top, tops)
         first += TILE_SIZE
     scalars = find_scalars(row, payload, prepared, num_rows)
-    k = shrinkage(sum_lanes(lanes), tl.load(scalars + 4))
+    k = shrinkage(tree_sum(tops), tl.load(scalars + 4))
     dtype = tl.load(row + 6) & 0xFF
     for i in tl.static_range(len(DTYPES)):
         if dtype == DTYPES[i]:

@@ -16,7 +16,6 @@ import triton.language as tl
 from .. import reference
 
 TILE_SIZE = tl.constexpr(reference.TILE_SIZE)
-LEVELS = tl.constexpr(reference.TILE_SIZE.bit_length() - 1)
 
 # Triton reads the switch where it decorates, so the kernels are one or the other for good.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -163,15 +162,16 @@ def update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, DECAY: tl.
 
 
 @triton.jit
-def add_square(value, lane):
+def square(value):
     value = value.to(tl.float64)
-    return lane + value * value
+    return value * value
 
 
 @triton.jit
-def sum_lanes(lanes):
-    # Upper half to lower half until one lane is left. A tl.sum has no fixed order, but a sum of two
-    # has only one; a tl.split instead reads shared memory 27 times as often (PTX for sm_90).
-    for level in tl.static_range(1, LEVELS):
-        lanes = tl.sum(tl.reshape(lanes, (2, TILE_SIZE >> level)), axis=0)
-    return tl.sum(lanes, axis=0)
+def tree_sum(sums):
+    # Neighbours until one is left. A tl.sum has no fixed order, but a sum of two has only one.
+    SIZE: tl.constexpr = sums.shape[0]
+    if SIZE == 2:
+        return tl.sum(sums, axis=0)
+    else:
+        return tree_sum(tl.sum(tl.reshape(sums, (SIZE // 2, 2)), axis=1))

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 COMMANDS = {
     "info": "what is installed, which backends can run here, and why the others cannot",
     "demo": "train the paper's kind of network with every optimizer, and compare (about a minute)",
+    "paper": "the paper's experiments: pictures, tables and CSV (--quick: some minutes)",
     "bench": "time the optimizers beside torch's and other peers' (under three minutes)",
 }
+
+MODULES = {"paper": ".bench.paper"}  # that are elsewhere
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{name}: {summary}.")
         if name in argv:
-            module = import_module(f".{name}", __package__)
+            module = import_module(MODULES.get(name, f".{name}"), __package__)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(argv)

@@ -41,6 +41,10 @@ class LossScaling(NamedTuple):
             return None
         return LossScaling.from_tensors(attributes.get("grad_scale"), attributes.get("found_inf"))
 
+    def host_lets_step(self) -> bool:
+        """Whether ``found_inf`` is 0; the host waits for it."""
+        return self.found_inf is None or self.found_inf.item() == 0
+
     def apply(self, tables: Iterable[_C.Table]) -> bool:
         """Hands them to the tables; False if the host knows that nothing is to be stepped.
 
@@ -48,7 +52,7 @@ class LossScaling(NamedTuple):
         """
         tables = list(tables)
         by_host = any(not table.has_recipes for table in tables)
-        if by_host and self.found_inf is not None and self.found_inf.item() != 0:
+        if by_host and not self.host_lets_step():
             return False
         for table in tables:
             if table.has_recipes:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from . import _C
 from .freed_grad import FreedGrad
+from .sharding import is_distributed, share_of, why_not
 
 Staged = dict[Tensor, dict[str, Tensor]]
 
@@ -103,7 +104,7 @@ def unstage(optimizer: Optimizer, staged: Staged, given: Given) -> None:
         original = {"param": param, **optimizer.state[param], **given.get(param, {})}
         for key, copy in copies.items():
             if key != "grad":
-                original[key].copy_(copy)
+                share_of(original[key]).copy_(copy)
 
 
 def _without_freed_grads(findings: list[_C.Finding]) -> list[_C.Finding]:
@@ -138,12 +139,14 @@ def _counter_dtype() -> torch.dtype:
 
 
 def _stage(param: Tensor, tensors: dict[str, Any], staged: Staged) -> None:
-    like = torch.empty_like(tensors["param"], memory_format=torch.preserve_format)
-    staged[param] = {
-        key: torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-        for key, tensor in tensors.items()
-        if tensor.stride() != like.stride() or tensor.is_conj() or tensor.is_neg()
-    }
+    like = torch.empty_like(share_of(tensors["param"]), memory_format=torch.preserve_format)
+    staged[param] = {}
+    for key, tensor in tensors.items():
+        share = share_of(tensor, param)
+        if share.stride() != like.stride() or share.is_conj() or share.is_neg():
+            staged[param][key] = torch.empty_like(like, dtype=share.dtype).copy_(share)
+        elif key == "grad" and is_distributed(tensor) and share is not tensor.to_local():
+            staged[param][key] = share  # moved, or waited for
 
 
 def _check(optimizer: Optimizer, finding: _C.Finding, given: Given, twice: bool) -> None:
@@ -174,8 +177,11 @@ def _check(optimizer: Optimizer, finding: _C.Finding, given: Given, twice: bool)
         what = name if key == "param" else f"{key} of {name}"
         if not isinstance(tensor, Tensor):
             refuse(f"{what} is {tensor!r}, expected a tensor")
-        if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
-            refuse(f"{what} is a {type(tensor).__name__}, and only plain tensors are supported")
+        if is_distributed(tensor):
+            if problem := why_not(tensor, param, may_move=key == "grad"):
+                refuse(f"{what} {problem}")
+        elif type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+            refuse(f"{what} is a {type(tensor).__name__}, expected a plain one or a DTensor")
         if tensor.layout != torch.strided:
             refuse(f"{what} has layout={tensor.layout}, expected torch.strided")
         if tensor.device.type not in ("cpu", "cuda"):
@@ -192,5 +198,5 @@ def _check(optimizer: Optimizer, finding: _C.Finding, given: Given, twice: bool)
         allowed = {param.dtype, torch.float32} & {first} if wide else {param.dtype}
         if tensor.dtype not in allowed:
             refuse(f"{what} has dtype={tensor.dtype}, and the param {param.dtype}")
-        if key != "grad" and torch._debug_has_internal_overlap(tensor) == 1:
+        if key != "grad" and torch._debug_has_internal_overlap(share_of(tensor)) == 1:
             refuse(f"{what} is expanded: several of its elements share one place in memory")

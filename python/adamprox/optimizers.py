@@ -14,6 +14,7 @@ from . import _C, backends, checkpoints
 from .arguments import document, validate
 from .loss_scaling import LossScaling
 from .mending import Given, Staged, mend, refuse_in_capture, stand_ins, unstage
+from .sharding import share_of
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -58,8 +59,12 @@ class _FusedAdam(Optimizer):
         }
         validate(defaults)
         self._backend = backends.requested(backend)
-        self._gather = _C.Gather(self.decay)
+        self._make_gathers()
         super().__init__(params, defaults)
+
+    def _make_gathers(self) -> None:
+        self._gather = _C.Gather(self.decay)
+        self._gather_of_z = _C.Gather("prox_l1")  # see _step
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; its values are checked first."""
@@ -90,7 +95,7 @@ class _FusedAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({k: v for k, v in state.items() if k != "param_groups"})
         self.param_groups = state["param_groups"]
-        self._gather = _C.Gather(self.decay)
+        self._make_gathers()
         for group in self.param_groups:
             # Saved by torch.optim's classes, or by an older one of them.
             group.setdefault("amsgrad", False)
@@ -187,6 +192,22 @@ def step_tensors(optimizer: _FusedAdam, scaling: LossScaling | None, given: Give
             if capturing:
                 refuse_in_capture(optimizer, findings)
             mend(optimizer, findings, staged, given)
+        decay, groups = optimizer.decay, optimizer.param_groups
+        across_ranks = gather.norms_across_ranks
+        if across_ranks:  # z first; a soft threshold of zero leaves it as it is, to the bit
+            if capturing:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} on shards cannot be captured into a CUDA graph: "
+                    "other ranks have parts of its norms; nothing was updated"
+                )
+            if scaling is not None and not scaling.host_lets_step():
+                return
+            decay, groups = "prox_l1", [{**group, "weight_decay": 0.0} for group in groups]
+            gather.release()
+            gather = optimizer._gather_of_z
+            gather.read(
+                groups, optimizer.state, stand_ins(given, staged), *recipes, scaling is not None
+            )
         gather.hold()
         tables = gather.tables()
         chosen = [backends.select(optimizer._backend, table.device[0]) for table in tables]
@@ -199,8 +220,19 @@ def step_tensors(optimizer: _FusedAdam, scaling: LossScaling | None, given: Give
             return
         gather.begin_step()
         for table, backend in zip(tables, chosen, strict=True):
-            backend.step(table, optimizer.decay, optimizer.param_groups)
+            backend.step(table, decay, groups)
         gather.count_step()
+        if across_ranks:
+            from .block_norms import Block, shrink
+
+            shrink(
+                [
+                    Block(p, staged.get(p, {}).get("param", share_of(p)), group)
+                    for group in optimizer.param_groups
+                    for p in group["params"]
+                    if p.grad is not None
+                ]
+            )
     finally:
         gather.release()
     if staged:

@@ -125,32 +125,38 @@ def prox_l2(z: Tensor, strength: float) -> Tensor:
     """
     norm = math.sqrt(sum_of_squares(z))
     shrinkage = 1.0 if norm <= strength else strength / norm
+    result = z.clone()
+    shrink(result, torch.tensor(shrinkage, dtype=torch.float64, device=z.device))
+    return result
+
+
+def shrink(z: Tensor, shrinkage: Tensor) -> None:
+    """``z <- (1 - shrinkage) * z``, in place; the shrinkage is a float64 number."""
+    if z.is_complex():
+        z = torch.view_as_real(z)
     compute = z.to(_compute_dtype(z))
-    k = torch.tensor(shrinkage, dtype=compute.dtype, device=z.device)
-    return (compute - k * compute).to(z.dtype)
+    z.copy_(compute - shrinkage.to(compute.dtype) * compute)
 
 
 def sum_of_squares(values: Tensor) -> float:
     """The sum of squares in double, by one fixed tree, elements taken as they lie in memory."""
-    squares = _in_memory_order(values).to(torch.float64)
+    squares = in_memory_order(values).to(torch.float64)
     squares = squares * squares
-    sums = [tree_sum(chunk) for chunk in squares.split(CHUNK_SIZE)]
-    return tree_sum(torch.stack(sums)).item()
+    return tree_sum(squares).item()
 
 
 def tree_sum(values: Tensor) -> Tensor:
-    """A sum of float64 values in a fixed order that threads and vectors can follow.
+    """A sum of float64 values in a fixed order that threads, vectors and ranks can follow.
 
-    Lane ``i`` takes the values ``i``, ``i + TILE_SIZE``, ... from left to right; then the upper
-    half of the lanes is added to the lower half until one lane is left.
+    Each value is added to its neighbour, then each of these sums to its neighbour, until one is
+    left; the last one of an odd number stays as it is. So whoever has the values from ``k * 2**n``
+    to ``(k + 1) * 2**n`` knows one of the sums.
     """
-    lanes = values.new_zeros(TILE_SIZE)
-    for tile in values.split(TILE_SIZE):
-        lanes[: len(tile)] += tile
-    while len(lanes) > 1:
-        lower, upper = lanes.chunk(2)
-        lanes = lower + upper
-    return lanes[0]
+    while len(values) > 1:
+        pairs = values.new_zeros((len(values) + 1) // 2, 2)
+        pairs.view(-1)[: len(values)] = values
+        values = pairs[:, 0] + pairs[:, 1]
+    return values[0]
 
 
 @torch.no_grad()
@@ -203,6 +209,7 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _in_memory_order(tensor: Tensor) -> Tensor:
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """The elements in one row, as they lie; a view of a dense tensor."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return tensor.permute(order).reshape(-1)

@@ -152,13 +152,24 @@ class Block {
     // thread first.
     for (size_t finished = 0; finished == 0;) {
       const bool backwards = Launch::current->random()() % 2 != 0;
-      for (unsigned t = 0; t < fibers_.size(); ++t) {
-        current_ = backwards ? fibers_.size() - 1 - t : t;
-        threadIdx.x = current_;
-        swapcontext(&scheduler_, &fibers_[current_].context);
-        if (!error_.empty()) throw std::runtime_error(error_);
-        finished += fibers_[current_].finished;
+      for (unsigned warp = 0; warp < fibers_.size(); warp += kWarp) {
+        // Every round takes each of its threads to the next shuffle, or none.
+        for (unsigned shuffling = kWarp; shuffling == kWarp;) {
+          shuffling = 0;
+          for (unsigned t = warp; t < warp + kWarp; ++t) {
+            current_ = backwards ? fibers_.size() - 1 - t : t;
+            threadIdx.x = current_;
+            fibers_[current_].shuffles = false;
+            swapcontext(&scheduler_, &fibers_[current_].context);
+            if (!error_.empty()) throw std::runtime_error(error_);
+            shuffling += fibers_[current_].shuffles;
+          }
+          if (shuffling % kWarp != 0) {
+            throw std::runtime_error("some threads of a warp shuffle without the others");
+          }
+        }
       }
+      for (const Fiber& fiber : fibers_) finished += fiber.finished;
       if (finished != 0 && finished != fibers_.size()) {
         throw std::runtime_error(
             "some threads of a block wait at a barrier that others never reach");
@@ -176,11 +187,26 @@ class Block {
     return block.voted_;
   }
 
+  // What the thread `distance` away, by exclusive or, gives; all of a warp call it.
+  static double shuffle(double value, unsigned distance) {
+    Block& block = *running_;
+    Fiber& fiber = block.fibers_[block.current_];
+    const unsigned partner = block.current_ ^ distance;
+    const unsigned turn = fiber.turn++ % 2;  // who is late still finds the value of the last one
+    fiber.given[turn] = value;
+    fiber.shuffles = true;
+    swapcontext(&fiber.context, &block.scheduler_);
+    return block.fibers_[partner].given[turn];
+  }
+
  private:
   static constexpr size_t kStack = 64 << 10;
+  static constexpr unsigned kWarp = 32;
   struct Fiber {
     ucontext_t context;
-    bool finished = false;
+    bool finished = false, shuffles = false;
+    unsigned turn = 0;
+    double given[2];
   };
 
   static void enter() {
@@ -212,6 +238,9 @@ inline void launch(unsigned blocks, unsigned resident, unsigned threads, unsigne
 
 inline void __syncthreads() { cuda_on_host::Block::barrier(false); }
 inline int __syncthreads_or(int vote) { return cuda_on_host::Block::barrier(vote != 0); }
+inline double __shfl_xor_sync(unsigned, double value, int distance) {
+  return cuda_on_host::Block::shuffle(value, distance);
+}
 inline void __threadfence() { cuda_on_host::Launch::current->yield(); }
 inline void __nanosleep(unsigned) { cuda_on_host::Launch::current->sleep(); }
 inline unsigned atomicInc(unsigned* address, unsigned most) {

@@ -1,0 +1,389 @@
+"""What each figure needs and how it is put together: cells, a picture, a table, its CSV."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import statistics
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from . import adagrad, pictures, quadratics, scaling, taylor
+from .grids import Grid, search
+from .histograms import interquartile_range
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    from .settings import Settings
+    from .store import Machine, Store
+    from .training import Cell, Result
+
+Row = dict[str, Any]
+
+SGD_LEARNING_RATES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1e-1)
+SGD_WEIGHT_DECAY = 1e-4
+
+
+class Lab(NamedTuple):
+    """What an experiment works with."""
+
+    settings: Settings
+    store: Store
+    machine: Machine
+    out: Path
+
+
+def figure_1(lab: Lab) -> None:
+    """Gradient descent and AdamW on quadratics of condition number 1 and 1e5; Corollary 1."""
+    runs = quadratics.best_paths()
+    pictures.paths(lab.out, runs)
+    rows = [
+        {
+            "algorithm": run.algorithm,
+            "condition_number": run.condition_number,
+            "lr": run.lr,
+            "last_distance": run.distance,
+        }
+        for run in runs
+    ]
+    _finish(lab, "figure-1", "Figure 1: the best learning rate of each", rows)
+    rows = []
+    for dtype in (torch.float32, torch.float64):
+        for decay in (0.0, 1.0):
+            paths = [
+                quadratics.adamw(quadratics.hessian_of(number, dtype), 0.1, weight_decay=decay)
+                for number in quadratics.CONDITION_NUMBERS
+            ]
+            rows += [
+                {
+                    "dtype": str(dtype).split(".")[1],
+                    "weight_decay": decay,
+                    "condition_number": number,
+                    "same_bits": torch.equal(path, paths[0]),
+                    "largest_difference": (path - paths[0]).abs().max().item(),
+                }
+                for number, path in zip(quadratics.CONDITION_NUMBERS, paths, strict=True)
+            ]
+    title = "Corollary 1: AdamW's iterates, eps = 0, against those of condition number 1"
+    _finish(lab, "corollary-1", title, rows)
+
+
+def figure_2(lab: Lab) -> None:
+    """Adam-l2 and AdamW with BN: the test error over alpha and lambda."""
+    networks = lab.settings.batch_norm_networks
+    grids = _pairs(lab.settings, networks, batch_norm=True)
+    _search(lab, [grid for pair in grids.values() for grid in pair], "figure 2")
+    _heatmaps(lab, "figure-2", grids)
+    _finish(lab, "figure-2", "Figure 2: with BN", _best_rows(lab, grids))
+
+
+def figure_3(lab: Lab) -> None:
+    """Adam-l2 and AdamW without BN: test errors, curves, and magnitudes of updates."""
+    grids = _pairs(lab.settings, lab.settings.networks)
+    bests = _bests(lab, grids, "figure 3")
+    figure, axes = pictures.panels(len(grids), 6)
+    for row, (network, pair) in zip(axes, grids.items(), strict=True):
+        for column, grid in enumerate(pair):
+            title = f"{network}, {pictures.name_of(grid.base.optimizer)}"
+            pictures.heatmap(row[column], grid, lab.store, title)
+        pictures.curves(row[2], row[3], {name: bests[network, name] for name in PAIR})
+        for column, name in enumerate(PAIR, start=4):
+            result = bests[network, name][0]
+            title = f"{pictures.name_of(name)}, updates in epoch {result.histogram_epochs[-1]}"
+            pictures.histogram(row[column], result.histograms[-1], title, pictures.COLORS[name])
+    pictures.save(figure, lab.out, "figure-3")
+    _finish(lab, "figure-3", "Figure 3: without BN", _best_rows(lab, grids))
+
+
+def figure_4(lab: Lab) -> None:
+    """The loss times 10 and 100, without BN; and with eps = 0, step for step."""
+    network = lab.settings.scaled_network
+    grids = {}
+    for factor in (1.0, 10.0, 100.0):
+        pair = _pairs(lab.settings, [network])[network]
+        for grid in pair:
+            grid.base = dataclasses.replace(grid.base, loss_factor=factor)
+        grids[f"{network}, loss x {factor:g}"] = pair
+    _search(lab, [grid for pair in grids.values() for grid in pair], "figure 4")
+    _heatmaps(lab, "figure-4", grids)
+    _finish(lab, "figure-4", "Figure 4: without BN", _best_rows(lab, grids, seeds=False))
+    total = len(scaling.FACTORS) * len(scaling.OPTIMIZERS) * 2
+    with tqdm(total=total, desc="loss times a factor", disable=None, leave=False) as progress:
+        curves = scaling.curves(scaling.STEPS, progress.update)
+    original = {(c.optimizer, c.dtype): c for c in curves if c.factor == 1}
+    rows = [
+        {
+            "optimizer": pictures.name_of(curve.optimizer),
+            "dtype": curve.dtype,
+            "factor": curve.factor,
+            "largest_relative_difference": scaling.deviation(
+                curve, original[curve.optimizer, curve.dtype]
+            ),
+            "last_loss": curve.losses[-1],
+        }
+        for curve in curves
+    ]
+    title = "Section 4.2: the loss of each step with eps = 0, against that of factor 1"
+    _finish(lab, "loss-factor", title, rows)
+
+
+def figure_5(lab: Lab) -> None:
+    """AdamW and AdamProx at ``eta_t = 1``, and the remainder of the Taylor expansion."""
+    settings = lab.settings
+    grids = {
+        network: [
+            _grid(settings, network, optimizer, settings.weight_decays)
+            for optimizer in ("AdamW", "AdamProx")
+        ]
+        for network in settings.taylor_networks
+    }
+    _search(lab, [grid for pair in grids.values() for grid in pair], "figure 5")
+    _heatmaps(lab, "figure-5", grids)
+    _finish(lab, "figure-5", "Figure 5: without BN", _best_rows(lab, grids, seeds=False))
+    figure, axes = pictures.panels(1, 2, 4.0, 3.2)
+    rows = []
+    labels = {"eta": "eta", "weight_decay": "lambda"}
+    for place, (over, label) in zip(axes[0], labels.items(), strict=True):
+        points = taylor.distances(over, taylor.STEPS)
+        xs, ys = [getattr(p, over) for p in points], [p.distance for p in points]
+        slope = taylor.slope(xs, ys)
+        place.loglog(xs, ys, "o-", base=2, color="C0")
+        place.set_xlabel(label)
+        place.set_ylabel("max over steps of norm(AdamW - AdamProx)", fontsize=7)
+        place.set_title(f"slope {slope:.3f}", fontsize=9)
+        rows += [{"over": label, **p._asdict(), "slope_of_all": slope} for p in points]
+    pictures.save(figure, lab.out, "taylor")
+    _finish(lab, "taylor", "Section 3: the remainder of the Taylor expansion", rows)
+
+
+def figure_6(lab: Lab) -> None:
+    """AdamProxL2 and AdamProxL1 beside AdamW; for L1, zeros and accuracy over lambda."""
+    settings, network = lab.settings, lab.settings.section5_network
+    decays = {
+        "AdamW": settings.weight_decays,
+        "AdamProxL2": settings.l2_weight_decays,
+        "AdamProxL1": settings.l1_weight_decays,
+    }
+    grids = {network: [_grid(settings, network, name, values) for name, values in decays.items()]}
+    bests = _bests(lab, grids, "figure 6")
+    figure, axes = pictures.panels(2, 3, 4.0, 3.2)
+    for place, grid in zip(axes[0], grids[network], strict=True):
+        pictures.heatmap(place, grid, lab.store, f"{network}, {grid.base.optimizer}")
+    pictures.curves(axes[1, 0], axes[1, 1], {name: bests[network, name] for name in decays})
+    grid = grids[network][2]
+    path = []
+    for lr in grid.lrs:
+        for decay in grid.weight_decays:
+            result = lab.store[grid.cell(lr, decay)]
+            path.append(
+                {
+                    "lr": lr,
+                    "lambda": decay,
+                    "zeros": result.zeros,
+                    "accuracy": 1 - result.test_error,
+                    "train_loss": result.train_loss,
+                }
+            )
+        of_lr = [row for row in path if row["lr"] == lr]
+        zeros = [100 * row["zeros"] for row in of_lr]
+        accuracies = [100 * row["accuracy"] for row in of_lr]
+        axes[1, 2].plot(zeros, accuracies, "o-", markersize=3, label=f"alpha {lr:g}")
+    axes[1, 2].set_xlabel("exact zeros, %", fontsize=8)
+    axes[1, 2].set_title("AdamProxL1: test accuracy, %", fontsize=9)
+    axes[1, 2].legend(fontsize=7, frameon=False)
+    pictures.save(figure, lab.out, "figure-6")
+    _finish(lab, "figure-6", "Figure 6: without BN", _best_rows(lab, grids))
+    _finish(lab, "l1-path", "Section 5: AdamProxL1's zeros over lambda", path)
+
+
+def _histograms(number: int) -> Callable[[Lab], None]:
+    def figure(lab: Lab) -> None:
+        settings = lab.settings
+        network = settings.histogram_networks[number]
+        # A network without a grid of its own has the best settings of one that has.
+        has_grid = network in settings.networks
+        source = network if has_grid else settings.networks[-1]
+        shorter: Row = {} if has_grid else {"epochs": settings.histogram_epochs}
+        grids = _pairs(settings, [source])
+        _search(lab, grids[source], f"figure {number}, settings")
+        cells = [
+            dataclasses.replace(grid.best(lab.store), network=network, **shorter)
+            for grid in grids[source]
+        ]
+        lab.store.fill(cells, lab.machine, f"figure {number}")
+        results = [lab.store[cell] for cell in cells]
+        columns = max(len(result.histograms) for result in results)
+        figure, axes = pictures.panels(2, max(1, columns), 1.9, 1.9)
+        rows = []
+        for row, cell, result in zip(axes, cells, results, strict=True):
+            name = pictures.name_of(cell.optimizer)
+            for place, epoch, counts in zip(
+                row, result.histogram_epochs, result.histograms, strict=False
+            ):
+                title = f"{name}, epoch {epoch}"
+                pictures.histogram(place, counts, title, pictures.COLORS[cell.optimizer])
+                rows.append(
+                    {
+                        "network": network,
+                        "optimizer": name,
+                        "lr": cell.lr,
+                        "lambda": cell.weight_decay,
+                        "epoch": epoch,
+                        "iqr_octaves": interquartile_range(counts),
+                        **{f"bin_{index}": count for index, count in enumerate(counts)},
+                    }
+                )
+        figure.suptitle(f"{network} without BN", fontsize=9)
+        pictures.save(figure, lab.out, f"figure-{number}")
+        title = f"Figure {number}: {network}, the spread of update magnitudes"
+        _finish(lab, f"figure-{number}", title, rows, shown=6)
+
+    figure.__doc__ = "The histograms of update magnitudes over the training of a network."
+    return figure
+
+
+def appendix(lab: Lab) -> None:
+    """Algorithms 2 and 3 with their theorems' bounds; SGD without BN."""
+    rounds = lab.settings.rounds
+    rows: list[Row] = []
+    total = rounds * len(adagrad.DIMENSIONS)
+    with tqdm(total=total, desc="Theorem 3", unit="round", disable=None, leave=False) as progress:
+        for number in adagrad.DIMENSIONS:
+            for each in adagrad.adagrad_with_restarts(number, rounds, progress.update):
+                rows.append({**each._asdict(), "holds": each.distance <= each.bound})
+    _finish(lab, "theorem-3", "Theorems 2 and 3: AdaGrad with restarts", rows)
+    settings = lab.settings
+    cells = []
+    for batch_norm in (False, True):
+        base = settings.cell(settings.sgd_network, "SGD", batch_norm)
+        base = dataclasses.replace(base, epochs=settings.sgd_epochs, weight_decay=SGD_WEIGHT_DECAY)
+        cells += [dataclasses.replace(base, lr=lr) for lr in SGD_LEARNING_RATES]
+    lab.store.fill(cells, lab.machine, "SGD without BN")
+    rows = []
+    for cell in cells:
+        result = lab.store[cell]
+        rows.append(
+            {
+                "network": cell.network,
+                "batch_norm": cell.batch_norm,
+                "lr": cell.lr,
+                "first_loss": result.train_losses[0],
+                "last_loss": result.train_loss,
+                "test_error": result.test_error,
+            }
+        )
+    _finish(lab, "sgd", "Section 4.1: SGD with momentum", rows)
+
+
+FIGURES: dict[str, Callable[[Lab], None]] = {
+    "1": figure_1,
+    "2": figure_2,
+    "3": figure_3,
+    "4": figure_4,
+    "5": figure_5,
+    "6": figure_6,
+    **{str(number): _histograms(number) for number in range(7, 13)},
+    "appendix": appendix,
+}
+
+PAIR = ("Adam", "AdamW")
+
+
+def _grid(
+    settings: Settings,
+    network: str,
+    optimizer: str,
+    weight_decays: Iterable[float],
+    batch_norm: bool = False,
+) -> Grid:
+    base = settings.cell(network, optimizer, batch_norm)
+    return Grid(base, list(settings.lrs), list(weight_decays))
+
+
+def _pairs(
+    settings: Settings, networks: Iterable[str], batch_norm: bool = False
+) -> dict[str, list[Grid]]:
+    decays = {"Adam": settings.coupled_weight_decays, "AdamW": settings.weight_decays}
+    return {
+        network: [_grid(settings, network, name, decays[name], batch_norm) for name in PAIR]
+        for network in networks
+    }
+
+
+def _search(lab: Lab, grids: Sequence[Grid], title: str) -> None:
+    search(grids, lab.store, lab.machine, title, lab.settings.extensions)
+
+
+def _bests(
+    lab: Lab, grids: dict[str, list[Grid]], title: str
+) -> dict[tuple[str, str], list[Result]]:
+    """Searches, then trains the best settings with every seed; the results of each."""
+    every = [grid for row in grids.values() for grid in row]
+    _search(lab, every, title)
+    lab.store.fill(
+        [cell for grid in every for cell in _seeds(lab, grid)], lab.machine, f"{title}, seeds"
+    )
+    return {
+        (network, grid.base.optimizer): [lab.store[cell] for cell in _seeds(lab, grid)]
+        for network, row in grids.items()
+        for grid in row
+    }
+
+
+def _seeds(lab: Lab, grid: Grid) -> list[Cell]:
+    best = grid.best(lab.store)
+    return [grid.cell(best.lr, best.weight_decay, seed) for seed in lab.settings.seeds]
+
+
+def _heatmaps(lab: Lab, name: str, grids: dict[str, list[Grid]]) -> None:
+    columns = max(map(len, grids.values()))
+    figure, axes = pictures.panels(len(grids), columns, 3.6, 3.0)
+    for row, (title, pair) in zip(axes, grids.items(), strict=True):
+        for place, grid in zip(row, pair, strict=True):
+            optimizer = pictures.name_of(grid.base.optimizer)
+            pictures.heatmap(place, grid, lab.store, f"{title}, {optimizer}")
+    pictures.save(figure, lab.out, name)
+
+
+def _best_rows(lab: Lab, grids: dict[str, list[Grid]], seeds: bool = True) -> list[Row]:
+    """The best setting of each grid; over the seeds trained, means and spreads."""
+    rows = []
+    for title, pair in grids.items():
+        for grid in pair:
+            best = grid.best(lab.store)
+            cells = _seeds(lab, grid) if seeds else [best]
+            results = [lab.store[cell] for cell in cells if cell in lab.store]
+            rows.append(
+                {
+                    "network": title,
+                    "optimizer": pictures.name_of(grid.base.optimizer),
+                    "lr": best.lr,
+                    "lambda": best.weight_decay,
+                    "seeds": len(results),
+                    **_spread("test_error", [result.test_error for result in results]),
+                    **_spread("train_loss", [result.train_loss for result in results]),
+                    **_spread("iqr_octaves", [result.iqr for result in results]),
+                    "zeros": statistics.mean(result.zeros for result in results),
+                    "on_border": "; ".join(grid.on_border(lab.store)),
+                }
+            )
+    return rows
+
+
+def _spread(name: str, values: Sequence[float]) -> Row:
+    return {name: statistics.mean(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def _finish(lab: Lab, name: str, title: str, rows: Sequence[Row], shown: int | None = None) -> None:
+    """Writes the CSV and prints the table; of wide rows the first columns."""
+    from .tables import print_table
+
+    with (lab.out / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print_table(title, rows, shown)

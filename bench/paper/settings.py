@@ -1,0 +1,128 @@
+"""What is trained: the paper's settings, and smaller ones for two cores and some minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from .networks import DENSENET
+from .training import Cell
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RESNETS = tuple(f"ResNet-{layers}" for layers in (20, 44, 56, 110, 218))
+PAPER_LRS = (5e-5, 1e-4, 5e-4, 1e-3, 5e-3)
+PAPER_WEIGHT_DECAYS = (0.0, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of all figures; the networks are those of the paper's figure of that name.
+
+    Attributes:
+        cifar: whether on the paper's images, or on digits.
+        size: height and width that digits are scaled to.
+        width: of the networks, see :func:`.networks.make`.
+        batch_norm_networks, networks: of figures 2 and 3, without the latter's BN.
+        histogram_networks: of figures 7 to 12. One that is not in ``networks`` is trained for
+            ``histogram_epochs`` with the best settings of the last one there.
+        lrs, weight_decays: the grid of AdamW, AdamProx and AdamProxL2 starts as their product.
+        coupled_weight_decays: the grid's for Adam-l2.
+        l1_weight_decays, l2_weight_decays: AdamProxL1's thresholds, AdamProxL2's lengths.
+        extensions: how often a grid is extended at most.
+    """
+
+    cifar: bool
+    size: int
+    width: int
+    epochs: int
+    batch: int
+    batch_norm_networks: tuple[str, ...]
+    networks: tuple[str, ...]
+    scaled_network: str
+    taylor_networks: tuple[str, ...]
+    section5_network: str
+    histogram_networks: dict[int, str]
+    histogram_epochs: int
+    sgd_network: str
+    sgd_epochs: int
+    lrs: tuple[float, ...]
+    weight_decays: tuple[float, ...]
+    coupled_weight_decays: tuple[float, ...]
+    l1_weight_decays: tuple[float, ...]
+    l2_weight_decays: tuple[float, ...]
+    extensions: int
+    rounds: int  # of Algorithm 3
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def cell(self, network: str, optimizer: str, batch_norm: bool = False) -> Cell:
+        """Of a network, with the optimizer's settings still to be chosen."""
+        images = "digits"
+        if self.cifar:
+            images = "cifar100" if network == DENSENET else "cifar10"
+        return Cell(
+            data=images,
+            size=32 if self.cifar else self.size,
+            network=network,
+            width=self.width,
+            batch_norm=batch_norm,
+            optimizer=optimizer,
+            lr=0.0,
+            weight_decay=0.0,
+            epochs=self.epochs,
+            batch=self.batch,
+            seed=self.seeds[0],
+        )
+
+
+def paper(path: Path | None) -> Settings:
+    """The paper's own; on digits where there is no path of CIFAR's archives."""
+    return Settings(
+        cifar=path is not None,
+        size=32,
+        width=16,
+        epochs=300,
+        batch=128,
+        batch_norm_networks=("ResNet-20", "ResNet-44", "ResNet-56", "ResNet-110", DENSENET),
+        networks=(*RESNETS, DENSENET),
+        scaled_network="ResNet-110",
+        taylor_networks=("ResNet-110", DENSENET),
+        section5_network="ResNet-110",
+        histogram_networks=dict(enumerate((*RESNETS, DENSENET), start=7)),
+        histogram_epochs=300,
+        sgd_network="ResNet-110",
+        sgd_epochs=5,
+        lrs=PAPER_LRS,
+        weight_decays=PAPER_WEIGHT_DECAYS,
+        coupled_weight_decays=PAPER_WEIGHT_DECAYS,
+        l1_weight_decays=(0.0, 1e-7, 5e-7, 1e-6, 5e-6, 1e-5, 5e-5),
+        l2_weight_decays=(0.0, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3),
+        extensions=6,
+        rounds=6,
+    )
+
+
+QUICK = Settings(
+    cifar=False,
+    size=8,
+    width=4,
+    epochs=10,
+    batch=32,
+    batch_norm_networks=("ResNet-8",),
+    networks=("ResNet-8", "ResNet-20"),
+    scaled_network="ResNet-8",
+    taylor_networks=("ResNet-8",),
+    section5_network="ResNet-8",
+    histogram_networks=dict(enumerate((*RESNETS, DENSENET), start=7)),
+    histogram_epochs=1,
+    sgd_network="ResNet-110",
+    sgd_epochs=1,
+    lrs=(1e-3, 5e-3),
+    weight_decays=(0.0, 1e-3, 1e-2),
+    coupled_weight_decays=(0.0, 1e-3, 1e-2),
+    l1_weight_decays=(0.0, 1e-5, 1e-4, 5e-4),
+    l2_weight_decays=(0.0, 1e-3, 1e-2),
+    extensions=0,
+    rounds=2,
+)

@@ -1,0 +1,177 @@
+"""Finished cells on disk: a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fcntl
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+
+import torch
+
+from .training import Cell, Result, train
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+    from typing import TextIO
+
+_CELL = get_type_hints(Cell)
+_RESULT = ("train_loss", "test_error", "iqr", "zeros", "seconds")
+_LISTS = ("train_losses", "test_errors", "histogram_epochs", "histograms")
+
+
+class Machine(NamedTuple):
+    """Where cells are trained: ``jobs`` at a time, on a thread each if it is the CPU."""
+
+    device: torch.device
+    jobs: int
+    path: Path | None = None  # of CIFAR's archives
+
+
+def canonical(cell: Cell) -> Cell:
+    """The cell that is trained in its place: without weight decay all rules are the same one."""
+    if cell.weight_decay == 0 and cell.optimizer != "SGD":
+        return dataclasses.replace(cell, optimizer="AdamW")
+    return cell
+
+
+class Store:
+    """The cells finished so far, in ``cells.csv`` of a folder: a row each.
+
+    The file is replaced as a whole when a cell is finished, so that it is complete at any time.
+
+    Raises:
+        RuntimeError: another run writes to the folder.
+        ValueError: the file has other columns.
+    """
+
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.file = out / "cells.csv"
+        self._lock: TextIO = (out / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise RuntimeError(f"another run writes to {out}") from error
+        self._results: dict[Cell, Result] = {}
+        try:
+            if self.file.exists():
+                self._read()
+        except (KeyError, ValueError):
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Lets others write to the folder."""
+        self._lock.close()
+
+    def __contains__(self, cell: Cell) -> bool:
+        return canonical(cell) in self._results
+
+    def __getitem__(self, cell: Cell) -> Result:
+        return self._results[canonical(cell)]
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def add(self, cell: Cell, result: Result) -> None:
+        """Keeps a result, on disk too."""
+        self._results[cell] = result
+        temporary = self.file.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow((*_CELL, *_RESULT, *_LISTS))
+            writer.writerows(map(_row, self._results.items()))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.file)
+
+    def fill(self, cells: Iterable[Cell], machine: Machine, title: str) -> None:
+        """Trains those that are not there yet, the longest first."""
+        from tqdm import tqdm
+
+        missing = [cell for cell in dict.fromkeys(map(canonical, cells)) if cell not in self]
+        missing.sort(key=_cost, reverse=True)
+        if not missing:
+            return
+        total = sum(cell.epochs for cell in missing)
+        with tqdm(total=total, desc=title, unit="epoch", disable=None, smoothing=0) as progress:
+            if machine.jobs == 1:
+                for cell in missing:
+                    before = progress.n
+                    self.add(cell, train(cell, machine.device, machine.path, progress.update))
+                    progress.update(before + cell.epochs - progress.n)
+                return
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(machine.jobs, context, _start_worker)
+            try:
+                futures = {
+                    pool.submit(train, cell, machine.device, machine.path): cell for cell in missing
+                }
+                for future in as_completed(futures):
+                    cell = futures[future]
+                    self.add(cell, future.result())
+                    progress.update(cell.epochs)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _read(self) -> None:
+        with self.file.open(newline="") as file:
+            reader = csv.DictReader(file)
+            columns = (*_CELL, *_RESULT, *_LISTS)
+            if tuple(reader.fieldnames or ()) != columns:
+                raise ValueError(f"{self.file} has other columns than these cells: move it away")
+            for row in reader:
+                cell = Cell(**{name: _parse(row[name], kind) for name, kind in _CELL.items()})
+                scalars: dict[str, Any] = {name: float(row[name]) for name in _RESULT}
+                self._results[cell] = Result(
+                    **scalars,
+                    train_losses=[float(text) for text in row["train_losses"].split()],
+                    test_errors=[float(text) for text in row["test_errors"].split()],
+                    histogram_epochs=[int(text) for text in row["histogram_epochs"].split()],
+                    histograms=[
+                        [int(text) for text in counts.split()]
+                        for counts in filter(None, row["histograms"].split("|"))
+                    ],
+                )
+
+
+def _row(item: tuple[Cell, Result]) -> list[Any]:
+    cell, result = item
+    return [
+        *dataclasses.astuple(cell),
+        *(getattr(result, name) for name in _RESULT),
+        *(" ".join(map(str, losses)) for losses in (result.train_losses, result.test_errors)),
+        " ".join(map(str, result.histogram_epochs)),
+        "|".join(" ".join(map(str, counts)) for counts in result.histograms),
+    ]
+
+
+def _parse(text: str, kind: type) -> Any:
+    return text == "True" if kind is bool else kind(text)
+
+
+def _cost(cell: Cell) -> int:
+    """In some unit."""
+    layers = int(cell.network.rpartition("-")[2])
+    return layers * cell.epochs * cell.size**2 * cell.width**2
+
+
+def _start_worker() -> None:
+    """One thread a worker, and none outlives its parent, however that ends."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()

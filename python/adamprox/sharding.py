@@ -1,0 +1,53 @@
+"""Params that several ranks share: DTensors, of FSDP2 or tensor parallelism."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from typing_extensions import TypeIs
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_distributed(tensor: Tensor) -> TypeIs[DTensor]:
+    """Whether it is a DTensor; does not import torch.distributed to find out."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def placed_alike(tensor: DTensor, param: DTensor) -> bool:
+    """Whether each rank has the same part of both."""
+    return tensor.device_mesh == param.device_mesh and tensor.placements == param.placements
+
+
+def why_not(tensor: DTensor, param: Tensor, may_move: bool) -> str | None:
+    """What keeps a step from using it, or None: it must be dealt out to the ranks as ``param`` is.
+
+    Args:
+        may_move: whether it may be dealt out otherwise, on the same mesh.
+    """
+    if not is_distributed(param):
+        return "is a DTensor, and the param is not"
+    if tensor.device_mesh != param.device_mesh:
+        return f"is on {tensor.device_mesh}, and the param on {param.device_mesh}"
+    if tensor is param and any(placement.is_partial() for placement in param.placements):
+        return f"has placements={tensor.placements}: ranks with parts of a sum"
+    if not may_move and tensor.placements != param.placements:
+        return f"has placements={tensor.placements}, and the param {param.placements}"
+    return None
+
+
+def share_of(tensor: Tensor, param: Tensor | None = None) -> Tensor:
+    """What this rank has of it; as it has of ``param``, which may take communication.
+
+    A plain tensor is returned as it is. Not recorded by autograd: call it under ``no_grad``.
+    """
+    if not is_distributed(tensor):
+        return tensor
+    if param is not None and is_distributed(param) and not placed_alike(tensor, param):
+        tensor = tensor.redistribute(placements=param.placements)
+    share = tensor.to_local()
+    return share.wait() if hasattr(share, "wait") else share  # it may still be under way

@@ -1,0 +1,422 @@
+"""What the processes of test_distributed.py run: cases, each against the same steps of one process.
+
+A case is a function of (mesh's world size, optimizer's name); it runs on every rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from registry import OPTIMIZERS, same_bits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+STEPS = 6
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def make(name: str, params: Iterable[Tensor], **arguments: Any) -> torch.optim.Optimizer:
+    # Adam's first steps are lr long in each coordinate; the norms here are about 1, and some
+    # blocks of AdamProxL2 vanish.
+    decay = {"AdamProxL2": 3.0}.get(name, OPTIMIZERS[name].weight_decay)
+    return OPTIMIZERS[name].cls(params, **{"lr": 1e-2, "weight_decay": decay, **arguments})
+
+
+def model() -> nn.Module:
+    """Uneven shards on 2, 3 and 4 ranks, some of them empty, and norms."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(7, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 3), nn.Linear(3, 1)
+    )
+
+
+def wide_model() -> nn.Module:
+    """Of several chunks of the reduction tree, which shards cut anywhere."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(131, 290), nn.ReLU(), nn.Linear(290, 67, bias=False))
+
+
+def batch(step: int, features: int = 7) -> Tensor:
+    return torch.randn(12, features, generator=torch.Generator().manual_seed(step))
+
+
+def backward(net: nn.Module, step: int, features: int = 7) -> None:
+    net.zero_grad()
+    whole(net(batch(step, features))).square().mean().backward()
+
+
+class Twin:
+    """The same steps in one process, on plain tensors, with the grads that the ranks have."""
+
+    def __init__(self, net: nn.Module, name: str, **arguments: Any) -> None:
+        self.net = copy.deepcopy(net)
+        self.optimizer = make(name, self.net.parameters(), **arguments)
+
+    def step(self, net: nn.Module) -> None:
+        for p, q in zip(net.parameters(), self.net.parameters(), strict=True):
+            q.grad = None if p.grad is None else whole(p.grad).detach().clone()
+        self.optimizer.step()
+
+    def check(self, net: nn.Module, optimizer: torch.optim.Optimizer, exactly: bool = True) -> None:
+        """Params and states of the whole run, on every rank."""
+
+        def equal(ours: Tensor, theirs: Tensor) -> bool:
+            if exactly:
+                return same_bits(ours, theirs)
+            return torch.allclose(ours, theirs, rtol=1e-6, atol=1e-9)
+
+        for (key, p), q in zip(net.named_parameters(), self.net.parameters(), strict=True):
+            assert equal(whole(p).detach(), q.detach()), f"{key}: {whole(p)}, expected {q}"
+            state, expected = optimizer.state[p], self.optimizer.state[q]
+            assert state.keys() == expected.keys()
+            for name, value in expected.items():
+                assert equal(whole(state[name]), value), f"{name} of {key}"
+                if isinstance(p, DTensor) and name != "step":
+                    assert state[name].placements == p.placements
+
+
+def train(net: nn.Module, name: str, twin: Twin, features: int = 7, **arguments: Any) -> Any:
+    optimizer = make(name, net.parameters(), **arguments)
+    exactly = name != "AdamProxL2" or all(rows_only(p) for p in net.parameters())
+    for step in range(STEPS):
+        backward(net, step, features)
+        twin.step(net)
+        optimizer.step()
+        twin.check(net, optimizer, exactly)
+    return optimizer
+
+
+def rows_only(param: Tensor) -> bool:
+    """Whether each rank has some of the rows."""
+    return not isinstance(param, DTensor) or all(
+        p in (Replicate(), Shard(0)) for p in param.placements
+    )
+
+
+def fsdp(net: nn.Module, mesh: Any, **arguments: Any) -> nn.Module:
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh, **arguments)
+    return fully_shard(net, mesh=mesh, **arguments)
+
+
+def case_fsdp(world: int, name: str) -> None:
+    net = model()
+    twin = Twin(net, name)
+    fsdp(net, init_device_mesh("cpu", (world,)))
+    shares = [p.to_local().numel() for p in net.parameters()]
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, shares)
+    assert any(len(set(x)) > 1 for x in zip(*everyone, strict=True))  # uneven
+    optimizer = train(net, name, twin)
+    assert all(isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in net.parameters())
+
+
+def case_fsdp_of_several_chunks(world: int, name: str) -> None:
+    net = wide_model()
+    twin = Twin(net, name)
+    train(fsdp(net, init_device_mesh("cpu", (world,))), name, twin, features=131)
+
+
+def case_fsdp_in_bfloat16_with_amsgrad(world: int, name: str) -> None:
+    net = wide_model().to(torch.bfloat16)
+    twin = Twin(net, name, amsgrad=True)
+    fsdp(net, init_device_mesh("cpu", (world,)))
+    optimizer = make(name, net.parameters(), amsgrad=True)
+    for step in range(STEPS):
+        net.zero_grad()
+        net(batch(step, 131).bfloat16()).square().mean().backward()
+        twin.step(net)
+        optimizer.step()
+        twin.check(net, optimizer)
+
+
+def case_fsdp_offloaded(world: int, name: str) -> None:
+    net = model()
+    twin = Twin(net, name)
+    fsdp(net, init_device_mesh("cpu", (world,)), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    train(net, name, twin)
+
+
+def case_fsdp_replicated(world: int, name: str) -> None:
+    """HSDP: a mesh of replicas and shards."""
+    replicas = 2 if world == 4 else 1
+    net = wide_model()
+    twin = Twin(net, name)
+    mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("copy", "shard"))
+    train(fsdp(net, mesh), name, twin, features=131)
+
+
+def case_fsdp_mixed_with_plain(world: int, name: str) -> None:
+    net = model()
+    twin = Twin(net, name)
+    fully_shard(net[0], mesh=init_device_mesh("cpu", (world,)))
+    train(net, name, twin)
+
+
+def case_tensor_parallel(world: int, name: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 12), nn.ReLU(), nn.Linear(12, 3))
+    twin = Twin(net, name)
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(net, init_device_mesh("cpu", (world,)), plan)
+    train(net, name, twin)
+
+
+def case_tensor_parallel_with_grads_placed_otherwise(world: int, name: str) -> None:
+    """A norm's grads under sequence parallelism: each rank has a term of the sum."""
+    net = nn.LayerNorm(6)
+    twin = Twin(net, name)
+    mesh = init_device_mesh("cpu", (world,))
+    parallelize_module(net, mesh, SequenceParallel())
+    optimizer = make(name, net.parameters())
+    for step in range(STEPS):
+        net.zero_grad()
+        net(batch(step, 6).view(1, 12, 6)).to_local().square().mean().backward()
+        for p in net.parameters():  # whole numbers, since a sum's order must not matter
+            terms = torch.arange(6.0) * (dist.get_rank() + 1)
+            p.grad = DTensor.from_local(terms, mesh, (Partial(),), run_check=False)
+        twin.step(net)
+        optimizer.step()
+        twin.check(net, optimizer)
+        assert all(p.grad.placements == (Partial(),) for p in net.parameters())
+
+
+def case_fsdp_with_tensor_parallel(world: int, name: str) -> None:
+    parallel = 2 if world == 4 else 1
+    net = wide_model()
+    twin = Twin(net, name)
+    mesh = init_device_mesh("cpu", (world // parallel, parallel), mesh_dim_names=("dp", "tp"))
+    parallelize_module(net, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fsdp(net, mesh["dp"])
+    train(net, name, twin, features=131)
+
+
+def case_columns(world: int, name: str) -> None:
+    """Shard(1): the norm is global too."""
+    mesh = init_device_mesh("cpu", (world,))
+    net = nn.Linear(293, 131, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.randn(131, 293, generator=torch.Generator().manual_seed(0)))
+    twin = Twin(net, name)
+    net.weight = nn.Parameter(distribute_tensor(net.weight.detach(), mesh, (Shard(1),)))
+    optimizer = make(name, net.parameters())
+    for step in range(STEPS):
+        grad = torch.randn(131, 293, generator=torch.Generator().manual_seed(step))
+        net.weight.grad = distribute_tensor(grad, mesh, (Shard(1),))
+        twin.step(net)
+        optimizer.step()
+        twin.check(net, optimizer, exactly=name != "AdamProxL2")
+
+
+def case_partial_params_are_refused(world: int, name: str) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    share = torch.ones(3)
+    param = nn.Parameter(DTensor.from_local(share, mesh, (Partial(),), run_check=False))
+    param.grad = DTensor.from_local(torch.ones(3), mesh, (Partial(),), run_check=False)
+    with pytest.raises(RuntimeError, match=r"Partial.*nothing was updated"):
+        make(name, [param]).step()
+    assert torch.equal(share, torch.ones(3))
+
+
+def case_skipped_and_frozen(world: int, name: str) -> None:
+    net = model()
+    twin = Twin(net, name)
+    fsdp(net, init_device_mesh("cpu", (world,)))
+    optimizer = make(name, net.parameters())
+    for step in range(STEPS):
+        backward(net, step)
+        for index, p in enumerate(net.parameters()):
+            if (index + step) % 3 == 0 and step > 0:
+                p.grad = None
+        twin.step(net)
+        optimizer.step()
+        twin.check(net, optimizer)
+
+
+def case_ddp(world: int, name: str) -> None:
+    net = model()
+    twin = Twin(net, name)
+    parallel = DistributedDataParallel(net)
+    optimizer = make(name, net.parameters())
+    for step in range(STEPS):
+        parallel.zero_grad()
+        parallel(batch(step * world + dist.get_rank())).square().mean().backward()
+        twin.step(net)
+        optimizer.step()
+        twin.check(net, optimizer)
+
+
+def case_zero(world: int, name: str) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # torch.jit, which warns
+
+    net = model()
+    twin = Twin(net, name)
+    arguments = {"lr": 1e-2, "weight_decay": twin.optimizer.defaults["weight_decay"]}
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), OPTIMIZERS[name].cls, **arguments)
+    for step in range(STEPS):
+        backward(net, step)
+        twin.step(net)
+        optimizer.step()
+        for p, q in zip(net.parameters(), twin.net.parameters(), strict=True):
+            assert same_bits(p.detach(), q.detach())
+    mine = optimizer.optim.state
+    assert len(mine) < len(list(net.parameters()))
+
+
+def heap_bytes() -> int:
+    """What C's heap has in use."""
+
+    class Info(ctypes.Structure):
+        _fields_ = tuple((name, ctypes.c_size_t) for name in "abcdefghij")
+
+    call = ctypes.CDLL(None).mallinfo2
+    call.restype = Info
+    info = call()
+    return info.h + info.e  # uordblks, hblkhd
+
+
+def case_memory_does_not_grow(world: int, name: str) -> None:
+    net = model()
+    fsdp(net, init_device_mesh("cpu", (world,)))
+    optimizer = make(name, net.parameters())
+    backward(net, 0)
+    tensors = [t for p in net.parameters() for t in (p, p.grad)]
+
+    def held() -> tuple[int, ...]:
+        counts = [
+            sys.getrefcount(x)
+            for t in tensors
+            for x in (t, t._local_tensor, t._spec, t._spec.mesh, t._spec.placements)
+        ]
+        gc.collect()
+        return (len(gc.get_objects()), sys.getallocatedblocks(), *counts)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.step()
+
+    run(100)
+    held()
+    before, heap = held(), heap_bytes()
+    run(500)
+    after, grown = held(), heap_bytes() - heap
+    assert after[2:] == before[2:]  # references
+    assert after[0] - before[0] < 50, after[0] - before[0]
+    assert after[1] - before[1] < 250, after[1] - before[1]
+    assert grown < 500 * 32, grown  # less than a smallest allocation a step
+
+
+def checkpoint_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"net": get_model_state_dict(net), "optimizer": get_optimizer_state_dict(net, optimizer)}
+
+
+def load_checkpoint(net: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    saved = checkpoint_of(net, optimizer)
+    dcp.load(saved, checkpoint_id=path)
+    set_model_state_dict(net, saved["net"])
+    set_optimizer_state_dict(net, optimizer, saved["optimizer"])
+
+
+def set_grads(net: nn.Module, step: int) -> None:
+    """The same ones on any number of ranks."""
+    for index, p in enumerate(net.parameters()):
+        grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + index))
+        on_ranks = isinstance(p, DTensor)
+        p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if on_ranks else grad
+
+
+def resume(net: nn.Module, name: str, load: Path | None, save: Path, first: int) -> Any:
+    """STEPS steps from a checkpoint to another."""
+    optimizer = make(name, net.parameters())
+    if load is not None:
+        load_checkpoint(net, optimizer, load)
+    for step in range(first, first + STEPS):
+        set_grads(net, step)
+        optimizer.step()
+    dcp.save(checkpoint_of(net, optimizer), checkpoint_id=save)
+    return optimizer
+
+
+def case_checkpoint(world: int, name: str) -> None:
+    """Saved by ``world - 1`` ranks (or one process), loaded and saved again by ``world``."""
+    net = fsdp(model(), init_device_mesh("cpu", (world,)))
+    load, save = (FOLDER / f"checkpoint-{name}-{ranks}" for ranks in (world - 1, world))
+    optimizer = resume(net, name, load, save, first=STEPS * (world - 1))
+    twin = Twin(model(), name)
+    for step in range(STEPS * world):
+        set_grads(twin.net, step)
+        twin.optimizer.step()
+    twin.check(net, optimizer)
+
+
+CASES: dict[str, Callable[[int, str], None]] = {
+    key.removeprefix("case_"): function
+    for key, function in sorted(globals().items())
+    if key.startswith("case_")
+}
+FOLDER = Path()
+ONLY = os.environ.get("ADAMPROX_TEST_ONLY", "")  # an optimizer, to look into something
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    """Runs every case with every optimizer; writes what went wrong, a line of JSON a case."""
+    global FOLDER
+    FOLDER = folder
+    torch.set_num_threads(1)
+    os.environ["TORCH_FR_BUFFER_SIZE"] = "50"  # torch's record of collectives, full before long
+    store = f"file://{folder}/store-{world}"
+    timeout = timedelta(minutes=5)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
+    with (folder / f"{world}-{rank}.json").open("w") as out:
+        for case, function in CASES.items():
+            for name in (n for n in OPTIMIZERS if not ONLY or n == ONLY):
+                error, start = None, time.monotonic()
+                try:
+                    function(world, name)
+                except BaseException:
+                    error = traceback.format_exc()
+                print(
+                    json.dumps((case, name, error, round(time.monotonic() - start, 2))),
+                    file=out,
+                    flush=True,
+                )
+                if error is not None:
+                    return  # the other ranks may wait for this one: they get an error when it ends
+    dist.destroy_process_group()

@@ -1,0 +1,526 @@
+"""The paper's experiments: what they are made of, and the paper's claims where they are exact."""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from adamprox.__main__ import main
+from adamprox.bench.paper import (
+    adagrad,
+    data,
+    figures,
+    grids,
+    histograms,
+    networks,
+    page,
+    quadratics,
+    scaling,
+    settings,
+    store,
+    taylor,
+    training,
+)
+
+CPU = torch.device("cpu")
+PAGE = Path(__file__).parent.parent / "bench/paper/README.md"
+TINY = training.Cell("digits", 8, "ResNet-8", 4, False, "AdamW", 1e-3, 1e-3, epochs=1, batch=256)
+
+
+# He et al. (2016), table 6, and the implementation that the paper used: 0.27, 0.66, 0.85, 1.7 and
+# 3.5 M; Huang et al. (2017), table 2: 0.8 M.
+@pytest.mark.parametrize(
+    ("name", "with_norm", "without"),
+    [
+        ("ResNet-20", 269_722, 268_346),
+        ("ResNet-44", 658_586, 655_418),
+        ("ResNet-56", 853_018, 848_954),
+        ("ResNet-110", 1_727_962, 1_719_866),
+        ("ResNet-218", 3_477_850, 3_461_690),
+        ("DenseNet-BC-100", 800_032, 776_044),
+    ],
+)
+def test_networks_are_of_the_published_size(name, with_norm, without):
+    classes = 100 if name == networks.DENSENET else 10
+    for batch_norm, expected in ((True, with_norm), (False, without)):
+        model = networks.make(name, classes, 3, batch_norm)
+        assert sum(param.numel() for param in model.parameters()) == expected
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert bool(norms) == batch_norm
+
+
+@pytest.mark.parametrize("name", ["ResNet-8", "DenseNet-BC-10"])
+def test_every_param_of_a_network_is_used(name):
+    model = networks.make(name, 10, 1, True, width=4)
+    model(torch.randn(2, 1, 8, 8)).square().sum().backward()
+    assert all(param.grad is not None for param in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["ResNet", "VGG-16", "ResNet-21", "DenseNet-BC-99"])
+def test_other_networks_are_refused(name):
+    with pytest.raises(ValueError, match=r"Invalid (network|number of layers)"):
+        networks.make(name, 10, 1, False)
+
+
+def write_archive(folder, name, monkeypatch, per_batch=3):
+    """A small archive in CIFAR's format, which is taken for the official one."""
+    archive = data.ARCHIVES[name]
+    random = torch.Generator().manual_seed(0)
+    pixels, labels = [], []
+    path = folder / archive.file
+    with tarfile.open(path, "w:gz") as tar:
+        for index, batch in enumerate((*archive.train, *archive.test)):
+            values = torch.randint(256, (per_batch, 3 * 32 * 32), generator=random)
+            values = values.to(torch.uint8)
+            numbers = [(index + k) % archive.classes for k in range(per_batch)]
+            pickled = pickle.dumps({b"data": values.numpy(), archive.labels: numbers})
+            info = tarfile.TarInfo(f"{archive.folder}/{batch}")
+            info.size = len(pickled)
+            tar.addfile(info, io.BytesIO(pickled))
+            pixels.append(values)
+            labels += numbers
+    official = archive._replace(md5=hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(data.ARCHIVES, name, official)
+    return path, torch.cat(pixels).view(-1, 3, 32, 32), labels
+
+
+@pytest.mark.parametrize("name", data.ARCHIVES)
+def test_cifar_archives_are_read_and_normalized(name, tmp_path, monkeypatch):
+    path, pixels, labels = write_archive(tmp_path, name, monkeypatch)
+    images = data.load(name, path=tmp_path)
+    count = 3 * len(data.ARCHIVES[name].train)
+    assert images.train.shape == (count, 3, 32, 32)
+    assert images.train_labels.tolist() == labels[:count]
+    assert images.test_labels.tolist() == labels[count:]
+    mean, std = images.train.mean(dim=(0, 2, 3)), images.train.std(dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(std, torch.ones(3), atol=1e-3, rtol=0)
+    # The test images are normalized by the training images' numbers.
+    means = pixels[:count].double().mean(dim=(0, 2, 3))
+    deviations = pixels[:count].double().std(dim=(0, 2, 3), correction=0)
+    expected = (pixels[count:] - means.view(3, 1, 1)) / deviations.view(3, 1, 1)
+    torch.testing.assert_close(images.test, expected.float(), atol=1e-5, rtol=0)
+    assert images.classes == data.ARCHIVES[name].classes
+    assert images.mirrored
+    assert torch.equal(data.load(name, path=path).train, images.train)
+
+
+def test_another_archive_is_refused(tmp_path, monkeypatch):
+    path, *_ = write_archive(tmp_path, "cifar10", monkeypatch)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"its md5 is \w{32}, the official archive's \w{32}"):
+        data.load("cifar10", path=tmp_path)
+
+
+@pytest.mark.parametrize("path", [None, "."])
+def test_a_missing_archive_is_named_with_its_place(path, tmp_path):
+    path = None if path is None else tmp_path
+    with pytest.raises(FileNotFoundError, match=r"https://\S+/cifar-100-python.tar.gz \(md5 "):
+        data.load("cifar100", path=path)
+
+
+def test_digits_are_scaled():
+    small, large = data.load("digits", 8), data.load("digits", 32)
+    assert small.train.shape == (1347, 1, 8, 8)
+    assert large.test.shape == (450, 1, 32, 32)
+    assert torch.equal(small.train_labels, large.train_labels)
+    assert not large.mirrored
+    assert large.train.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_augmented_images_are_crops_of_padded_ones():
+    images = torch.arange(1.0, 1 + 6 * 2 * 32 * 32).view(6, 2, 32, 32)
+    padding = torch.tensor([-1.0, -2.0])
+    random = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(8):
+        result = data.augment(images, padding, True, random)
+        assert result.shape == images.shape
+        for image, augmented in zip(images, result, strict=True):
+            channels = zip(image, padding.tolist(), strict=True)
+            padded = torch.stack([pad(c, (4, 4, 4, 4), value=value) for c, value in channels])
+            crops = {
+                (top, left, mirrored): crop.flip(2) if mirrored else crop
+                for top in range(9)
+                for left in range(9)
+                for crop in [padded[:, top : top + 32, left : left + 32]]
+                for mirrored in (False, True)
+            }
+            found = [key for key, crop in crops.items() if torch.equal(crop, augmented)]
+            assert len(found) == 1
+            seen.update(found)
+    assert {mirrored for *_, mirrored in seen} == {False, True}
+    assert len(seen) > 30
+    unmirrored = data.augment(images, padding, False, random)
+    assert (unmirrored[..., 4:-4, 4:-4].diff(dim=-1) == 1).all()
+
+
+def test_histogram_of_magnitudes_put_down_by_hand():
+    """Magnitudes of the first step of an optimizer whose states are made up."""
+    magnitudes = [0.0, 2.0**-40, 2.0**-27, 1.01 * 2.0**-27, 2.0**-26, 0.25, 0.3, 0.5, 0.75]
+    magnitudes += [math.nextafter(1.0, 0.0), 1.0, 7.0, math.inf, math.nan]
+    param = torch.nn.Parameter(torch.zeros(len(magnitudes), dtype=torch.float64))
+    param.grad = torch.ones_like(param)
+    optimizer = torch.optim.AdamW([param], betas=(0.5, 0.5), eps=0.0)
+    optimizer.step()
+    state = optimizer.state[param]
+    state["exp_avg"] = 0.5 * torch.tensor(magnitudes, dtype=torch.float64).neg()
+    state["exp_avg_sq"] = torch.full_like(param, 0.5)
+    expected = [0] * histograms.BINS
+    expected[0], expected[1], expected[25], expected[26], expected[27], expected[28] = (
+        3,
+        2,
+        1,
+        2,
+        2,
+        3,
+    )
+    assert histograms.update_histogram(optimizer).tolist() == expected
+
+
+def test_quartiles_of_a_histogram():
+    counts = [0] * histograms.BINS
+    counts[1], counts[2] = 100, 100  # (2^-27, 2^-26] and (2^-26, 2^-25]
+    assert histograms.quantile(counts, 0.25) == -26.5
+    assert histograms.quantile(counts, 0.75) == -25.5
+    assert histograms.interquartile_range(counts) == 1
+    assert histograms.interquartile_range([10] + 27 * [0] + [10]) == 27
+    assert math.isnan(histograms.quantile([0] * histograms.BINS, 0.5))
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "AdamProx", "AdamProxL1", "AdamProxL2"])
+def test_cells_are_repeatable_and_without_decay_all_the_same(optimizer):
+    cell = dataclasses.replace(TINY, optimizer=optimizer, weight_decay=0.0)
+    result = training.train(cell, CPU)
+    reference = training.train(store.canonical(cell), CPU)
+    assert result.train_losses == reference.train_losses
+    assert result.histograms == reference.histograms
+    params = sum(p.numel() for p in networks.make("ResNet-8", 10, 1, False, 4).parameters())
+    assert [sum(counts) for counts in result.histograms] == [params]
+    decayed = training.train(dataclasses.replace(cell, weight_decay=0.1), CPU)
+    assert decayed.train_losses != reference.train_losses
+
+
+def test_a_training_that_diverges_ends_and_says_so():
+    cell = dataclasses.replace(TINY, optimizer="SGD", lr=1e30, epochs=3)
+    result = training.train(cell, CPU)
+    assert math.isnan(result.train_loss)
+    assert len(result.train_losses) < 3
+    assert 0.5 < result.test_error <= 1
+
+
+def fake_store(tmp_path, error):
+    """A store whose results come from a function of lr and weight decay."""
+    cells = store.Store(tmp_path)
+    cells.close()  # nothing is written
+
+    def fill(missing, machine, title):
+        for cell in map(store.canonical, missing):
+            nothing = [[], [], [], []]
+            value = error(cell.lr, cell.weight_decay)
+            cells._results[cell] = training.Result(value, value, 1.0, 0.0, 1.0, *nothing)
+
+    cells.fill = fill
+    return cells
+
+
+def test_grids_are_extended_until_the_best_is_inside(tmp_path):
+    cells = fake_store(tmp_path, lambda lr, wd: abs(math.log10(lr / 2e-2)) + abs(wd - 5e-3))
+    grid = grids.Grid(TINY, [1e-4, 1e-3], [0.0, 1e-3])
+    grids.search([grid], cells, None, "", extensions=9)
+    assert grid.lrs == [1e-4, 1e-3, 5e-3, 1e-2, 5e-2]
+    assert grid.weight_decays == [0.0, 1e-3, 5e-3, 1e-2]
+    best = grid.best(cells)
+    assert (best.lr, best.weight_decay) == (1e-2, 5e-3)
+    assert grid.on_border(cells) == []
+
+
+def test_extensions_are_limited_and_the_border_is_told(tmp_path):
+    cells = fake_store(tmp_path, lambda lr, wd: lr + wd)
+    grid = grids.Grid(TINY, [1e-3, 1e-2], [0.0, 1e-3])
+    grids.search([grid], cells, None, "", extensions=1)
+    assert grid.lrs == [5e-4, 1e-3, 1e-2]
+    assert grid.on_border(cells) == ["lr below 0.0005"]
+
+
+@pytest.mark.parametrize(
+    ("value", "up", "expected"),
+    [(1e-3, True, 5e-3), (5e-3, True, 1e-2), (2e-3, True, 5e-3), (1e-3, False, 5e-4),
+     (5e-3, False, 1e-3), (2e-3, False, 1e-3), (0.1, True, 0.5), (0.5, False, 0.1)],
+)  # fmt: skip
+def test_neighbours_on_the_scale(value, up, expected):
+    assert grids.neighbour(value, up) == expected
+
+
+def test_finished_cells_are_read_as_they_were_written(tmp_path):
+    cells = store.Store(tmp_path)
+    other = dataclasses.replace(TINY, optimizer="AdamProxL1", batch_norm=True, lr=0.1 + 0.2)
+    cells.fill([TINY, other, TINY], store.Machine(CPU, 1), "")
+    results = {cell: cells[cell] for cell in (TINY, other)}
+    with pytest.raises(RuntimeError, match="another run writes to"):
+        store.Store(tmp_path)
+    cells.close()
+    again = store.Store(tmp_path)
+    assert len(again) == 2
+    for cell, result in results.items():
+        read = again[cell]
+        assert (read.train_loss, read.test_error) == (result.train_loss, result.test_error)
+        assert read.histograms == result.histograms
+    again.close()
+
+
+def test_a_store_of_other_columns_is_refused(tmp_path):
+    (tmp_path / "cells.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has other columns"):
+        store.Store(tmp_path)
+
+
+GRID = """
+import sys
+import dataclasses
+import pathlib
+import torch
+from adamprox.bench.paper import store
+from adamprox.bench.paper.training import Cell
+
+if __name__ == "__main__":
+    cell = Cell("digits", 8, "ResNet-8", 4, False, "AdamW", 1e-3, 1e-3, epochs=1, batch=256)
+    cells = [dataclasses.replace(cell, seed=seed) for seed in range(int(sys.argv[2]))]
+    found = store.Store(pathlib.Path(sys.argv[1]))
+    print(len(found), "found", flush=True)
+    found.fill(cells, store.Machine(torch.device("cpu"), int(sys.argv[3])), "")
+"""
+
+
+def test_a_killed_grid_goes_on(tmp_path):
+    """Killed with its two workers, it goes on without any."""
+    script = tmp_path / "grid.py"
+    script.write_text(GRID)
+    out = tmp_path / "out"
+    file = out / "cells.csv"
+
+    def rows():
+        with file.open(newline="") as opened:
+            return list(csv.reader(opened))[1:]
+
+    command = [sys.executable, str(script), str(out)]
+    with subprocess.Popen([*command, "1000", "2"], stderr=subprocess.DEVNULL) as running:
+        while not file.exists() or len(rows()) < 2:
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(signal.SIGKILL)
+    before = rows()
+    total = len(before) + 2
+    again = subprocess.run([*command, str(total), "1"], capture_output=True, text=True)
+    assert again.stdout == f"{len(before)} found\n", again.stderr
+    after = rows()
+    assert after[: len(before)] == before
+    assert len(after) == len({tuple(row[:13]) for row in after}) >= total
+
+
+def test_corollary_1_to_the_bit():
+    for dtype in (torch.float32, torch.float64):
+        for decay in (0.0, 0.5):
+            paths = [
+                quadratics.adamw(quadratics.hessian_of(number, dtype), 0.1, 50, decay)
+                for number in (1.0, 2.0**17, 2.0**-20)
+            ]
+            assert torch.equal(paths[0], paths[1])
+            assert torch.equal(paths[0], paths[2])
+    of_1e5 = quadratics.adamw(quadratics.hessian_of(1e5), 0.1, 50)
+    unscaled = quadratics.adamw(quadratics.hessian_of(1.0), 0.1, 50)
+    torch.testing.assert_close(of_1e5, unscaled, atol=1e-13, rtol=0)
+    descents = [
+        quadratics.gradient_descent(quadratics.hessian_of(number), 1e-5, 50)
+        for number in (1.0, 1e5)
+    ]
+    assert (descents[0] - descents[1]).abs().max() > 0.1
+
+
+def test_the_remainder_of_taylor_has_slope_2_in_eta_and_1_in_lambda():
+    points = taylor.distances("eta", steps=30)
+    slope = taylor.slope([p.eta for p in points], [p.distance for p in points])
+    assert slope == pytest.approx(2, abs=0.1)
+    points = taylor.distances("weight_decay", steps=30)
+    slope = taylor.slope([p.weight_decay for p in points], [p.distance for p in points])
+    assert slope == pytest.approx(1, abs=0.1)
+    assert taylor.slope([1.0, 2.0, 4.0], [3.0, 24.0, 192.0]) == pytest.approx(3)
+
+
+def test_a_factor_of_the_loss_moves_adam_l2_alone():
+    curves = scaling.curves(steps=10)
+    original = {(c.optimizer, c.dtype): c for c in curves if c.factor == 1}
+    for curve in curves:
+        moved = scaling.deviation(curve, original[curve.optimizer, curve.dtype])
+        if curve.optimizer == "Adam" and curve.factor != 1:
+            assert moved > 1e-4
+        elif math.log2(curve.factor).is_integer():
+            assert moved == 0
+        else:
+            assert moved < (1e-5 if curve.dtype == "float32" else 1e-12)
+
+
+@pytest.mark.parametrize("condition_number", [1.0, 1e2])
+def test_theorem_3_holds_in_every_round(condition_number):
+    for each in adagrad.adagrad_with_restarts(condition_number, rounds=2):
+        assert each.inside
+        assert 0 < each.distance <= each.bound
+        assert each.bound * 4**each.round < 1
+        assert 0 < each.regret_share <= 1
+        assert each.steps == 32 * each.dimensions * condition_number
+
+
+def test_algorithm_2_written_out():
+    problems = adagrad.quadratics(10.0, 3)
+    start = torch.zeros_like(problems.minimizers)
+    run = adagrad.adagrad(problems, start, radius=0.3, eta=0.2, steps=25)
+    x, squares, total, regret = start.clone(), 0.0, 0.0, 0.0
+    for _ in range(25):
+        difference = x - problems.minimizers
+        gradient = torch.einsum("pij,pj->pi", problems.hessians, difference)
+        squares = squares + gradient**2
+        total = total + x
+        regret = regret + 0.5 * (gradient * difference).sum(dim=1)
+        x = (x - 0.2 / squares.sqrt() * gradient).clamp(-0.3, 0.3)
+    torch.testing.assert_close(run.mean, total / 25)
+    torch.testing.assert_close(run.regret, regret)
+    torch.testing.assert_close(run.bound, (2 * 3 * 0.6**2 * squares.sum(dim=1)).sqrt())
+    assert problems.hessians[1].count_nonzero() == 3  # a diagonal one
+    eigenvalues = torch.linalg.eigvalsh(problems.hessians)
+    torch.testing.assert_close(
+        eigenvalues[:, -1] / eigenvalues[:, 0], torch.full((6,), 10.0).double()
+    )
+
+
+@pytest.fixture
+def _tiny(monkeypatch):
+    tiny = dataclasses.replace(
+        settings.QUICK,
+        width=4,
+        epochs=2,
+        batch=512,
+        batch_norm_networks=("ResNet-8",),
+        networks=("ResNet-8", "ResNet-14"),
+        scaled_network="ResNet-8",
+        taylor_networks=("ResNet-8",),
+        section5_network="ResNet-8",
+        histogram_networks=dict.fromkeys(range(7, 13), "ResNet-8"),
+        sgd_network="ResNet-8",
+        sgd_epochs=1,
+        lrs=(1e-3,),
+        weight_decays=(0.0, 1e-3),
+        coupled_weight_decays=(0.0, 1e-3),
+        l1_weight_decays=(0.0, 1e-5),
+        l2_weight_decays=(0.0, 1e-3),
+        extensions=0,
+        rounds=1,
+    )
+    monkeypatch.setattr(settings, "QUICK", tiny)
+    monkeypatch.setattr(adagrad, "DIMENSIONS", {1.0: 2})
+    monkeypatch.setattr(scaling, "STEPS", 2)
+    monkeypatch.setattr(taylor, "STEPS", 2)
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkeypatch):
+    command = [
+        "paper",
+        "all",
+        "--quick",
+        "--out",
+        str(tmp_path),
+        "--jobs",
+        "1",
+        "--seeds",
+        "0",
+        "1",
+    ]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    numbers = range(1, 13)
+    names = {f"figure-{number}" for number in numbers} | {"taylor"}
+    for name in names:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()
+    for name in {*names, "corollary-1", "loss-factor", "l1-path", "theorem-3", "sgd"}:
+        with (tmp_path / f"{name}.csv").open(newline="") as file:
+            assert list(csv.DictReader(file))
+    assert all(f"Figure {number}" in out for number in numbers)
+    with (tmp_path / "figure-3.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["network"], row["optimizer"]) for row in rows] == [
+        (network, name) for network in ("ResNet-8", "ResNet-14") for name in ("Adam-l2", "AdamW")
+    ]
+    assert {row["seeds"] for row in rows} == {"2"}
+    finished = (tmp_path / "cells.csv").read_bytes()
+
+    def refuse(*args):
+        raise AssertionError("a finished cell was trained again")
+
+    monkeypatch.setattr(store, "train", refuse)
+    command[1:2] = ["3", "6", "12"]
+    assert main(command) == 0
+    assert "\n0 trainings in " in capsys.readouterr().out
+    assert (tmp_path / "cells.csv").read_bytes() == finished
+
+
+def test_the_page_has_the_tables_of_its_csv():
+    text = PAGE.read_text()
+    assert page.refresh(text, PAGE.parent / "results") == text
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") > 3
+    for name in re.findall(r"\]\((results/\S+?)\)", text):
+        assert (PAGE.parent / name).is_file()
+
+
+def test_tables_of_a_page(tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "network,seeds,a,a_min,a_max\nR,3,0.25,0.12345,0.5\nS,1,1,1,1\n"
+    )
+    text = "x\n<!-- table: t columns: network, a -->\nold\n<!-- end -->\ny\n"
+    table = "| network | a |\n|---|---|\n| R | 0.25 (0.123 .. 0.5) |\n| S | 1 |\n"
+    assert page.refresh(text, tmp_path) == text.replace("old\n", table)
+    with pytest.raises(FileNotFoundError):
+        page.refresh(text.replace(" t ", " u "), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["13"], "argument FIGURE: invalid choice: '13'"),
+        ([], "argument FIGURE: none is given"),
+        (["1", "--jobs", "0"], "argument --jobs: '0' is not a positive int"),
+        (["1", "--device", "abacus"], "argument --device: 'abacus' cannot be used: "),
+        (["3", "--quick", "--data", "."], "argument --data: --quick trains on digits"),
+        (["3", "--data", "nowhere"], "please download https://"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_command_names_what_is_wrong(args, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["paper", *args, "--out", str(tmp_path / "out")])
+    assert message in (capsys.readouterr().err + str(end.value))
+    assert not os.path.exists(tmp_path / "out" / "cells.csv")
+
+
+def test_help_describes_every_figure(capsys):
+    with pytest.raises(SystemExit):
+        main(["paper", "--help"])
+    out = capsys.readouterr().out
+    assert {line.split()[0] for line in out.splitlines() if line.startswith("  ")} >= {
+        *(name for name in figures.FIGURES if not name.isdecimal() or int(name) < 8)
+    }
+    assert out.count("(default: ") == 5
