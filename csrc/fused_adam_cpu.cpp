@@ -26,6 +26,9 @@ namespace {
 // Below this many elements, waking a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;
 
+// What AdamProxL2 updates before it squares and adds it: so little that memory goes on streaming.
+constexpr int64_t kBlockSize = 256;
+
 struct Span {  // some elements of one row
   const TensorRow& row;
   void* grad;
@@ -38,7 +41,8 @@ struct Span {  // some elements of one row
 };
 
 template <typename Rule, typename Param, typename State>
-MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
+inline __attribute__((always_inline)) void update_elements(const Span& span,
+                                                           const Scalars& scalars) {
   const TensorRow& row = span.row;
   const Update<Rule, Compute<Param>> update(scalars);
   const ReadWrite<Param> param{span.at<Param>(row.param)};
@@ -51,6 +55,11 @@ MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
     const ReadWrite<State> max_exp_avg_sq{span.at<State>(row.max_exp_avg_sq)};
     for_each_element(span.count, update, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
   }
+}
+
+template <typename Rule, typename Param, typename State>
+MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
+  update_elements<Rule, Param, State>(span, scalars);
 }
 
 typedef double Quad __attribute__((vector_size(32)));
@@ -99,26 +108,26 @@ inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, i
   return i / 4;
 }
 
-template <typename Terms, typename Storage>
-inline __attribute__((always_inline)) double tree_sum(const Storage* values, int64_t count) {
-  double sums[kTileSize / 4];
-  WaitingSums<> waiting;
-  uint64_t tiles = 0;
-  for (int64_t first = 0; first < count; first += kTileSize) {
-    int64_t left = add_fours<Terms>(values + first, std::min(count - first, kTileSize), sums);
-    while (left > 4) left = add_fours<Sums>(sums, left, sums);
-    waiting.add(tiles++, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-  }
-  return waiting.total(tiles);
-}
-
+// Of at most kBlockSize values.
 template <typename Storage>
-MULTIVERSION double sum_of_squares(const Storage* values, int64_t count) {
-  return tree_sum<Squares>(values, count);
+inline __attribute__((always_inline)) double sum_of_squares(const Storage* values, int64_t count) {
+  double sums[kBlockSize / 4];
+  int64_t left = add_fours<Squares>(values, count, sums);
+  while (left > 4) left = add_fours<Sums>(sums, left, sums);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-MULTIVERSION double sum_of_sums(const double* sums, int64_t count) {
-  return tree_sum<Sums>(sums, count);
+// AdamProxL2's: returns the sum of the squares of what is stored, block by block.
+template <typename Param, typename State>
+MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
+  WaitingSums<> waiting;
+  uint64_t blocks = 0;
+  for (int64_t i = 0; i < span.count; i += kBlockSize) {
+    const Span block{span.row, span.grad, span.begin + i, std::min(span.count - i, kBlockSize)};
+    update_elements<ProxL2, Param, State>(block, scalars);
+    waiting.add(blocks++, sum_of_squares(block.at<Param>(span.row.param), block.count));
+  }
+  return waiting.total(blocks);
 }
 
 template <typename Param>
@@ -151,11 +160,11 @@ class Step {
       const Span span = span_of(chunk);
       RowProgress& p = progress[index];
       if (sweep == Sweep::kUpdate) {
-        update_chunk<ProxL2>(span);
-        sums[chunk] = sum_of(span);
+        sums[chunk] = update_and_sum_chunk(span);
         if (p.updated.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks) return;
-        const double sum = sum_of_sums(&sums[row.first_chunk], chunks);
-        p.shrinkage = ProxL2::shrinkage(sum, table_.scalars[row.scalars].decay);
+        WaitingSums<> waiting;
+        for (int64_t i = 0; i < chunks; ++i) waiting.add(i, sums[row.first_chunk + i]);
+        p.shrinkage = ProxL2::shrinkage(waiting.total(chunks), table_.scalars[row.scalars].decay);
         p.ready.store(true, std::memory_order_release);
         if (chunks > 1) return;
       }
@@ -222,11 +231,12 @@ class Step {
     });
   }
 
-  static double sum_of(const Span& span) {
+  double update_and_sum_chunk(const Span& span) const {
     double sum = 0;
-    with_dtype(span.row.param_dtype, [&](auto param) {
+    with_dtypes(span.row.param_dtype, span.row.state_dtype, [&](auto param, auto state) {
       using Param = typename decltype(param)::type;
-      sum = sum_of_squares(span.at<Param>(span.row.param), span.count);
+      using State = typename decltype(state)::type;
+      sum = adamprox::update_and_sum<Param, State>(span, table_.scalars[span.row.scalars]);
     });
     return sum;
   }
