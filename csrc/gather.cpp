@@ -29,7 +29,7 @@ std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
   sharded = false;
   int index = 0;
   for (const py::handle group : groups) {
-    read_group(index++, py::reinterpret_borrow<py::dict>(group), states, staged);
+    read_group(index++, group.ptr(), states, staged);
   }
   if (!states.all_taken()) find_skipped_states(states);
   only_on_cpu = true;
@@ -41,24 +41,24 @@ std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
   return std::move(findings_);
 }
 
-void Gather::read_group(int index, const py::dict& group, StateCursor& states,
-                        const py::dict& staged) {
-  GroupValues values = group_values(group);
-  // The CPU's usual step needs no look at it.
-  values.capturable =
-      (recipes_.on_gpu || recipes_.on_cpu) && as_bool(required(group, keys().capturable));
-  const bool amsgrad = as_bool(required(group, keys().amsgrad));
+void Gather::read_group(int index, PyObject* group, StateCursor& states, const py::dict& staged) {
+  if (!PyDict_Check(group)) throw py::type_error("param_groups must be dicts");
+  const auto place = static_cast<size_t>(index);
+  if (place == group_readers_.size()) group_readers_.emplace_back();
+  const GroupValues& values = group_readers_[place].read(group);
   for (DeviceTable& t : tables) t.scalars_of_cohort.clear();
-  PyObject* params = required(group, keys().params);
-  if (!PyList_Check(params)) throw py::type_error("param_groups[...]['params'] must be a list");
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
-    read_param(index, PyList_GET_ITEM(params, i), values, amsgrad, states, staged);
+  if (!PyList_Check(values.params)) {
+    throw py::type_error("param_groups[...]['params'] must be a list");
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(values.params); ++i) {
+    read_param(index, PyList_GET_ITEM(values.params, i), values, states, staged);
   }
 }
 
-void Gather::read_param(int group, PyObject* param, const GroupValues& values, bool amsgrad,
-                        StateCursor& states, const py::dict& staged) {
+void Gather::read_param(int group, PyObject* param, const GroupValues& values, StateCursor& states,
+                        const py::dict& staged) {
   const Keys& k = keys();
+  const bool amsgrad = values.amsgrad;
   Member member{};
   member.group = group;
   member.owner = param;

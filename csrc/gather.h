@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "group_reader.h"
 #include "known_param.h"
 #include "local_tensor.h"
 #include "python_values.h"
@@ -115,9 +116,9 @@ class Gather {
     PyObject* state;  // null: it has none
   };
 
-  void read_group(int index, const py::dict& group, StateCursor& states, const py::dict& staged);
-  void read_param(int group, PyObject* param, const GroupValues& values, bool amsgrad,
-                  StateCursor& states, const py::dict& staged);
+  void read_group(int index, PyObject* group, StateCursor& states, const py::dict& staged);
+  void read_param(int group, PyObject* param, const GroupValues& values, StateCursor& states,
+                  const py::dict& staged);
   using Data = std::array<void*, KnownParam::kTensors>;  // null where there is no tensor
   bool has_grad(Member& member);
   bool recognise(const KnownParam& known, const Member& member, bool amsgrad, Data& data) const;
@@ -149,6 +150,7 @@ class Gather {
   Recipes recipes_;
   BiasCorrections bias_;
   std::vector<py::object> held_;
+  std::vector<GroupReader> group_readers_;
   std::vector<KnownParam> known_;  // as members were at the last step
   std::vector<Finding> findings_;
 };

@@ -1,9 +1,7 @@
-// What the gather reads of an optimizer's dicts: hyper-parameters, and the tensors of a state.
+// What the gather reads of Python's objects.
 #pragma once
 
 #include <pybind11/pybind11.h>
-
-#include "step_scalars.h"
 
 namespace adamprox {
 
@@ -27,15 +25,6 @@ struct Keys {
 inline const Keys& keys() {
   static const Keys instance;
   return instance;
-}
-
-inline PyObject* required(const py::dict& group, PyObject* key) {
-  PyObject* value = PyDict_GetItemWithError(group.ptr(), key);
-  if (value == nullptr) {
-    if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
-    throw py::error_already_set();
-  }
-  return value;
 }
 
 struct StateValues {  // borrowed; null where missing
@@ -87,48 +76,6 @@ inline bool answers_true(PyObject* object, PyObject* method) {
   const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, method));
   if (!answer) throw py::error_already_set();
   return as_bool(answer.ptr());
-}
-
-// A param group's hyper-parameters. One that is not a number of Python's, a tensor, is left to
-// whoever knows whether the host may wait for it.
-struct GroupValues {
-  HyperParameters hyper{};
-  PyObject *lr, *beta1, *beta2, *eps, *weight_decay, *initial_lr;  // borrowed from the group
-  bool has_tensors = false, capturable = false;
-};
-
-inline GroupValues group_values(const py::dict& group) {
-  const Keys& k = keys();
-  const py::sequence betas = py::reinterpret_borrow<py::sequence>(required(group, k.betas));
-  GroupValues v;
-  HyperParameters& h = v.hyper;
-  const auto read = [&v](PyObject* object, double& value) {
-    if (PyFloat_Check(object) || PyLong_Check(object)) {
-      value = as_double(object);
-    } else {
-      v.has_tensors = true;
-    }
-    return object;
-  };
-  v.lr = read(required(group, k.lr), h.lr);
-  v.beta1 = read(py::object(betas[0]).ptr(), h.beta1);
-  v.beta2 = read(py::object(betas[1]).ptr(), h.beta2);
-  v.eps = read(required(group, k.eps), h.eps);
-  v.weight_decay = read(required(group, k.weight_decay), h.weight_decay);
-  h.maximize = as_bool(required(group, k.maximize));
-  h.decay_by_schedule =
-      PyUnicode_CompareWithASCIIString(required(group, k.decay_by), "schedule") == 0;
-  v.initial_lr = h.decay_by_schedule ? required(group, k.initial_lr) : v.lr;
-  read(v.initial_lr, h.initial_lr);
-  return v;
-}
-
-// For the host's arithmetic: waits for tensors on a GPU.
-inline HyperParameters on_host(const GroupValues& v) {
-  if (!v.has_tensors) return v.hyper;
-  return {as_double(v.lr),           as_double(v.beta1),        as_double(v.beta2),
-          as_double(v.eps),          as_double(v.weight_decay), as_double(v.initial_lr),
-          v.hyper.decay_by_schedule, v.hyper.maximize};
 }
 
 }  // namespace adamprox

@@ -540,6 +540,22 @@ def change_hyper_parameters(opt):
     opt.param_groups[0].update(lr=0.5, betas=(0.5, 0.5), eps=0.1, weight_decay=0.1, maximize=True)
 
 
+def change_hyper_parameters_in_place(opt):
+    group = opt.param_groups[0]
+    group.update(lr=torch.tensor(0.1), betas=[0.5, 0.5])
+    opt.step()
+    group["lr"].fill_(0.5)
+    group["betas"][0] = 0.7
+
+
+def replace_the_group(opt):
+    # As replace_state_dicts; and with one more.
+    group = {"".join(list(k)): v for k, v in reversed(opt.param_groups[0].items())}
+    opt.param_groups[0] = {"name": "all", **group, "lr": 0.5}
+    opt.step()
+    opt.param_groups[0]["".join(["l", "r"])] = 0.3
+
+
 def set_a_counter(opt):
     opt.state[opt.param_groups[0]["params"][1]]["step"] = torch.tensor(77.0)
 
@@ -585,7 +601,8 @@ def resize_in_place(opt):
 
 CHANGES = (
     *(swap_data, replace_states, move_states_there_and_back, replace_state_dicts),
-    *(reload_state_dict, change_hyper_parameters, clear_states, drop_one_state),
+    *(change_hyper_parameters, change_hyper_parameters_in_place, replace_the_group),
+    *(reload_state_dict, clear_states, drop_one_state),
     *(set_a_counter, set_the_shared_counter_in_place, counter_of_another_type, counter_in_float64),
     *(reverse_params, replace_a_param, add_a_group, resize_in_place),
 )
