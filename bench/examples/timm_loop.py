@@ -21,15 +21,15 @@ def train(optimizer=adamprox.AdamProx, folder=".", resume_from=None, dtype=torch
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, labels = load_digits(return_X_y=True)
-    images = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8).split(64)
-    batches = list(zip(images, torch.tensor(labels).split(64), strict=True))
+    images = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)[:320].split(32)
+    batches = list(zip(images, torch.tensor(labels)[:320].split(32), strict=True))
     shape = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10}
     model = timm.create_model("test_vit", **shape).to(device)
 
     # The first layers learn most slowly; norms and biases do not decay.
     groups = param_groups_layer_decay(model, weight_decay=0.1, layer_decay=0.75)
-    optimizer = optimizer(groups, lr=1e-2)
-    schedule = CosineLRScheduler(optimizer, EPOCHS, warmup_t=1, warmup_lr_init=1e-3)
+    optimizer = optimizer(groups, lr=6e-3)
+    schedule = CosineLRScheduler(optimizer, EPOCHS, warmup_t=1, warmup_lr_init=6e-4)
     scaler = NativeScaler(device)
     saver = CheckpointSaver(model, optimizer, amp_scaler=scaler, checkpoint_dir=folder)
 
