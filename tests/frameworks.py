@@ -23,8 +23,8 @@ class Framework(NamedTuple):
     packages: tuple[str, ...]
     checkpoint: str | int  # of a run that is half done; a name in the folder, if it is a string
     bf16: dict[str, Any]
-    # How far from torch's loss curve. timm's transformer amplifies what is rounded: torch's own
-    # fused AdamW ends up to 5e-5 from its default.
+    # How far from torch's loss curve. timm's transformer amplifies what is rounded: with torch's own
+    # fused AdamW it is 5e-7 away from torch's default after 40 steps, and 5e-5 after 80.
     tolerance: float = 1e-6
 
 
@@ -35,7 +35,7 @@ FRAMEWORKS = {
     "accelerate_loop": Framework(("accelerate",), 1, {"mixed_precision": "bf16"}),
     "lightning_module": Framework(("lightning",), "epoch=1.ckpt", {"precision": "bf16-mixed"}),
     "timm_loop": Framework(
-        ("timm", "torchvision"), "checkpoint-1.pth.tar", {"dtype": torch.bfloat16}, 1e-4
+        ("timm", "torchvision"), "checkpoint-1.pth.tar", {"dtype": torch.bfloat16}, 1e-5
     ),
 }
 
