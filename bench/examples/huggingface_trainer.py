@@ -19,7 +19,7 @@ def train(optimizer=adamprox.AdamProx, folder="counting", resume_from=None, **ar
     model = GPT2LMHeadModel(GPT2Config(**SHAPE, bos_token_id=None, eos_token_id=None))
     settings = TrainingArguments(
         folder,
-        num_train_epochs=4,
+        num_train_epochs=3,
         per_device_train_batch_size=16,
         lr_scheduler_type="cosine",
         warmup_steps=4,
