@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -233,3 +234,17 @@ def test_a_grad_scale_of_the_users_own():
     scaled.step()
     plain.step()
     assert_same_bits(scaled, plain)
+
+
+@every_optimizer
+def test_without_fused_the_scaler_unscales_and_skips(optimizer):
+    """As torch's AdamW has it: what reads or clips the grads finds them unscaled."""
+    opt, plain = (make(optimizer, "cpu", Option({"fused": False})) for _ in range(2))
+    copies = opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))
+    assert not any(clone._step_supports_amp_scaling for clone in copies)
+    assert make(optimizer, "cpu")._step_supports_amp_scaling
+    train(opt, torch.amp.GradScaler("cpu", init_scale=2.0**10), False, None)
+    train(plain, torch.amp.GradScaler("cpu", enabled=False), False, None)
+    assert_same_bits(opt, plain)
+    for ours, theirs in zip(params_of(opt), params_of(plain), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)

@@ -24,7 +24,6 @@ class _FusedAdam(Optimizer):
 
     decay: ClassVar[str]
     _handle: int | None = None  # of compiled.py
-    _step_supports_amp_scaling: ClassVar[bool] = True  # of GradScaler: see loss_scaling.py
 
     def __init__(
         self,
@@ -77,6 +76,11 @@ class _FusedAdam(Optimizer):
                 # Not the lr itself: schedulers write into a tensor.
                 param_group.setdefault("initial_lr", float(group["lr"]))
         super().add_param_group(param_group)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # Read by GradScaler (see loss_scaling.py), and by frameworks that clip grads.
+        return self.defaults["fused"] is not False
 
     # torch.compile reads every value of an attribute of that name, and compiles again when one has
     # changed; here the attribute has another name.
