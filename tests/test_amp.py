@@ -195,13 +195,14 @@ def train(opt: Any, scaler: torch.amp.GradScaler, unscale: bool, bad_step: int |
     return counts
 
 
-@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize(("fused", "unscale"), [(True, False), (True, True), (None, False)])
 @pytest.mark.parametrize("bad_step", [None, 0, 3])
 @every_optimizer
 @every_backend
-def test_grad_scaler(backend, optimizer, bad_step, unscale):
+def test_grad_scaler(backend, optimizer, bad_step, fused, unscale):
     """A real one on CPU tensors: the same bits as without, and the scale halves at an infinity."""
-    opt, plain = (make(optimizer, name) for name in (backend, "reference"))
+    option = Option({"fused": fused})
+    opt, plain = (make(optimizer, name, option) for name in (backend, "reference"))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     off = torch.amp.GradScaler("cpu", enabled=False)
     counts = train(opt, scaler, unscale, bad_step)
@@ -236,15 +237,15 @@ def test_a_grad_scale_of_the_users_own():
     assert_same_bits(scaled, plain)
 
 
+@pytest.mark.parametrize("fused", [None, False, True])
 @every_optimizer
-def test_without_fused_the_scaler_unscales_and_skips(optimizer):
-    """As torch's AdamW has it: what reads or clips the grads finds them unscaled."""
-    opt, plain = (make(optimizer, "cpu", Option({"fused": False})) for _ in range(2))
-    copies = opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))
-    assert not any(clone._step_supports_amp_scaling for clone in copies)
-    assert make(optimizer, "cpu")._step_supports_amp_scaling
+def test_who_unscales(optimizer, fused):
+    """As in torch: without fused=True, what reads or clips the grads finds them unscaled."""
+    opt, plain = (make(optimizer, "cpu", Option({"fused": fused})) for _ in range(2))
+    for clone in (opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert clone._step_supports_amp_scaling == (fused is True)
     train(opt, torch.amp.GradScaler("cpu", init_scale=2.0**10), False, None)
     train(plain, torch.amp.GradScaler("cpu", enabled=False), False, None)
     assert_same_bits(opt, plain)
     for ours, theirs in zip(params_of(opt), params_of(plain), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
+        assert torch.equal(ours.grad, theirs.grad * (2.0**10 if fused else 1))

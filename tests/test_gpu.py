@@ -272,7 +272,7 @@ def test_a_scaled_step_does_not_wait_for_the_gpu(backend, capturable):
 def test_grad_scaler_on_a_gpu(backend):
     """A real one: an infinite grad in the third step halves the scale, and skips the step."""
     value = torch.linspace(-1, 1, 1000)
-    ours = build("AdamProx", [value.to("cuda")], OPTIONS["plain"], backend, None)
+    ours = build("AdamProx", [value.to("cuda")], Option({"fused": True}), backend, None)
     theirs = build("AdamProx", [value], OPTIONS["plain"], "cpu", None)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
     for step in range(6):

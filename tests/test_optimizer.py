@@ -707,23 +707,6 @@ def test_copies_keep_the_backend():
         assert copied._backend == "reference"
 
 
-# Mixed precision.
-
-
-@every_optimizer
-def test_grad_scaler_skips_a_step_with_an_infinite_grad(optimizer):
-    (param,) = make_params((4,))
-    opt, scaler = make(optimizer, [param]), torch.amp.GradScaler("cpu", init_scale=4.0)
-    before = param.detach().clone()
-    for factor, steps_so_far in ((torch.inf, 0), (1.0, 1)):
-        opt.zero_grad()
-        scaler.scale((param * factor).sum()).backward()
-        scaler.step(opt)
-        scaler.update()
-        assert sum(int(state["step"]) for state in opt.state.values()) == steps_so_far
-        assert torch.equal(param, before) == (steps_so_far == 0)
-
-
 # Complex numbers are pairs of reals, and may be lazy conjugates.
 
 

@@ -29,8 +29,7 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self):
         groups = adamprox.param_groups(self, weight_decay=0.1)
-        # In mixed precision, Lightning clips the grads only of what is not said to be fused.
-        optimizer = self.optimizer(groups, lr=3e-3, fused=False)
+        optimizer = self.optimizer(groups, lr=3e-3)
         steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
         return {

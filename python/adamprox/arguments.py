@@ -19,7 +19,8 @@ ARGUMENTS = """
         amsgrad: divide by the largest second moment so far (default: False).
         maximize: ascend (default: False).
         foreach, fused: accepted for torch.optim.AdamW's sake; every step is fused. With
-            ``fused=False`` a GradScaler unscales the grads itself, before the step, and skips it.
+            ``fused=True`` a GradScaler leaves unscaling and skipping to the step, as torch's does,
+            which saves a pass over the grads and the wait for a GPU.
         capturable: step counts, and hyper-parameters that are tensors on a GPU, are read there, so
             that a step can be captured into a CUDA graph, and its replays follow what is written
             into them; with the bits of the host. Step once before the capture (default: False).

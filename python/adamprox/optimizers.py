@@ -80,7 +80,7 @@ class _FusedAdam(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # Read by GradScaler (see loss_scaling.py), and by frameworks that clip grads.
-        return self.defaults["fused"] is not False
+        return bool(self.defaults["fused"])
 
     # torch.compile reads every value of an attribute of that name, and compiles again when one has
     # changed; here the attribute has another name.
