@@ -141,7 +141,7 @@ class Gather {
   void report(int group, PyObject* param, const char* key);
 
   const Decay decay_;
-  const TensorReader reader_;
+  TensorReader reader_;
   TensorTypes types_;
   Placements placements_;
   std::vector<Cohort> cohorts_;

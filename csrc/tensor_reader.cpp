@@ -150,10 +150,12 @@ bool TensorReader::find_words() {
          differs(from(0), from(1));
 }
 
-void TensorReader::see_handle(void* handle, SeenTensor& seen) const {
+void TensorReader::see_handle(void* handle, SeenTensor& seen) {
   seen.implementation = implementation(handle);
   const char* bytes = static_cast<char*>(seen.implementation);
-  for_each_word(bytes, [&](size_t i, uint64_t word) { seen.words[i] = word; });
+  LayoutWords words{};
+  for_each_word(bytes, [&](size_t i, uint64_t word) { words[i] = word; });
+  seen.words = &*layouts_.insert(words).first;
   const void* pointers[4];  // after a vtable and a reference count
   std::memcpy(pointers, bytes + 2 * sizeof(void*), sizeof(pointers));
   seen.hints = {pointers[0], pointers[1], pointers[1] != nullptr ? pointers[3] : nullptr};

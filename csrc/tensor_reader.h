@@ -6,21 +6,24 @@
 #include <array>
 #include <cstring>
 #include <iterator>
+#include <set>
 
 #include "layout.h"
 
 namespace adamprox {
 
+// What a tensor's implementation says of how it lies in memory: how many dims there are and what
+// comes after sizes and strides; then these, by dim.
+constexpr size_t kMostSeenDims = 5;  // whose sizes lie in the implementation
+using LayoutWords = std::array<uint64_t, 5 + 2 * kMostSeenDims>;
+
 // A tensor that was read, as it lay in memory: see TensorReader::is_as_seen().
 struct SeenTensor {
-  static constexpr size_t kMostDims = 5;  // whose sizes lie in the implementation
-
   const PyTypeObject* type = nullptr;
   void* implementation = nullptr;  // null: none was seen
   // What it seemed to point to: its storage; of a param, autograd's data and the version.
   std::array<const void*, 3> hints{};
-  // How many dims there are and what comes after sizes and strides; then these, by dim.
-  std::array<uint64_t, 5 + 2 * kMostDims> words{};
+  const LayoutWords* words = nullptr;  // the reader's, one for all tensors that have the same
 };
 
 // torch publishes two C interfaces. DLPack's exchange API takes a Python object and serves always.
@@ -50,8 +53,8 @@ class TensorReader {
   // these are as they were seen, read() would answer as it did then, but for the address.
   // (The words end with the dispatch keys, which are what torch has at the end.)
   bool recognises() const { return recognises_; }
-  void see_handle(void* handle, SeenTensor& seen) const;
-  void see(PyObject* tensor, SeenTensor& seen) const {
+  void see_handle(void* handle, SeenTensor& seen);
+  void see(PyObject* tensor, SeenTensor& seen) {
     seen.type = Py_TYPE(tensor);
     see_handle(handle_of(tensor), seen);
   }
@@ -107,10 +110,10 @@ class TensorReader {
     return result;
   }
 
-  // Calls f(its place in SeenTensor::words, word) for every word that is in use.
+  // Calls f(its place in LayoutWords, word) for every word that is in use.
   template <typename F>
   void for_each_word(const void* implementation, F f) const {
-    constexpr size_t kMostDims = SeenTensor::kMostDims;
+    constexpr size_t kMostDims = kMostSeenDims;
     const auto word = [&](size_t i) {
       uint64_t result;
       const auto* words = static_cast<const char*>(implementation) + words_begin_;
@@ -128,7 +131,7 @@ class TensorReader {
   bool same_words(const SeenTensor& seen) const {
     uint64_t difference = 0;
     for_each_word(seen.implementation,
-                  [&](size_t i, uint64_t word) { difference |= word ^ seen.words[i]; });
+                  [&](size_t i, uint64_t word) { difference |= word ^ (*seen.words)[i]; });
     return difference == 0;
   }
 
@@ -141,6 +144,7 @@ class TensorReader {
   const dlpack::ExchangeApi* dlpack_;
   const StableAbi stable_;
   ptrdiff_t words_begin_ = 0;
+  std::set<LayoutWords> layouts_;  // so that what is compared with is little, and stays cached
   const bool recognises_;
 };
 
