@@ -178,8 +178,7 @@ bool Gather::understand(KnownParam& known, Member& member, bool amsgrad, Data& d
   known.row.numel = count * (complex ? 2 : 1);
   known.row.param_dtype = real_dtype(p.dtype);
   known.row.state_dtype = wide ? DType::kFloat32 : known.row.param_dtype;
-  if (reader_.recognises() && member.grad_handle != nullptr &&
-      p.ndim <= int{kMostSeenDims}) {
+  if (reader_.recognises() && member.grad_handle != nullptr && p.ndim <= int{kMostSeenDims}) {
     known.owner = member.owner;
     known.amsgrad = amsgrad;
     known.state = member.state;
