@@ -1,8 +1,8 @@
 """Steps timed in turns, in one process, beside a copy: what a shared machine does hits them alike.
 
 The turns are shuffled, so that what the one before left in the cache favours nobody. Where the
-tensors fit into the cache, each timed step follows a few of the same optimizer that are not timed: a
-small model is timed in the cache, on a GPU in its L2.
+tensors fit into the cache, each timed step follows a few of the same optimizer that are not timed:
+a small model is timed in the cache, on a GPU in its L2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TURNS = 25  # for a median, and for 20 and 80 in a hundred
 WARM_UP = 2  # turns that do not count: threads start, kernels are compiled, caches fill
-UNTIMED = 4  # steps before a timed one in the cache: with one, the second misses half of what it reads
+UNTIMED = 4  # steps before a timed one in the cache: after one, much is not there yet
 COPY_EVERY = 0.25  # seconds
 COPY_NUMEL = 1 << 26  # 256 MiB, far larger than a cache
 
