@@ -22,9 +22,10 @@ void complete_recipes(TensorTable& table) {
 Gather::Gather(Decay decay) : decay_(decay) {}
 
 std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
-                                  const py::dict& staged, Recipes recipes) {
+                                  const py::dict& staged, Recipes recipes, bool tracked) {
   release();
   recipes_ = recipes;
+  tracked_ = tracked;
   StateCursor states(state.ptr());
   sharded = false;
   int index = 0;
@@ -43,7 +44,7 @@ std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
 
 void Gather::read_group(int index, const py::dict& group, StateCursor& states,
                         const py::dict& staged) {
-  GroupValues values = group_values(group);
+  GroupValues values = group_values(group, tracked_);
   // The CPU's usual step needs no look at it.
   values.capturable =
       (recipes_.on_gpu || recipes_.on_cpu) && as_bool(required(group, keys().capturable));
@@ -309,6 +310,7 @@ void Gather::release() {
     t.table.clear();
     t.members.clear();
     t.scalars_of_cohort.clear();
+    t.records = {};
   }
   members.clear();
   cohorts_.clear();

@@ -39,6 +39,7 @@ struct DeviceTable {
   // The rows and chunks as they were last copied to the device, and the copy.
   std::string uploaded_bytes;
   py::object uploaded;
+  py::object records;  // what table.records points to
 };
 
 // What the gather cannot use as it is; Python mends it (a state to be made, a layout to be
@@ -64,7 +65,7 @@ class Gather {
   // for as long as the GIL is held, or until release() after hold().
   // `staged` maps a param to copies of its tensors, by key, that stand in for them in this step.
   std::vector<Finding> read(const py::list& groups, const py::dict& state, const py::dict& staged,
-                            Recipes recipes);
+                            Recipes recipes, bool tracked);
 
   // Keeps every tensor of the step alive.
   void hold();
@@ -147,6 +148,7 @@ class Gather {
   std::unordered_map<PyObject*, int> cohort_index_;
   std::vector<Skipped> skipped_;
   Recipes recipes_;
+  bool tracked_ = false;
   BiasCorrections bias_;
   std::vector<py::object> held_;
   std::vector<KnownParam> known_;  // as members were at the last step

@@ -97,7 +97,7 @@ struct GroupValues {
   bool has_tensors = false, capturable = false;
 };
 
-inline GroupValues group_values(const py::dict& group) {
+inline GroupValues group_values(const py::dict& group, bool tracked) {
   const Keys& k = keys();
   const py::sequence betas = py::reinterpret_borrow<py::sequence>(required(group, k.betas));
   GroupValues v;
@@ -119,6 +119,11 @@ inline GroupValues group_values(const py::dict& group) {
   h.decay_by_schedule =
       PyUnicode_CompareWithASCIIString(required(group, k.decay_by), "schedule") == 0;
   v.initial_lr = h.decay_by_schedule ? required(group, k.initial_lr) : v.lr;
+  if (tracked) {  // which has it, if there ever was a schedule
+    PyObject* initial_lr = PyDict_GetItemWithError(group.ptr(), k.initial_lr);
+    if (initial_lr == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    if (initial_lr != nullptr) v.initial_lr = initial_lr;
+  }
   read(v.initial_lr, h.initial_lr);
   return v;
 }

@@ -16,6 +16,7 @@ import triton.language as tl
 from .. import reference
 
 TILE_SIZE = tl.constexpr(reference.TILE_SIZE)
+TILES = tl.constexpr(reference.CHUNK_SIZE // reference.TILE_SIZE)  # of a chunk
 
 # Triton reads the switch where it decorates, so the kernels are one or the other for good.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -148,14 +149,14 @@ def shrink(z, shrinkage):
 
 @triton.jit
 def update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, DECAY: tl.constexpr):
-    """The new values; ``max_exp_avg_sq`` is None without amsgrad."""
+    """The new values, and Adam's update; ``max_exp_avg_sq`` is None without amsgrad."""
     one_minus_beta1, one_minus_beta2, step_size, eps, decay, grad_scale = scalars
     grad = couple(grad_scale * grad, param, decay, DECAY)
     exp_avg = update_moment(exp_avg, grad, one_minus_beta1)
     exp_avg_sq = update_moment(exp_avg_sq, grad * grad, one_minus_beta2)
     max_exp_avg_sq = running_max(exp_avg_sq, max_exp_avg_sq)
-    param = apply(param, adam_update(exp_avg, max_exp_avg_sq, step_size, eps), decay, DECAY)
-    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+    step = adam_update(exp_avg, max_exp_avg_sq, step_size, eps)
+    return apply(param, step, decay, DECAY), exp_avg, exp_avg_sq, max_exp_avg_sq, step
 
 
 # csrc/reduction_tree.h
@@ -175,3 +176,12 @@ def tree_sum(sums):
         return tl.sum(sums, axis=0)
     else:
         return tree_sum(tl.sum(tl.reshape(sums, (SIZE // 2, 2)), axis=1))
+
+
+@triton.jit
+def add_tile(values, first, mask, sums):
+    """The sums of squares of a chunk's tiles, with that of the tile at ``first``."""
+    if mask is not None:  # what a lane beyond the end has computed may be anything
+        values = tl.where(mask, values, 0.0)
+    tile = tl.arange(0, TILES) == first // TILE_SIZE
+    return tl.where(tile, tree_sum(square(values)), sums)

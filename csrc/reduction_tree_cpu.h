@@ -1,0 +1,84 @@
+// The reduction tree on a CPU: four neighbours of four vectors at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "convert.h"
+#include "reduction_tree.h"
+
+namespace adamprox {
+
+typedef double Quad __attribute__((vector_size(32)));
+
+// The sums of four neighbours each.
+inline __attribute__((always_inline)) void add_neighbours(const Quad& a, const Quad& b,
+                                                          const Quad& c, const Quad& d,
+                                                          double* sums) {
+  typedef int64_t At __attribute__((vector_size(32)));
+  const At even{0, 4, 2, 6}, odd{1, 5, 3, 7}, front{0, 1, 4, 5}, back{2, 3, 6, 7};
+  const Quad ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+  const Quad cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
+  const Quad four = __builtin_shuffle(ab, cd, front) + __builtin_shuffle(ab, cd, back);
+  std::memcpy(sums, &four, sizeof(four));
+}
+
+struct Squares {
+  template <typename Storage>
+  static double at(const Storage* values, int64_t i) {
+    return square(Convert<Storage>::widen(values[i]));
+  }
+};
+
+struct Sums {
+  static double at(const double* sums, int64_t i) { return sums[i]; }
+};
+
+// Two levels of the reduction tree: from `count` values to a quarter of them, and zeros up to a
+// multiple of four; returns how many. Calls f(i) before it takes 16 from i on.
+template <typename Terms, typename Storage, typename F>
+inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, int64_t count,
+                                                        double* sums, F f) {
+  int64_t i = 0;
+  const auto add = [&](const Storage* from) {
+    Quad q[4];
+    for (int j = 0; j < 16; ++j) q[j / 4][j % 4] = Terms::at(from, j);
+    add_neighbours(q[0], q[1], q[2], q[3], sums + i / 4);
+    i += 16;
+  };
+  while (i + 16 <= count) {
+    f(i);
+    add(values + i);
+  }
+  if (i < count) {
+    Storage rest[16] = {};
+    std::copy(values + i, values + count, rest);
+    add(rest);
+  }
+  return i / 4;
+}
+
+// Of at most a tile, and at least one.
+template <typename Terms, typename Storage, typename F>
+inline __attribute__((always_inline)) double sum_of_tile(const Storage* values, int64_t count,
+                                                         F f) {
+  double sums[kTileSize / 4];
+  const auto nothing = [](int64_t) {};
+  int64_t left = add_fours<Terms>(values, count, sums, f);
+  while (left > 4) left = add_fours<Sums>(sums, left, sums, nothing);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <typename Terms, typename Storage>
+inline __attribute__((always_inline)) double tree_sum(const Storage* values, int64_t count) {
+  WaitingSums<> waiting;
+  uint64_t tiles = 0;
+  for (int64_t first = 0; first < count; first += kTileSize) {
+    const int64_t size = std::min(count - first, kTileSize);
+    waiting.add(tiles++, sum_of_tile<Terms>(values + first, size, [](int64_t) {}));
+  }
+  return waiting.total(tiles);
+}
+
+}  // namespace adamprox
