@@ -16,44 +16,72 @@ namespace adamprox {
 
 constexpr int kBlocksPerMultiprocessor = 2;  // the budget: 128 registers a thread, no spills
 
+// Also sums the squares of what is stored: a vector's by its thread, those of a warp's vectors, which
+// are neighbours, by the warp; into `sums`, those of kWarp neighbours each, from zeros.
+template <typename Param, typename Update>
+struct AndSquares {
+  static constexpr bool kTogether = true;
+  const Update update;
+  double* sums;
+  double* rest;            // of what is left, until it is summed
+  WaitingSums<4> waiting;  // in registers: every index is known to the compiler
+
+  template <typename T, typename... Others>
+  __device__ __forceinline__ void operator()(int i, T& param, Others&... others) {
+    update(param, others...);
+    waiting.add(i, square(Convert<Param>::widen(Convert<Param>::narrow(param))));
+  }
+
+  // Of the warp's vectors, which begin at element `first`, the thread's is at `at`, or past the end,
+  // where there may be a rest.
+  template <int kWidth>
+  __device__ __forceinline__ void finish(int first, int at, int end) {
+    double sum = 0;
+    if (at < end) {
+      sum = waiting.template total_of<kWidth>();
+    } else if (kWidth > 1 && at == end) {
+      sum = *rest;
+    }
+    sum = sum_of_warp(sum);
+    if (at == first) sums[first / kWarp] = sum;
+  }
+
+  // What is left of a chunk when all vectors of kWidth are full has been summed, before them; unless
+  // their warps begin there, it belongs to the last of them.
+  template <int kWidth>
+  __device__ __forceinline__ void finish_rest(int first) {
+    if (threadIdx.x == 0 && first % (kWarp * kWidth) != 0) {
+      *rest = sums[first / kWarp];
+      sums[first / kWarp] = 0;
+    }
+    __syncthreads();
+  }
+};
+
 template <typename Rule, typename Param, typename State>
-__device__ __forceinline__ void update_chunk(const LaunchArgs& args, const Work& work,
-                                             double* sums) {
+__device__ __forceinline__ void update_chunk(const Work& work, const Scalars& scalars, double* sums,
+                                             double* rest) {
   using T = Compute<Param>;
   const TensorRow& row = work.row;
-  const Scalars& scalars = work.scalars(args);
   const Update<Rule, T> update(scalars);
-  const bool tracked = args.records != nullptr;
-  const int piece = tracked ? kPiece<T> : static_cast<int>(kChunkSize);
-  for (int begin = 0; begin < work.count; begin += piece) {
-    const int count = work.count - begin < piece ? work.count - begin : piece;
-    const ReadWrite<Param> param{work.at<Param>(row.param) + begin};
-    const Once<Read<Param>> grad{{work.at<Param>(work.grad()) + begin}};
-    const Once<ReadWrite<State>> exp_avg{{work.at<State>(row.exp_avg) + begin}};
-    const Once<ReadWrite<State>> exp_avg_sq{{work.at<State>(row.exp_avg_sq) + begin}};
-    const auto step = [&](int first, int i, auto&... elements) {
-      const T step = update(elements...);
-      if (tracked) kept_updates<T>()[first + i] = step;
-    };
-    const auto run = [&](auto... streams) {
-      if constexpr (std::is_same_v<Rule, ProxL2>) {
-        const AndSquares<Param, decltype(step)> and_squares{
-            step, sums + begin / kWarp, sums + kSums, {}};
-        for_each_element<2>(count, row.aligned != 0, and_squares, streams...);
-      } else {
-        for_each_element<4>(count, row.aligned != 0, EachAlone{step}, streams...);
-      }
-    };
-    if (row.max_exp_avg_sq == nullptr) {
-      run(param, grad, exp_avg, exp_avg_sq);
+  const ReadWrite<Param> param{work.at<Param>(row.param)};
+  const Once<Read<Param>> grad{{work.at<Param>(work.grad())}};
+  const Once<ReadWrite<State>> exp_avg{{work.at<State>(row.exp_avg)}};
+  const Once<ReadWrite<State>> exp_avg_sq{{work.at<State>(row.exp_avg_sq)}};
+  const auto run = [&](auto... streams) {
+    if constexpr (std::is_same_v<Rule, ProxL2>) {
+      const AndSquares<Param, Update<Rule, T>> step{update, sums, rest, {}};
+      for_each_element<2>(work.count, row.aligned != 0, step, streams...);
     } else {
-      const Once<ReadWrite<State>> max_exp_avg_sq{{work.at<State>(row.max_exp_avg_sq) + begin}};
-      run(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
+      const EachAlone step{[&](int, auto&... elements) { update(elements...); }};
+      for_each_element<4>(work.count, row.aligned != 0, step, streams...);
     }
-    if (tracked) {
-      Record* record = begin + count == work.count ? &args.records[work.chunk()] : nullptr;
-      note_updates<T>(begin / piece, count, scalars.alpha, scalars.step, record);
-    }
+  };
+  if (row.max_exp_avg_sq == nullptr) {
+    run(param, grad, exp_avg, exp_avg_sq);
+  } else {
+    const Once<ReadWrite<State>> max_exp_avg_sq{{work.at<State>(row.max_exp_avg_sq)}};
+    run(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
   }
 }
 
@@ -75,19 +103,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   Pending pending{args, sums, top};
   if (threadIdx.x == 0) top = -1;
   for_each_chunk(args, [&](const int32_t& index) {
-    const Work work(args, index);
+    const Work chunk(args, index);
     if constexpr (kNorms) {
       for (int i = threadIdx.x; i <= kSums; i += kThreads) sums[i] = 0;
       __syncthreads();
     }
-    with_dtypes(work.row.param_dtype, work.row.state_dtype, [&](auto param, auto state) {
-      update_chunk<Rule, typename decltype(param)::type, typename decltype(state)::type>(args, work,
-                                                                                         sums);
-    });
+    const int piece = args.records != nullptr ? kPiece : static_cast<int>(kChunkSize);
+    for (int first = 0; first < chunk.count; first += piece) {
+      const Work work(chunk, first, piece);
+      with_dtypes(work.row.param_dtype, work.row.state_dtype, [&](auto param, auto state) {
+        update_chunk<Rule, typename decltype(param)::type, typename decltype(state)::type>(
+            work, work.scalars(args), sums + first / kWarp, sums + kSums);
+      });
+      note_updates(args, work, first, first + work.count == chunk.count);
+    }
     if constexpr (kNorms) {
       pending.add(index);
     } else {
-      note_params(args, work);
+      note_params(args, chunk);
     }
   });
   if constexpr (kNorms) pending.shrink_all(true);

@@ -72,6 +72,14 @@ struct Work {
         count(row.numel - begin < kChunkSize ? row.numel - begin : kChunkSize),
         payload(args.payload != nullptr ? args.payload : args.inline_payload) {}
 
+  // At most `most` elements of a chunk, from the `first` on.
+  __device__ __forceinline__ Work(const Work& chunk, int first, int most)
+      : row_index(chunk.row_index),
+        row(chunk.row),
+        begin(chunk.begin + first),
+        count(chunk.count - first < most ? chunk.count - first : most),
+        payload(chunk.payload) {}
+
   __device__ __forceinline__ void* grad() const {
     return reinterpret_cast<void* const*>(payload)[row_index];
   }
@@ -83,6 +91,12 @@ struct Work {
   }
 
   __device__ __forceinline__ int64_t chunk() const { return row.first_chunk + begin / kChunkSize; }
+
+  // Its elements of a tensor of that type.
+  __device__ __forceinline__ const void* at(const void* data, DType dtype) const {
+    const int shift = dtype == DType::kFloat64 ? 3 : dtype == DType::kFloat32 ? 2 : 1;
+    return static_cast<const char*>(data) + (begin << shift);
+  }
 
   // Its elements of a tensor, known to the compiler to be in global memory.
   template <typename T>

@@ -12,9 +12,8 @@ namespace adamprox {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
-// What for_each_element calls: f(first, i, element...), of a vector that begins at element `first` and
-// in which i counts from 0. One that is kTogether is told by whole warps, too, which vector each of
-// their threads has finished.
+// What for_each_element calls: f(i, element...), i counting from 0 within a vector. One that is
+// kTogether is told by whole warps, too, which vector each of their threads has finished.
 template <typename F>
 struct EachAlone : F {
   static constexpr bool kTogether = false;
@@ -107,7 +106,7 @@ __device__ __forceinline__ void for_each_vector(int at, int end, F f, Streams...
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
           (held.open(v, i), ...);
-          f(at + v * kStride, i, held.value...);
+          f(i, held.value...);
           (held.close(v, i), ...);
         }
         (held.store(v, at + v * kStride), ...);
@@ -125,7 +124,7 @@ __device__ __forceinline__ void for_each_vector(int at, int end, F f, Streams...
   }
 }
 
-// Calls f(first, i, element...) for `count` elements of the streams, which point to the first ones: they
+// Calls f(i, element...) for `count` elements of the streams, which point to the first ones: they
 // are loaded before and stored after. `aligned`: the streams are, at 16 bytes. All threads of a
 // block call it.
 template <int kMostVectors, typename F, typename First, typename... Streams>

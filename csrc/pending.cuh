@@ -109,7 +109,7 @@ struct Pending {
       const Shrink<Compute<Param>> shrink{static_cast<Compute<Param>>(shrinkage)};
       const ReadWrite<Param> param{work.at<Param>(work.row.param)};
       for_each_element<4>(work.count, work.row.aligned != 0,
-                          EachAlone{[&](int, int, Compute<Param>& p) { shrink(p); }}, param);
+                          EachAlone{[&](int, Compute<Param>& p) { shrink(p); }}, param);
     });
     note_params(args, work);
   }

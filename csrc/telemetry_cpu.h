@@ -31,6 +31,15 @@ MULTIVERSION void update_and_keep(T* const* at, int64_t count, const Scalars& sc
   }
 }
 
+// The updates from the moments as they have been stored.
+template <typename T>
+MULTIVERSION void update_again(T* exp_avg, T* exp_avg_sq, int64_t count, const Scalars& scalars,
+                               T* updates) {
+  const auto step_size = static_cast<T>(scalars.step_size), eps = static_cast<T>(scalars.eps);
+  const auto step = [=](T& update, T& m, T& v) { update = adam_update(m, v, step_size, eps); };
+  for_each_element(count, step, Write<T>{updates}, Read<T>{exp_avg}, Read<T>{exp_avg_sq});
+}
+
 template <typename From, typename To>
 MULTIVERSION void convert(const From* from, int64_t count, To* to) {
   using T = Compute<From>;
@@ -193,6 +202,10 @@ void update_and_note(const Span& span, const Scalars& scalars, Record& record) {
     if constexpr (!std::is_same_v<Param, T>) {
       convert(at[0], count, param + begin);
       for (int i = 0; i < num_states; ++i) convert(at[2 + i], count, states[i] + begin);
+      if constexpr (!std::is_same_v<State, T>) {  // which have been rounded
+        for (int i = 0; i < num_states; ++i) convert(states[i] + begin, count, at[2 + i]);
+        update_again(at[2], at[1 + num_states], count, scalars, updates);
+      }
     }
     const auto fetch = [=](int64_t i) {
 #ifdef T1_PREFETCH

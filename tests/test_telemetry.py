@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import adamprox
+from adamprox import backends
 from adamprox.reference import BINS, CHUNK_SIZE, TILE_SIZE
 from registry import (
     BACKENDS,
@@ -344,3 +345,95 @@ def test_the_quantiles_of_nothing_are_nan():
     nothing = adamprox.UpdateStats("w", 1, 0, torch.zeros(BINS), *[torch.tensor(0.0)] * 5)
     assert math.isnan(nothing.quantile(0.5))
     assert nothing.plot() is not None
+
+
+# With the rest of PyTorch.
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"], indirect=True)
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])
+def test_a_skipped_step_leaves_the_stats_of_the_one_before(backend, optimizer):
+    opt = small(optimizer, backend=backend)
+    opt.track_updates(every=2)
+    found_inf = torch.tensor(0.0)
+    opt.grad_scale, opt.found_inf = torch.tensor(2.0), found_inf
+    opt.step()
+    found_inf.fill_(1)
+    opt.step()
+    assert opt.update_stats() == []
+    found_inf.fill_(0)
+    for _ in range(3):
+        opt.step()
+    before = [stats.to_dict() for stats in opt.update_stats()]
+    assert [stats.step for stats in opt.update_stats()] == [3, 3]
+    found_inf.fill_(1)
+    opt.step()
+    assert [stats.to_dict() for stats in opt.update_stats()] == before
+    assert [stats.step for stats in opt.update_stats()] == [3, 3]
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"], indirect=True)
+@pytest.mark.parametrize("initial_lr", [None, 0.5])
+def test_capturable_notes_what_the_host_would(backend, initial_lr):
+    def stats(wrap, capturable) -> list[dict[str, float]]:
+        opt = small(backend=backend, capturable=capturable)
+        opt.track_updates(per="tensor")
+        for group in opt.param_groups:
+            group["lr"] = wrap(2.0**-5)
+            if initial_lr is not None:
+                group["initial_lr"] = wrap(initial_lr)
+        for _ in range(2):
+            opt.step()
+        found = opt.update_stats()
+        assert [s.step for s in found] == [2, 2, 2, 2]
+        return [{**s.to_dict(), "bins": s.bins.tolist()} for s in found]
+
+    expected = stats(float, False)
+    assert stats(torch.tensor, True) == expected
+    assert stats(float, True) == expected
+
+
+def test_a_replayed_graph_notes_each_time(_built_for_the_host, monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "cuda_on_host", _built_for_the_host)
+    opt = small(backend="cuda_on_host", capturable=True)
+    opt.track_updates()
+    opt.step()
+    for step in range(2, 5):
+        _built_for_the_host.replay()
+        assert [stats.step for stats in opt.update_stats()] == [step, step]
+
+
+def test_a_compiled_step_is_tracked_as_an_eager_one_is():
+    pair = [small(), small()]
+    for opt in pair:
+        opt.track_updates(every=2, per="tensor")
+    compiled = torch.compile(pair[0].step, backend="eager")
+    for _ in range(4):
+        compiled()
+        pair[1].step()
+    ours, theirs = ([s.to_dict() for s in opt.update_stats()] for opt in pair)
+    assert ours == theirs
+    assert [s.step for s in pair[0].update_stats()] == [4, 4, 4, 4]
+
+
+def test_steps_in_backward_are_refused_by_name():
+    model = torch.nn.Linear(2, 3)
+    opt = adamprox.AdamW(model.parameters())
+    before = copy.deepcopy(model.state_dict())
+    opt.track_updates()
+    with adamprox.step_in_backward(model, opt):
+        with pytest.raises(RuntimeError, match=r"track_updates.*step_in_backward"):
+            model(torch.ones(1, 2)).sum().backward()
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key])
+        model.zero_grad()
+        opt.track_updates(every=0)
+        model(torch.ones(1, 2)).sum().backward()
+
+
+def test_a_checkpoint_does_not_know():
+    opt = small()
+    opt.step()
+    before = copy.deepcopy(opt.state_dict())
+    opt.track_updates()
+    assert str(opt.state_dict()) == str(before)

@@ -29,7 +29,18 @@ from .telemetry import (
     write,
     write_step,
 )
-from .update import TILE_SIZE, TILES, add_tile, narrow, shrink, shrinkage, tree_sum, update, widen
+from .update import (
+    TILE_SIZE,
+    TILES,
+    adam_update,
+    add_tile,
+    narrow,
+    shrink,
+    shrinkage,
+    tree_sum,
+    update,
+    widen,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -95,7 +106,7 @@ def update_tile(tensors, args, first, mask, sums):
     scalars = args[0]
     DECAY: tl.constexpr = args[1]
     TRACKED: tl.constexpr = args[2] is not None
-    p, m, v, largest, step = update(
+    p, m, v, largest = update(
         load(param, first, mask),
         load(grad, first, mask),
         load(exp_avg, first, mask),
@@ -104,13 +115,14 @@ def update_tile(tensors, args, first, mask, sums):
         scalars,
         DECAY,
     )
-    store(exp_avg, first, mask, m)
-    store(exp_avg_sq, first, mask, v)
+    m = widen(store(exp_avg, first, mask, m))
+    v = widen(store(exp_avg_sq, first, mask, v))
     if max_exp_avg_sq is not None:
-        store(max_exp_avg_sq, first, mask, largest)
+        v = widen(store(max_exp_avg_sq, first, mask, largest))
     stored = widen(store(param, first, mask, p))
     if TRACKED:
         sums, updates, params = sums
+        step = adam_update(m, v, scalars[2], scalars[3])
         updates = note(step, magnitude_class(step, args[2]), first, mask, updates)
         if DECAY != "prox_l2":
             params = note(stored, special_class(stored), first, mask, params)

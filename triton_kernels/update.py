@@ -149,14 +149,14 @@ def shrink(z, shrinkage):
 
 @triton.jit
 def update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, DECAY: tl.constexpr):
-    """The new values, and Adam's update; ``max_exp_avg_sq`` is None without amsgrad."""
+    """The new values; ``max_exp_avg_sq`` is None without amsgrad."""
     one_minus_beta1, one_minus_beta2, step_size, eps, decay, grad_scale = scalars
     grad = couple(grad_scale * grad, param, decay, DECAY)
     exp_avg = update_moment(exp_avg, grad, one_minus_beta1)
     exp_avg_sq = update_moment(exp_avg_sq, grad * grad, one_minus_beta2)
     max_exp_avg_sq = running_max(exp_avg_sq, max_exp_avg_sq)
-    step = adam_update(exp_avg, max_exp_avg_sq, step_size, eps)
-    return apply(param, step, decay, DECAY), exp_avg, exp_avg_sq, max_exp_avg_sq, step
+    param = apply(param, adam_update(exp_avg, max_exp_avg_sq, step_size, eps), decay, DECAY)
+    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
 # csrc/reduction_tree.h

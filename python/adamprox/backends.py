@@ -38,10 +38,10 @@ class ReferenceBackend:
         for index, row in enumerate(table.rows()):
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, group, step = row
             scalars = reference.step_scalars(decay, groups[group], step, table.loss_scale)
-            update = reference.step(
-                decay, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars
-            )
+            reference.step(decay, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars)
             if table.records is not None:
+                squares = exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq
+                update = reference.noted_update(exp_avg, squares, scalars)
                 of_update = reference.note_update(update, reference.alpha(groups[group]))
                 telemetry.write_update(of_update, step, table, index)
                 telemetry.write_param(reference.note_param(param), table, index)

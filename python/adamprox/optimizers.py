@@ -131,7 +131,8 @@ class _FusedAdam(Optimizer):
         """Has every ``every``-th step from now on note what it does, in its one pass.
 
         The others cost nothing, and no step waits for the device. It is no part of a checkpoint,
-        nor of a copy. A captured CUDA graph whose capture was such a step notes at each replay.
+        nor of a copy. A CUDA graph whose capture was such a step notes at each replay. Steps taken
+        by :func:`step_in_backward` are none: with this, they raise a RuntimeError.
 
         Args:
             every: 1 tracks each step; 0 or None, none.
@@ -147,7 +148,7 @@ class _FusedAdam(Optimizer):
 
         Empty if no step has been tracked. Waits for that step, if it is on a GPU. A step that a
         ``GradScaler`` skips does nothing: the stats stay those of the tracked step before it. Of a
-        DTensor they are this rank's share's: across ranks, bins, counts and squares of norms add up.
+        DTensor they are of this rank's share: bins, counts and squares of norms add up over ranks.
         """
         return [] if self._tracker is None else self._tracker.stats(self.param_groups)
 

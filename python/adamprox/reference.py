@@ -178,10 +178,8 @@ def step(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     scalars: Scalars,
-) -> Tensor:
+) -> None:
     """One step of one tensor, in place; every tensor has the param's shape.
-
-    Returns Adam's update, ``eta_t * alpha * mhat / (sqrt(vhat) + eps)``, in the compute type.
 
     Args:
         decay: one of :data:`DECAYS`.
@@ -212,11 +210,25 @@ def step(
         largest = max_exp_avg_sq.to(dtype)
         v = torch.where(largest > v, largest, v)
         max_exp_avg_sq.copy_(v)
-    update = adam_update(m, v, step_size, eps)
-    param.copy_(apply_decay(decay, p, update, k))
+    param.copy_(apply_decay(decay, p, adam_update(m, v, step_size, eps), k))
     if decay == "prox_l2" and param.numel() > 0:
         param.copy_(prox_l2(param, scalars.decay))
-    return update
+
+
+def noted_update(exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Scalars) -> Tensor:
+    """The update that telemetry notes of a step: Adam's, from the moments that the step has stored.
+
+    It is the one that the step has applied, unless the moments have been rounded to 16 bits.
+    ``exp_avg_sq`` is with amsgrad ``max_exp_avg_sq``. In the compute type.
+    """
+    if exp_avg.is_complex():
+        exp_avg, exp_avg_sq = map(torch.view_as_real, (exp_avg, exp_avg_sq))
+    dtype = _compute_dtype(exp_avg)
+    step_size, eps = (
+        torch.tensor(scalar, dtype=dtype, device=exp_avg.device)
+        for scalar in (scalars.step_size, scalars.eps)
+    )
+    return adam_update(exp_avg.to(dtype), exp_avg_sq.to(dtype), step_size, eps)
 
 
 class UpdateNotes(NamedTuple):
@@ -254,7 +266,7 @@ def magnitude_bins(update: Tensor, alpha: float) -> Tensor:
 
 
 def note_update(update: Tensor, alpha: float) -> UpdateNotes:
-    """Of Adam's update, which :func:`step` returns."""
+    """Of :func:`noted_update`."""
     squares = sum_of_squares(update) if update.numel() > 0 else 0.0
     return UpdateNotes(squares, magnitude_bins(update, alpha).tolist())
 

@@ -57,18 +57,8 @@ class UpdateStats:
         return self.update_norm / self.param_norm
 
     def quantile(self, q: float) -> float:
-        """The ``q``-quantile of ``log2(abs(update) / alpha)``, linear within a bin.
-
-        The outer bins have no width: what they hold is at -27 and at 0. NaN if there is no update.
-        """
-        wanted = q * int(self.bins.sum())
-        below = 0
-        for index, count in enumerate(self.bins.tolist()):
-            if count > 0 and below + count >= wanted:
-                inside = (wanted - below) / count if 0 < index < reference.BINS - 1 else 0.0
-                return float(max(index - reference.BINS + 1, 2 - reference.BINS)) + inside
-            below += count
-        return float("nan")
+        """The ``q``-quantile of ``log2(abs(update) / alpha)``; see :func:`quantile`."""
+        return quantile(self.bins.tolist(), q)
 
     def to_dict(self, prefix: str = "") -> dict[str, float]:
         """Scalars for TensorBoard or W&B, by ``prefix + name + "/" + what``."""
@@ -104,18 +94,34 @@ class UpdateStats:
         return axes
 
 
+def quantile(bins: Sequence[int], q: float) -> float:
+    """The ``q``-quantile of ``log2(abs(update) / alpha)`` from the 29 counts, linear within a bin.
+
+    The outer bins have no width: what they hold is at -27 and at 0. NaN if there is no update.
+    """
+    wanted = q * sum(bins)
+    below = 0
+    for index, count in enumerate(bins):
+        if count > 0 and below + count >= wanted:
+            inside = (wanted - below) / count if 0 < index < reference.BINS - 1 else 0.0
+            return float(max(index - reference.BINS + 1, 2 - reference.BINS)) + inside
+        below += count
+    return float("nan")
+
+
 class _Noted(NamedTuple):
     """One table of a tracked step, and what the step writes; on the device until it is read."""
 
+    device: tuple[str, int]
     tensors: Sequence[tuple[Tensor, int, int, int]]
     """(the param, its group, its first record, its numel)"""
     records: Tensor
 
-    def are_of(self, tensors: Sequence[tuple[Tensor, int, int, int]], device: torch.device) -> bool:
-        """Whether these tensors, on this device, have their records here."""
-        return self.records.device == device and [(id(p), *rest) for p, *rest in tensors] == [
-            (id(p), *rest) for p, *rest in self.tensors
-        ]
+    def are_of(self, table: _C.Table) -> bool:
+        """Whether the table's tensors have their records here."""
+        return self.device == table.device and [
+            (id(param), *rest) for param, *rest in self.tensors
+        ] == [(id(param), *rest) for param, *rest in table.tensors()]
 
 
 class _TensorNotes(NamedTuple):
@@ -157,15 +163,14 @@ class Tracker:
         """
         noted = []
         for table in tables:
-            tensors, device = table.tensors(), torch.device(*table.device)
-            records = next((n.records for n in self._noted if n.are_of(tensors, device)), None)
+            records = next((n.records for n in self._noted if n.are_of(table)), None)
             if records is None:
-                shape = (table.num_chunks, RECORD_WORDS)
+                shape, device = (table.num_chunks, RECORD_WORDS), torch.device(*table.device)
                 records = torch.zeros(shape, dtype=torch.int64, device=device)
             if capturing:  # for as long as the graph may write there
                 table.keep(records)
             table.track(records)
-            noted.append(_Noted(tensors, records))
+            noted.append(_Noted(table.device, table.tensors(), records))
         self._noted = noted
 
     def note_params(self, tables: Iterable[_C.Table], shares: Mapping[Tensor, Tensor]) -> None:
@@ -184,7 +189,7 @@ class Tracker:
             for i, param in enumerate(group["params"])
         }
         members: dict[str, list[_TensorNotes]] = {}
-        for tensors, records in self._noted:
+        for _, tensors, records in self._noted:
             on_host = records.cpu()
             for param, group, first, numel in tensors:
                 of_tensor = on_host[first : first + _num_chunks(numel)]
