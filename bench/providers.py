@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from importlib import import_module, metadata
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -24,6 +24,7 @@ LR = 1e-3
 VALUES: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
 OURS = ("AdamW", "AdamProx", "AdamProxL1", "AdamProxL2", "Adam")
+TRACKED = ("AdamW, tracked", "AdamProxL2, tracked")  # each step notes its updates
 BASELINE = "torch fused"  # what "times as fast" refers to
 
 
@@ -63,7 +64,7 @@ TORCH: dict[str, dict[str, Any]] = {
     "torch foreach": {"foreach": True},
     BASELINE: {"fused": True},
 }
-NAMES = (*TORCH, *OURS, *PEERS)
+NAMES = (*TORCH, *OURS, *TRACKED, *PEERS)
 SHORT = (BASELINE, "AdamW", "AdamProx", "AdamProxL1", "AdamProxL2")
 
 
@@ -74,14 +75,17 @@ def providers(
     found, skipped = [], {}
     default = default_backend(device)
     for name in names:
-        if name in OURS:
+        if name in OURS or name in TRACKED:
+            rule = name.removesuffix(", tracked")
             for backend in our_backends or (default,):
                 label = name if backend == default else f"{name}, {backend}"
                 if reason := backends.BACKENDS[backend].why_not(device.type):
                     skipped[label] = reason
                 else:
-                    make = partial(getattr(adamprox, name), **VALUES, backend=backend)
-                    ours = ("adamprox", adamprox.__version__, name, backend)
+                    make = partial(getattr(adamprox, rule), **VALUES, backend=backend)
+                    if name in TRACKED:
+                        make = partial(_tracked, make)
+                    ours = ("adamprox", adamprox.__version__, rule, backend)
                     found.append(Provider(label, name, *ours, make))
         elif name in TORCH:
             make = partial(torch.optim.AdamW, **VALUES, **TORCH[name])
@@ -95,6 +99,12 @@ def providers(
             theirs = (name.split()[0], _version(module), optimizer, device.type)
             found.append(Provider(name, name, *theirs, make))
     return found, skipped
+
+
+def _tracked(make: Callable[[Any], Any], params: Any) -> Optimizer:
+    optimizer = make(params)
+    optimizer.track_updates()
+    return cast("Optimizer", optimizer)
 
 
 def default_backend(device: torch.device) -> str:

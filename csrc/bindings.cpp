@@ -110,6 +110,27 @@ class Table {
     return result;
   }
 
+  // (the param itself, group's index, its first chunk's index, numel) of each row.
+  py::list tensors() const {
+    py::list result;
+    for (size_t i = 0; i < device_.members.size(); ++i) {
+      const Member& m = gather_->members[device_.members[i]];
+      const TensorRow& row = device_.table.rows[i];
+      result.append(py::make_tuple(py::handle(m.owner), m.group, row.first_chunk, row.numel));
+    }
+    return result;
+  }
+
+  // Has the step write Record[num_chunks] to this tensor on the device.
+  void track(const py::object& records) const {
+    const auto address = records.attr("data_ptr")().cast<uintptr_t>();
+    device_.table.records = reinterpret_cast<Record*>(address);
+    device_.records = records;
+  }
+
+  // What track() was given, or None.
+  py::object records() const { return device_.records ? device_.records : py::none(); }
+
   int64_t num_rows() const { return static_cast<int64_t>(device_.table.rows.size()); }
   int64_t num_scalars() const { return static_cast<int64_t>(device_.table.scalars.size()); }
   int64_t num_chunks() const { return static_cast<int64_t>(device_.table.chunks.size()); }
@@ -251,6 +272,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Table>(m, "Table")
       .def_property_readonly("device", &Table::device)
       .def("rows", &Table::rows)
+      .def("tensors", &Table::tensors)
+      .def("track", &Table::track, py::arg("records"))
+      .def_property_readonly("records", &Table::records)
       .def_property_readonly("num_rows", &Table::num_rows)
       .def_property_readonly("num_chunks", &Table::num_chunks)
       .def_property_readonly("dtypes", &Table::dtypes)

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "fused_adam.cuh"
 #include "fused_adam.h"
@@ -34,25 +35,28 @@ class DeviceGuard {
 };
 
 // As many blocks as the device holds at once.
-int resident_blocks(const void* kernel, int device) {
+int resident_blocks(const void* kernel, size_t shared, int device) {
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> known;
+  static std::map<std::tuple<const void*, size_t, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  int& blocks = known[{kernel, device}];
+  int& blocks = known[{kernel, shared, device}];
   if (blocks == 0) {
     int multiprocessors = 0, per_multiprocessor = 0;
     CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0));
+    CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads,
+                                                        shared));
     blocks = multiprocessors * per_multiprocessor;
   }
   return blocks;
 }
 
 template <typename... Args>
-void launch(void (*kernel)(Args...), int64_t blocks, const CudaStep& step, Args&... args) {
+void launch(void (*kernel)(Args...), int64_t blocks, size_t shared, const CudaStep& step,
+            Args&... args) {
   void* arguments[] = {&args...};
   CHECK(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                         dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(step.stream)));
+                         dim3(kThreads), arguments, shared,
+                         static_cast<cudaStream_t>(step.stream)));
 }
 
 }  // namespace
@@ -61,16 +65,19 @@ void fused_adam_cuda(const TensorTable& table, const CudaStep& step) {
   if (table.chunks.empty()) return;
   const DeviceGuard guard(step.device);
   LaunchArgs args(step.metadata, static_cast<int64_t>(table.rows.size()),
-                  static_cast<int64_t>(table.chunks.size()), step.payload, step.prepared);
+                  static_cast<int64_t>(table.chunks.size()), step.payload, step.prepared,
+                  table.records);
   if (args.payload == nullptr) {
     std::memcpy(args.inline_payload, step.inline_payload, step.inline_size);
   }
   Decay decay = table.decay;
-  if (args.prepared != nullptr) launch(prepare_kernel, 1, step, args, decay);
+  if (args.prepared != nullptr) launch(prepare_kernel, 1, 0, step, args, decay);
   with_rule(table.decay, [&](auto rule) {
     const auto kernel = update_kernel<typename decltype(rule)::type>;
-    const int64_t resident = resident_blocks(reinterpret_cast<const void*>(kernel), step.device);
-    launch(kernel, std::min(args.num_chunks, resident), step, args);
+    const size_t shared = args.records != nullptr ? sizeof(ChunkNotes) : 0;
+    const int64_t resident =
+        resident_blocks(reinterpret_cast<const void*>(kernel), shared, step.device);
+    launch(kernel, std::min(args.num_chunks, resident), shared, step, args);
   });
 }
 

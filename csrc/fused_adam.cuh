@@ -8,7 +8,8 @@
 #include "multi_tensor_apply.cuh"
 #include "pending.cuh"
 #include "recipes.h"
-#include "reduction_tree.h"
+#include "reduction_tree.cuh"
+#include "telemetry.cuh"
 #include "update.h"
 
 namespace adamprox {
@@ -16,12 +17,13 @@ namespace adamprox {
 constexpr int kBlocksPerMultiprocessor = 2;  // the budget: 128 registers a thread, no spills
 
 // Also sums the squares of what is stored: a vector's by its thread, those of a warp's vectors, which
-// are neighbours, by the warp; into `sums`, the chunk's by kWarp neighbours each, from zeros.
+// are neighbours, by the warp; into `sums`, those of kWarp neighbours each, from zeros.
 template <typename Param, typename Update>
 struct AndSquares {
   static constexpr bool kTogether = true;
   const Update update;
   double* sums;
+  double* rest;            // of what is left, until it is summed
   WaitingSums<4> waiting;  // in registers: every index is known to the compiler
 
   template <typename T, typename... Others>
@@ -38,7 +40,7 @@ struct AndSquares {
     if (at < end) {
       sum = waiting.template total_of<kWidth>();
     } else if (kWidth > 1 && at == end) {
-      sum = sums[kSums];
+      sum = *rest;
     }
     sum = sum_of_warp(sum);
     if (at == first) sums[first / kWarp] = sum;
@@ -49,7 +51,7 @@ struct AndSquares {
   template <int kWidth>
   __device__ __forceinline__ void finish_rest(int first) {
     if (threadIdx.x == 0 && first % (kWarp * kWidth) != 0) {
-      sums[kSums] = sums[first / kWarp];
+      *rest = sums[first / kWarp];
       sums[first / kWarp] = 0;
     }
     __syncthreads();
@@ -57,8 +59,8 @@ struct AndSquares {
 };
 
 template <typename Rule, typename Param, typename State>
-__device__ __forceinline__ void update_chunk(const Work& work, const Scalars& scalars,
-                                             double* sums) {
+__device__ __forceinline__ void update_chunk(const Work& work, const Scalars& scalars, double* sums,
+                                             double* rest) {
   using T = Compute<Param>;
   const TensorRow& row = work.row;
   const Update<Rule, T> update(scalars);
@@ -68,7 +70,7 @@ __device__ __forceinline__ void update_chunk(const Work& work, const Scalars& sc
   const Once<ReadWrite<State>> exp_avg_sq{{work.at<State>(row.exp_avg_sq)}};
   const auto run = [&](auto... streams) {
     if constexpr (std::is_same_v<Rule, ProxL2>) {
-      const AndSquares<Param, Update<Rule, T>> step{update, sums, {}};
+      const AndSquares<Param, Update<Rule, T>> step{update, sums, rest, {}};
       for_each_element<2>(work.count, row.aligned != 0, step, streams...);
     } else {
       const EachAlone step{[&](int, auto&... elements) { update(elements...); }};
@@ -101,16 +103,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   Pending pending{args, sums, top};
   if (threadIdx.x == 0) top = -1;
   for_each_chunk(args, [&](const int32_t& index) {
-    const Work work(args, index);
+    const Work chunk(args, index);
     if constexpr (kNorms) {
       for (int i = threadIdx.x; i <= kSums; i += kThreads) sums[i] = 0;
       __syncthreads();
     }
-    with_dtypes(work.row.param_dtype, work.row.state_dtype, [&](auto param, auto state) {
-      update_chunk<Rule, typename decltype(param)::type, typename decltype(state)::type>(
-          work, work.scalars(args), sums);
-    });
-    if constexpr (kNorms) pending.add(index);
+    const int piece = args.records != nullptr ? kPiece : static_cast<int>(kChunkSize);
+    for (int first = 0; first < chunk.count; first += piece) {
+      const Work work(chunk, first, piece);
+      with_dtypes(work.row.param_dtype, work.row.state_dtype, [&](auto param, auto state) {
+        update_chunk<Rule, typename decltype(param)::type, typename decltype(state)::type>(
+            work, work.scalars(args), sums + first / kWarp, sums + kSums);
+      });
+      note_updates(args, work, first, first + work.count == chunk.count);
+    }
+    if constexpr (kNorms) {
+      pending.add(index);
+    } else {
+      note_params(args, chunk);
+    }
   });
   if constexpr (kNorms) pending.shrink_all(true);
 }

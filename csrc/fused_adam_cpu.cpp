@@ -2,7 +2,6 @@
 // AVX2 and the baseline from the one definition in update.h, and chosen when the library loads.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -10,35 +9,16 @@
 #include "dispatch.h"
 #include "fused_adam.h"
 #include "multi_tensor_apply_cpu.h"
-#include "reduction_tree.h"
+#include "reduction_tree_cpu.h"
+#include "telemetry_cpu.h"
 #include "thread_pool.h"
 #include "update.h"
-
-#if defined(ADAMPROX_TARGET_CLONES)
-#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MULTIVERSION
-#endif
 
 namespace adamprox {
 namespace {
 
 // Below this many elements, waking a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;
-
-// What AdamProxL2 updates before it squares and adds it: so little that memory goes on streaming.
-constexpr int64_t kBlockSize = 256;
-
-struct Span {  // some elements of one row
-  const TensorRow& row;
-  void* grad;
-  int64_t begin, count;
-
-  template <typename T>
-  T* at(void* data) const {
-    return static_cast<T*>(data) + begin;
-  }
-};
 
 template <typename Rule, typename Param, typename State>
 inline __attribute__((always_inline)) void update_elements(const Span& span,
@@ -62,72 +42,16 @@ MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
   update_elements<Rule, Param, State>(span, scalars);
 }
 
-typedef double Quad __attribute__((vector_size(32)));
-
-// The sums of four neighbours each.
-inline __attribute__((always_inline)) void add_neighbours(const Quad& a, const Quad& b,
-                                                          const Quad& c, const Quad& d,
-                                                          double* sums) {
-  typedef int64_t At __attribute__((vector_size(32)));
-  const At even{0, 4, 2, 6}, odd{1, 5, 3, 7}, front{0, 1, 4, 5}, back{2, 3, 6, 7};
-  const Quad ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-  const Quad cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
-  const Quad four = __builtin_shuffle(ab, cd, front) + __builtin_shuffle(ab, cd, back);
-  std::memcpy(sums, &four, sizeof(four));
-}
-
-struct Squares {
-  template <typename Storage>
-  static double at(const Storage* values, int64_t i) {
-    return square(Convert<Storage>::widen(values[i]));
-  }
-};
-
-struct Sums {
-  static double at(const double* sums, int64_t i) { return sums[i]; }
-};
-
-// Two levels of the reduction tree: from `count` values to a quarter of them, and zeros up to a
-// multiple of four; returns how many.
-template <typename Terms, typename Storage>
-inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, int64_t count,
-                                                        double* sums) {
-  int64_t i = 0;
-  const auto add = [&](const Storage* from) {
-    Quad q[4];
-    for (int j = 0; j < 16; ++j) q[j / 4][j % 4] = Terms::at(from, j);
-    add_neighbours(q[0], q[1], q[2], q[3], sums + i / 4);
-    i += 16;
-  };
-  while (i + 16 <= count) add(values + i);
-  if (i < count) {
-    Storage rest[16] = {};
-    std::copy(values + i, values + count, rest);
-    add(rest);
-  }
-  return i / 4;
-}
-
-// Of at most kBlockSize values.
-template <typename Storage>
-inline __attribute__((always_inline)) double sum_of_squares(const Storage* values, int64_t count) {
-  double sums[kBlockSize / 4];
-  int64_t left = add_fours<Squares>(values, count, sums);
-  while (left > 4) left = add_fours<Sums>(sums, left, sums);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
 // AdamProxL2's: returns the sum of the squares of what is stored, block by block.
 template <typename Param, typename State>
 MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
-  WaitingSums<> waiting;
-  uint64_t blocks = 0;
+  BlockSums squares;
   for (int64_t i = 0; i < span.count; i += kBlockSize) {
     const Span block{span.row, span.grad, span.begin + i, std::min(span.count - i, kBlockSize)};
     update_elements<ProxL2, Param, State>(block, scalars);
-    waiting.add(blocks++, sum_of_squares(block.at<Param>(span.row.param), block.count));
+    squares.add(sum_of_squares(block.at<Param>(span.row.param), block.count));
   }
-  return waiting.total(blocks);
+  return squares.total();
 }
 
 template <typename Param>
@@ -143,7 +67,7 @@ class Step {
   template <typename Rule>
   void update() const {
     share_out(static_cast<int64_t>(table_.chunks.size()),
-              [&](int64_t chunk) { update_chunk<Rule>(span_of(chunk)); });
+              [&](int64_t chunk) { update_chunk<Rule>(span_of(chunk), chunk); });
   }
 
   // AdamProxL2. A tensor of one chunk shrinks at once; one of several when all of them have been
@@ -160,17 +84,18 @@ class Step {
       const Span span = span_of(chunk);
       RowProgress& p = progress[index];
       if (sweep == Sweep::kUpdate) {
-        sums[chunk] = update_and_sum_chunk(span);
+        sums[chunk] = update_chunk<ProxL2>(span, chunk);
         if (p.updated.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks) return;
-        WaitingSums<> waiting;
-        for (int64_t i = 0; i < chunks; ++i) waiting.add(i, sums[row.first_chunk + i]);
-        p.shrinkage = ProxL2::shrinkage(waiting.total(chunks), table_.scalars[row.scalars].decay);
+        BlockSums squares;
+        for (int64_t i = 0; i < chunks; ++i) squares.add(sums[row.first_chunk + i]);
+        p.shrinkage = ProxL2::shrinkage(squares.total(), table_.scalars[row.scalars].decay);
         p.ready.store(true, std::memory_order_release);
         if (chunks > 1) return;
       }
       // Items are taken in order, so the updates that this one waits for are under way.
       while (!p.ready.load(std::memory_order_acquire)) std::this_thread::yield();
       shrink_chunk(span, p.shrinkage);
+      if (tracked()) note_chunk(span, chunk);
     });
   }
 
@@ -222,23 +147,37 @@ class Step {
     return Span{row, table_.grads[c.row], first, std::min(row.numel - first, kChunkSize)};
   }
 
+  // Returns the sum of the squares of the new params, for AdamProxL2 and for tracked steps.
   template <typename Rule>
-  void update_chunk(const Span& span) const {
+  double update_chunk(const Span& span, int64_t chunk) const {
+    double squares = 0;
     with_dtypes(span.row.param_dtype, span.row.state_dtype, [&](auto param, auto state) {
       using Param = typename decltype(param)::type;
       using State = typename decltype(state)::type;
-      update_span<Rule, Param, State>(span, table_.scalars[span.row.scalars]);
+      const Scalars& scalars = table_.scalars[span.row.scalars];
+      if (tracked()) {
+        squares = update_and_note<Rule, Param, State>(span, scalars, table_.records[chunk]);
+      } else if constexpr (std::is_same_v<Rule, ProxL2>) {
+        squares = update_and_sum<Param, State>(span, scalars);
+      } else {
+        update_span<Rule, Param, State>(span, scalars);
+      }
     });
+    return squares;
   }
 
-  double update_and_sum_chunk(const Span& span) const {
-    double sum = 0;
-    with_dtypes(span.row.param_dtype, span.row.state_dtype, [&](auto param, auto state) {
-      using Param = typename decltype(param)::type;
-      using State = typename decltype(state)::type;
-      sum = adamprox::update_and_sum<Param, State>(span, table_.scalars[span.row.scalars]);
+  bool tracked() const { return table_.records != nullptr; }
+
+  // Of AdamProxL2's params, once they have shrunk.
+  void note_chunk(const Span& span, int64_t chunk) const {
+    with_dtype(span.row.param_dtype, [&](auto param) {
+      const auto* params = span.at<typename decltype(param)::type>(span.row.param);
+      ParamNotes notes;
+      for (int64_t i = 0; i < span.count; i += kBlockSize) {
+        note_params(params + i, std::min(span.count - i, kBlockSize), notes);
+      }
+      notes.write(params, span.count, table_.records[chunk]);
     });
-    return sum;
   }
 
   static void shrink_chunk(const Span& span, double shrinkage) {

@@ -308,6 +308,7 @@ void Gather::release() {
     t.table.clear();
     t.members.clear();
     t.scalars_of_cohort.clear();
+    t.records = {};
   }
   members.clear();
   cohorts_.clear();

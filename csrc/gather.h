@@ -40,6 +40,7 @@ struct DeviceTable {
   // The rows and chunks as they were last copied to the device, and the copy.
   std::string uploaded_bytes;
   py::object uploaded;
+  py::object records;  // what table.records points to
 };
 
 // What the gather cannot use as it is; Python mends it (a state to be made, a layout to be

@@ -125,7 +125,8 @@ class GroupReader {
     v.capturable = as_bool(required(kCapturable));
     h.maximize = as_bool(required(kMaximize));
     h.decay_by_schedule = PyUnicode_CompareWithASCIIString(required(kDecayBy), "schedule") == 0;
-    v.initial_lr = number(h.decay_by_schedule ? required(kInitialLr) : v.lr, h.initial_lr);
+    const bool scheduled = h.decay_by_schedule || objects_[kInitialLr] != nullptr;
+    v.initial_lr = number(scheduled ? required(kInitialLr) : v.lr, h.initial_lr);
     parsed_ = true;
   }
 

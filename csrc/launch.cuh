@@ -13,7 +13,7 @@ constexpr int kParameters = 4096;  // the bytes that a kernel's parameters may t
 #else
 constexpr int kParameters = 32764;  // from CUDA 12.1 on
 #endif
-constexpr int kInlinePayload = (kParameters - 88) / 16 * 16;  // beside 9 words, and a Decay
+constexpr int kInlinePayload = (kParameters - 96) / 16 * 16;  // beside 10 words, and a Decay
 
 struct LaunchArgs {
   const TensorRow* rows;
@@ -21,6 +21,7 @@ struct LaunchArgs {
   int64_t num_rows;
   int64_t num_chunks;
   Workspace work;
+  Record* records;  // one a chunk, where a tracked step is noted; null: it is not
   // What the recipes have become, PreparedHead and Scalars[]; null: the payload has no recipes.
   unsigned char* prepared;
   // What changes at each step: void*[num_rows], the grads, then Scalars[], or RecipesHead and
@@ -30,12 +31,13 @@ struct LaunchArgs {
   alignas(16) unsigned char inline_payload[kInlinePayload];
 
   LaunchArgs(void* metadata, int64_t num_rows, int64_t num_chunks, const void* payload,
-             void* prepared)
+             void* prepared, Record* records)
       : rows(static_cast<const TensorRow*>(metadata)),
         chunks(reinterpret_cast<const Chunk*>(rows + num_rows)),
         num_rows(num_rows),
         num_chunks(num_chunks),
         work(const_cast<Chunk*>(chunks + num_chunks), num_chunks),
+        records(records),
         prepared(static_cast<unsigned char*>(prepared)),
         payload(static_cast<const unsigned char*>(payload)) {}
 
@@ -70,6 +72,14 @@ struct Work {
         count(row.numel - begin < kChunkSize ? row.numel - begin : kChunkSize),
         payload(args.payload != nullptr ? args.payload : args.inline_payload) {}
 
+  // At most `most` elements of a chunk, from the `first` on.
+  __device__ __forceinline__ Work(const Work& chunk, int first, int most)
+      : row_index(chunk.row_index),
+        row(chunk.row),
+        begin(chunk.begin + first),
+        count(chunk.count - first < most ? chunk.count - first : most),
+        payload(chunk.payload) {}
+
   __device__ __forceinline__ void* grad() const {
     return reinterpret_cast<void* const*>(payload)[row_index];
   }
@@ -78,6 +88,14 @@ struct Work {
     const void* all = args.prepared != nullptr ? static_cast<const void*>(args.prepared_head() + 1)
                                                : args.recipes_or_scalars();
     return static_cast<const Scalars*>(all)[row.scalars];
+  }
+
+  __device__ __forceinline__ int64_t chunk() const { return row.first_chunk + begin / kChunkSize; }
+
+  // Its elements of a tensor of that type.
+  __device__ __forceinline__ const void* at(const void* data, DType dtype) const {
+    const int shift = dtype == DType::kFloat64 ? 3 : dtype == DType::kFloat32 ? 2 : 1;
+    return static_cast<const char*>(data) + (begin << shift);
   }
 
   // Its elements of a tensor, known to the compiler to be in global memory.

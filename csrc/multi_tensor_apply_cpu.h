@@ -4,8 +4,27 @@
 #include <cstdint>
 
 #include "streams.h"
+#include "tensor_table.h"
+
+// Loops are compiled for each of these; which one runs is decided when the library loads.
+#if defined(ADAMPROX_TARGET_CLONES)
+#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MULTIVERSION
+#endif
 
 namespace adamprox {
+
+struct Span {  // some elements of one row
+  const TensorRow& row;
+  void* grad;
+  int64_t begin, count;
+
+  template <typename T>
+  T* at(void* data) const {
+    return static_cast<T*>(data) + begin;
+  }
+};
 
 // One element of a stream: loaded when it is made, stored when the functor's call is over.
 template <typename Stream>

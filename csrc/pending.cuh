@@ -9,32 +9,11 @@
 
 #include "dispatch.h"
 #include "launch.cuh"
-#include "reduction_tree.h"
+#include "reduction_tree.cuh"
+#include "telemetry.cuh"
 #include "update.h"
 
 namespace adamprox {
-
-constexpr int kSums = kChunkSize / kWarp;  // that a block has in shared memory
-static_assert(kSums == 2 * kThreads);
-
-// The reduction tree over what neighbouring threads have, for each of them.
-__device__ __forceinline__ double sum_of_warp(double sum) {
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    sum = sum + __shfl_xor_sync(0xffffffffu, sum, distance);
-  }
-  return sum;
-}
-
-__device__ __forceinline__ double sum_of_block(double sum, double* shared) {
-  constexpr int kWarps = kThreads / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  sum = sum_of_warp(sum);
-  __syncthreads();
-  if (lane == 0) shared[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  return sum_of_warp(lane < kWarps ? shared[lane] : 0.0);
-}
 
 struct Pending {
   const LaunchArgs& args;
@@ -132,6 +111,7 @@ struct Pending {
       for_each_element<4>(work.count, work.row.aligned != 0,
                           EachAlone{[&](int, Compute<Param>& p) { shrink(p); }}, param);
     });
+    note_params(args, work);
   }
 };
 

@@ -16,7 +16,7 @@ struct HyperParameters {
   double beta2;
   double eps;
   double weight_decay;
-  double initial_lr;  // decay_by="schedule": the decay follows lr / initial_lr
+  double initial_lr;  // decay_by="schedule": the decay follows lr / initial_lr; and for alpha()
   bool decay_by_schedule;
   bool maximize;
 };
@@ -27,6 +27,13 @@ HOST_DEVICE double decay_constant(Decay decay, const HyperParameters& h) {
   const double eta = h.decay_by_schedule ? h.lr / h.initial_lr : h.lr;
   const double strength = eta * h.weight_decay;
   return decay == Decay::kProxSqL2 ? strength / (1 + strength) : strength;
+}
+
+// The learning rate without its schedule. Times 2^-27 it is a normal number, whatever the type.
+HOST_DEVICE double alpha(const HyperParameters& h) {
+  constexpr double kLeast = 0x1p-99, kMost = 0x1p99;
+  const double least = h.initial_lr > kLeast ? h.initial_lr : kLeast;
+  return least < kMost ? least : kMost;
 }
 
 // base^exponent by squaring, for a whole number: the same bits on a host and on a GPU, whose pow
@@ -65,6 +72,8 @@ HOST_DEVICE Scalars step_scalars(Decay decay, const HyperParameters& h,
       h.eps * bias.correction2_sqrt,
       decay_constant(decay, h),
       h.maximize ? -1.0 : 1.0,
+      alpha(h),
+      bias.step,
   };
 }
 

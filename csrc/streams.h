@@ -1,4 +1,4 @@
-// What a loop over elements runs along: memory of one storage type, read or updated in place.
+// What a loop over elements runs along: memory of one storage type, read, written or both.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,16 @@ struct Read {
   using T = Compute<Storage>;
   HOST_DEVICE T load(int64_t i) const { return Convert<Storage>::widen(data[i]); }
   HOST_DEVICE void store(int64_t, T) const {}
+};
+
+template <typename Storage>
+struct Write {
+  Storage* data;
+  static constexpr bool kWritten = true;
+  using Element = Storage;
+  using T = Compute<Storage>;
+  HOST_DEVICE T load(int64_t) const { return {}; }
+  HOST_DEVICE void store(int64_t i, T value) const { data[i] = Convert<Storage>::narrow(value); }
 };
 
 template <typename Storage>

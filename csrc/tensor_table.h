@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "telemetry.h"
+
 namespace adamprox {
 
 // A tile is what one CUDA block loads at once: 256 threads of 8 elements, 128 bits of 16-bit numbers.
@@ -24,6 +26,8 @@ struct Scalars {
   double eps;         // eps * sqrt(1 - beta2^t)
   double decay;       // see decay.h: one meaning a rule
   double grad_scale;  // of the grads: 1, or -1 to maximize, divided by the loss scale, if any
+  double alpha;       // what telemetry measures updates by
+  double step;        // the count with this step, t
 };
 
 struct TensorRow {
@@ -87,7 +91,7 @@ struct Recipe {
   bool counts;  // of the recipes with the same step count, one writes it
   uint8_t unused[5];
 };
-static_assert(sizeof(Recipe) == 28 * 8, "triton_kernels/recipes.py reads it as 28 words");
+static_assert(sizeof(Recipe) == 30 * 8, "triton_kernels/recipes.py reads it as 30 words");
 
 // Before Recipe[count] in a payload.
 struct RecipesHead {
@@ -111,6 +115,7 @@ struct TensorTable {
   RecipesHead recipes_head{{1, nullptr, 0}, {0, nullptr, 0}, 0};
   std::vector<Chunk> chunks;
   int64_t numel = 0;
+  Record* records = nullptr;  // one a chunk, where a tracked step is noted; null: it is not
 
   static int64_t num_chunks(int64_t numel) { return (numel + kChunkSize - 1) / kChunkSize; }
 
@@ -122,6 +127,7 @@ struct TensorTable {
     recipes_head = {{1, nullptr, 0}, {0, nullptr, 0}, 0};
     chunks.clear();
     numel = 0;
+    records = nullptr;
   }
 };
 

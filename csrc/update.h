@@ -19,15 +19,17 @@ struct Update {
         decay(static_cast<T>(s.decay)),
         grad_scale(static_cast<T>(s.grad_scale)) {}
 
-  // With a fifth argument, max_exp_avg_sq, the update is amsgrad's.
+  // Returns Adam's update; with a fifth argument, max_exp_avg_sq, it is amsgrad's.
   template <typename... Max>
-  HOST_DEVICE void operator()(T& param, T& grad, T& exp_avg, T& exp_avg_sq,
-                              Max&... max_exp_avg_sq) const {
+  HOST_DEVICE T operator()(T& param, T& grad, T& exp_avg, T& exp_avg_sq,
+                           Max&... max_exp_avg_sq) const {
     const T g = Rule::couple(grad_scale * grad, param, decay);
     update_moment(exp_avg, g, one_minus_beta1);
     update_moment(exp_avg_sq, g * g, one_minus_beta2);
     const T denominator = running_max(exp_avg_sq, max_exp_avg_sq...);
-    param = Rule::apply(param, adam_update(exp_avg, denominator, step_size, eps), decay);
+    const T step = adam_update(exp_avg, denominator, step_size, eps);
+    param = Rule::apply(param, step, decay);
+    return step;
   }
 };
 

@@ -11,6 +11,7 @@ from adamprox import backends
 from adamprox.reference import CHUNK_SIZE, TILE_SIZE
 from registry import OPTIMIZERS, OPTIONS
 from test_parity import check, randn
+from test_telemetry import check as check_stats
 
 if TYPE_CHECKING:
     from cuda_on_host import CudaOnHostBackend
@@ -40,6 +41,16 @@ def test_blocks_wait_for_one_another_in_any_order(cuda):
     assert cuda.sleeps > 0
 
 
+def test_blocks_that_wait_note_what_all_of_them_do(cuda):
+    generator = torch.Generator().manual_seed(6)
+    values = [randn(generator, (size,), torch.float32) for size in SIZES]
+    cuda.blocks = cuda.resident = 4
+    for seed in range(0, 6, 2):
+        cuda.seed = seed
+        check_stats("cuda_on_host", "AdamProxL2", values, steps=2)
+    assert cuda.sleeps > 0
+
+
 @pytest.mark.parametrize(("blocks", "resident"), [(1, 1), (5, 1), (5, 2), (40, 3)])
 def test_blocks_need_not_run_at_the_same_time(cuda, blocks, resident):
     cuda.blocks, cuda.resident = blocks, resident
@@ -53,7 +64,7 @@ def test_blocks_wait_for_one_another_in_any_dtype(cuda, dtype):
     steps_of_l2(cuda, dtype)
 
 
-def step_of_400_tensors(optimizer: str, backend: str) -> None:
+def step_of_400_tensors(optimizer: str, backend: str, tracked: bool) -> None:
     """In 3 groups and 2 dtypes."""
     params = [
         torch.nn.Parameter(torch.ones(1 + i % 5, dtype=(torch.float32, torch.bfloat16)[i % 2]))
@@ -62,17 +73,21 @@ def step_of_400_tensors(optimizer: str, backend: str) -> None:
     for param in params:
         param.grad = torch.ones_like(param)
     groups = [{"params": params[i::3], "lr": 0.1 * i} for i in range(3)]
-    OPTIMIZERS[optimizer].cls(groups, backend=backend).step()
+    opt = OPTIMIZERS[optimizer].cls(groups, backend=backend)
+    opt.track_updates(tracked)
+    opt.step()
 
 
+@pytest.mark.parametrize("tracked", [False, True], ids=["untracked", "tracked"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_is_one_launch_with_cuda(cuda, optimizer):
-    step_of_400_tensors(optimizer, "cuda_on_host")
+def test_a_step_is_one_launch_with_cuda(cuda, optimizer, tracked):
+    step_of_400_tensors(optimizer, "cuda_on_host", tracked)
     assert cuda.launches == 1
 
 
+@pytest.mark.parametrize("tracked", [False, True], ids=["untracked", "tracked"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_is_one_launch_with_triton(optimizer, monkeypatch):
+def test_a_step_is_one_launch_with_triton(optimizer, tracked, monkeypatch):
     """Two for AdamProxL2, whose second sweep is a launch of its own."""
     kernels = pytest.importorskip("adamprox.triton_kernels.fused_adam")
     launches = []
@@ -84,5 +99,5 @@ def test_a_step_is_one_launch_with_triton(optimizer, monkeypatch):
 
     for name in ("update_kernel", "shrink_kernel"):
         monkeypatch.setattr(kernels, name, Counted())
-    step_of_400_tensors(optimizer, "triton")
+    step_of_400_tensors(optimizer, "triton", tracked)
     assert len(launches) == (2 if optimizer == "AdamProxL2" else 1)

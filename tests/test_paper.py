@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
+import adamprox
 from adamprox.__main__ import main
 from adamprox.bench.paper import (
     adagrad,
@@ -169,37 +170,39 @@ def test_augmented_images_are_crops_of_padded_ones():
     assert (unmirrored[..., 4:-4, 4:-4].diff(dim=-1) == 1).all()
 
 
-def test_histogram_of_magnitudes_put_down_by_hand():
-    """Magnitudes of the first step of an optimizer whose states are made up."""
-    magnitudes = [0.0, 2.0**-40, 2.0**-27, 1.01 * 2.0**-27, 2.0**-26, 0.25, 0.3, 0.5, 0.75]
-    magnitudes += [math.nextafter(1.0, 0.0), 1.0, 7.0, math.inf, math.nan]
-    param = torch.nn.Parameter(torch.zeros(len(magnitudes), dtype=torch.float64))
-    param.grad = torch.ones_like(param)
-    optimizer = torch.optim.AdamW([param], betas=(0.5, 0.5), eps=0.0)
-    optimizer.step()
-    state = optimizer.state[param]
-    state["exp_avg"] = 0.5 * torch.tensor(magnitudes, dtype=torch.float64).neg()
-    state["exp_avg_sq"] = torch.full_like(param, 0.5)
-    expected = [0] * histograms.BINS
-    expected[0], expected[1], expected[25], expected[26], expected[27], expected[28] = (
-        3,
-        2,
-        1,
-        2,
-        2,
-        3,
-    )
-    assert histograms.update_histogram(optimizer).tolist() == expected
+def test_a_histogram_is_that_of_the_states():
+    """As the authors' code takes it: all params' ``mhat / (sqrt(vhat) + eps)``, from the states."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(n, generator=generator).double()) for n in (900, 60)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.25}]
+    optimizer = adamprox.AdamW(groups, lr=2.0**-8, eps=1e-3)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    optimizer.track_updates()
+    for _ in range(4):
+        for param in params:
+            octaves = -30 * torch.rand(param.shape, generator=generator, dtype=torch.float64)
+            param.grad = torch.exp2(octaves)
+        optimizer.step()
+        schedule.step()
+    magnitudes = []
+    for param in params:
+        state = optimizer.state[param]
+        first = state["exp_avg"] / (1 - 0.9**4)
+        second = state["exp_avg_sq"] / (1 - 0.999**4)
+        magnitudes.append(0.125 * first / (second.sqrt() + 1e-3))  # the schedule's share of it
+    edges = torch.exp2(torch.arange(histograms.LOWEST, histograms.HIGHEST + 1).double())
+    bins = torch.bucketize(torch.cat(magnitudes), edges, right=True)
+    expected = torch.bincount(bins, minlength=BINS)
+    assert (expected > 0).sum() > 10
+    assert torch.equal(histograms.update_histogram(optimizer), expected)
 
 
 def test_quartiles_of_a_histogram():
-    counts = [0] * histograms.BINS
-    counts[1], counts[2] = 100, 100  # (2^-27, 2^-26] and (2^-26, 2^-25]
-    assert histograms.quantile(counts, 0.25) == -26.5
-    assert histograms.quantile(counts, 0.75) == -25.5
+    counts = [0] * BINS
+    counts[1], counts[2] = 100, 100  # [2^-27, 2^-26) and [2^-26, 2^-25)
     assert histograms.interquartile_range(counts) == 1
     assert histograms.interquartile_range([10] + 27 * [0] + [10]) == 27
-    assert math.isnan(histograms.quantile([0] * histograms.BINS, 0.5))
+    assert math.isnan(histograms.interquartile_range([0] * BINS))
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "AdamProx", "AdamProxL1", "AdamProxL2"])

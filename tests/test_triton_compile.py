@@ -53,11 +53,11 @@ def compile_kernel(
         constants = {"DECAY": "prox_sq_l2"}
     elif decay == "shrink":
         kernel = fused_adam.shrink_kernel
-        constants = {"DTYPES": tuple(sorted({param for param, _ in numbers}))}
+        constants = {"DTYPES": tuple(sorted({param for param, _ in numbers})), "records": None}
     else:
         kernel = fused_adam.update_kernel
         variants = tuple(param | state << 8 for param, state in numbers)
-        constants = {"DECAY": decay, "VARIANTS": variants}
+        constants = {"DECAY": decay, "VARIANTS": variants, "records": None}
         if decay != "prox_l2":
             constants["sums"] = None
     if decay != "prepare":

@@ -15,7 +15,32 @@ import triton.language as tl
 
 from .. import reference
 from .recipes import COMPUTE, SCALARS_WORDS, STORAGE, prepare_kernel
-from .update import TILE_SIZE, narrow, shrink, shrinkage, square, tree_sum, update, widen
+from .telemetry import (
+    BINS,
+    COUNTS,
+    PARAM_SQUARES,
+    RECORD_WORDS,
+    UPDATE_SQUARES,
+    lowest,
+    magnitude_class,
+    no_notes,
+    note,
+    special_class,
+    write,
+    write_step,
+)
+from .update import (
+    TILE_SIZE,
+    TILES,
+    adam_update,
+    add_tile,
+    narrow,
+    shrink,
+    shrinkage,
+    tree_sum,
+    update,
+    widen,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +48,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_SIZE = tl.constexpr(reference.CHUNK_SIZE)
-TILES = tl.constexpr(reference.CHUNK_SIZE // reference.TILE_SIZE)  # of a chunk
 ROW_WORDS = tl.constexpr(7)  # sizeof(TensorRow) / 8
 
 # Threads of 8 elements, 128 bits of 16-bit numbers; of a warp's 64 threads on AMD and 32 on NVIDIA.
@@ -81,6 +105,7 @@ def update_tile(tensors, args, first, mask, sums):
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq = tensors
     scalars = args[0]
     DECAY: tl.constexpr = args[1]
+    TRACKED: tl.constexpr = args[2] is not None
     p, m, v, largest = update(
         load(param, first, mask),
         load(grad, first, mask),
@@ -90,29 +115,37 @@ def update_tile(tensors, args, first, mask, sums):
         scalars,
         DECAY,
     )
-    store(exp_avg, first, mask, m)
-    store(exp_avg_sq, first, mask, v)
+    m = widen(store(exp_avg, first, mask, m))
+    v = widen(store(exp_avg_sq, first, mask, v))
     if max_exp_avg_sq is not None:
-        store(max_exp_avg_sq, first, mask, largest)
+        v = widen(store(max_exp_avg_sq, first, mask, largest))
     stored = widen(store(param, first, mask, p))
+    if TRACKED:
+        sums, updates, params = sums
+        step = adam_update(m, v, scalars[2], scalars[3])
+        updates = note(step, magnitude_class(step, args[2]), first, mask, updates)
+        if DECAY != "prox_l2":
+            params = note(stored, special_class(stored), first, mask, params)
     if DECAY == "prox_l2":
-        if mask is not None:  # what a lane beyond the end has computed may be anything
-            stored = tl.where(mask, stored, 0.0)
-        tile = tl.arange(0, TILES) == first // TILE_SIZE
-        sums = tl.where(tile, tree_sum(square(stored)), sums)
-    return sums
+        sums = add_tile(stored, first, mask, sums)
+    if TRACKED:
+        return sums, updates, params
+    else:
+        return sums
 
 
 @triton.jit
-def shrink_tile(param, k, first, mask, sums):
-    store(param, first, mask, shrink(load(param, first, mask), k))
-    return sums
+def shrink_tile(param, args, first, mask, params):
+    stored = widen(store(param, first, mask, shrink(load(param, first, mask), args[0])))
+    if args[1]:
+        return note(stored, special_class(stored), first, mask, params)
+    else:
+        return params
 
 
 @triton.jit
-def for_each_tile(f: tl.constexpr, tensors, args, row, count):
-    """Calls f on the tiles of a chunk; returns the tiles' sums, which f fills in."""
-    sums = tl.zeros([TILES], tl.float64)
+def for_each_tile(f: tl.constexpr, tensors, args, row, count, sums):
+    """Calls f on the tiles of a chunk; returns the sums, which f fills in."""
     # Two loops, since one with both kinds of access takes all registers that there are.
     aligned = (tl.load(row + 6) >> 16) & 1
     full = (count // TILE_SIZE * TILE_SIZE) * aligned.to(tl.int32)
@@ -132,7 +165,7 @@ def at_element(address, index, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def update_chunk(row, grad, begin, count, scalars, sum_out, DECAY, VARIANT: tl.constexpr):
+def update_chunk(row, grad, begin, count, scalars, sum_out, record, DECAY, VARIANT: tl.constexpr):
     PARAM: tl.constexpr = STORAGE[VARIANT & 0xFF]
     STATE: tl.constexpr = STORAGE[(VARIANT >> 8) & 0xFF]
     dtype: tl.constexpr = COMPUTE[VARIANT & 0xFF]
@@ -151,28 +184,47 @@ def update_chunk(row, grad, begin, count, scalars, sum_out, DECAY, VARIANT: tl.c
         tl.load(scalars + 4).to(dtype),
         tl.load(scalars + 5).to(dtype),
     )
-    sums = for_each_tile(update_tile, tensors, (rounded, DECAY), row, count)
+    sums = tl.zeros([TILES], tl.float64)
+    if record is None:
+        sums = for_each_tile(update_tile, tensors, (rounded, DECAY, None), row, count, sums)
+    else:
+        args = (rounded, DECAY, lowest(tl.load(scalars + 6).to(dtype)))
+        notes = (sums, no_notes(), no_notes())
+        sums, updates, params = for_each_tile(update_tile, tensors, args, row, count, notes)
+        if count > 0:  # it may be a step that is to be skipped
+            write_step(record, tl.load(scalars + 7))
+            write(record, updates, UPDATE_SQUARES, 0, BINS)
+            if DECAY != "prox_l2":
+                write(record, params, PARAM_SQUARES, BINS, COUNTS)
     if DECAY == "prox_l2":
         tl.store(sum_out, tree_sum(sums))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def update_kernel(
-    metadata, payload, prepared, sums, num_rows, DECAY: tl.constexpr, VARIANTS: tl.constexpr
+    metadata,
+    payload,
+    prepared,
+    sums,
+    records,
+    num_rows,
+    DECAY: tl.constexpr,
+    VARIANTS: tl.constexpr,
 ):
     index, row, begin, count = read_chunk(metadata, prepared, num_rows)
     grad = tl.load(payload + index)
     scalars = find_scalars(row, payload, prepared, num_rows)
     sum_out = sums + tl.program_id(0) if DECAY == "prox_l2" else None
+    record = None if records is None else records + tl.program_id(0) * RECORD_WORDS
     amsgrad = (tl.load(row + 3) != 0).to(tl.int64)
     variant = (tl.load(row + 6) & 0xFFFF) | (amsgrad << 16)
     for i in tl.static_range(len(VARIANTS)):
         if variant == VARIANTS[i]:
-            update_chunk(row, grad, begin, count, scalars, sum_out, DECAY, VARIANTS[i])
+            update_chunk(row, grad, begin, count, scalars, sum_out, record, DECAY, VARIANTS[i])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def shrink_kernel(metadata, payload, prepared, sums, num_rows, DTYPES: tl.constexpr):
+def shrink_kernel(metadata, payload, prepared, sums, records, num_rows, DTYPES: tl.constexpr):
     """prox_l2's second sweep: every program first takes its tensor's norm from the sums."""
     _, row, begin, count = read_chunk(metadata, prepared, num_rows)
     sums += tl.load(row + 5) >> 32
@@ -190,7 +242,14 @@ def shrink_kernel(metadata, payload, prepared, sums, num_rows, DTYPES: tl.conste
     for i in tl.static_range(len(DTYPES)):
         if dtype == DTYPES[i]:
             param = at_element(tl.load(row), begin, STORAGE[DTYPES[i]])
-            for_each_tile(shrink_tile, param, k.to(COMPUTE[DTYPES[i]]), row, count)
+            args = (k.to(COMPUTE[DTYPES[i]]), records is not None)
+            if records is None:
+                for_each_tile(shrink_tile, param, args, row, count, tl.zeros([TILES], tl.float64))
+            else:
+                params = for_each_tile(shrink_tile, param, args, row, count, no_notes())
+                if count > 0:
+                    record = records + tl.program_id(0) * RECORD_WORDS
+                    write(record, params, PARAM_SQUARES, BINS, COUNTS)
 
 
 def fused_adam(
@@ -202,12 +261,13 @@ def fused_adam(
     decay: str,
     dtypes: Iterable[tuple[int, int]],
     amsgrad: bool,
+    records: Tensor | None,
 ) -> None:
     """One step on the current device and stream, of what ``adamprox._C.Table`` says.
 
     With recipes, a small launch before it makes the scalars. Only the combinations of (param,
     state) in ``dtypes`` are compiled, twice if some rows have a max_exp_avg_sq; each row finds its
-    own at run time.
+    own at run time. ``records`` is where a tracked step is noted.
     """
     dtypes = sorted(dtypes)
     variants = tuple(p | s << 8 | a << 16 for p, s in dtypes for a in range(1 + amsgrad))
@@ -219,7 +279,9 @@ def fused_adam(
     if decay == "prox_l2":  # behind the chunks and the Workspace's ticket
         first = num_rows * ROW_WORDS.value + num_chunks + 1
         sums = metadata[first : first + num_chunks].view(torch.float64)
-    update_kernel[grid](metadata, payload, prepared, sums, num_rows, decay, variants, **OPTIONS)
+    update_kernel[grid](
+        metadata, payload, prepared, sums, records, num_rows, decay, variants, **OPTIONS
+    )
     if decay == "prox_l2":
         params = tuple(sorted({p for p, _ in dtypes}))
-        shrink_kernel[grid](metadata, payload, prepared, sums, num_rows, params, **OPTIONS)
+        shrink_kernel[grid](metadata, payload, prepared, sums, records, num_rows, params, **OPTIONS)

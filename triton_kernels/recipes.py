@@ -13,11 +13,11 @@ from .update import divide, sqrt, widen
 # By DType's numbers.
 STORAGE = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))
 COMPUTE = tl.constexpr((tl.float32, tl.float64, tl.float32, tl.float32))
-SCALARS_WORDS = tl.constexpr(6)  # sizeof(Scalars) / 8
+SCALARS_WORDS = tl.constexpr(8)  # sizeof(Scalars) / 8
 NUMBER_WORDS = tl.constexpr(3)  # sizeof(Number) / 8
-RECIPE_WORDS = tl.constexpr(28)  # sizeof(Recipe) / 8
+RECIPE_WORDS = tl.constexpr(30)  # sizeof(Recipe) / 8
 HEAD_WORDS = tl.constexpr(7)  # sizeof(RecipesHead) / 8
-STEP, GIVEN, FLAGS = tl.constexpr(18), tl.constexpr(21), tl.constexpr(27)  # words of a Recipe
+STEP, GIVEN, FLAGS = tl.constexpr(18), tl.constexpr(21), tl.constexpr(29)  # words of a Recipe
 VECTOR = tl.constexpr(256)
 
 
@@ -61,6 +61,12 @@ def decay_constant(lr, weight_decay, initial_lr, by_schedule, DECAY: tl.constexp
 
 
 @triton.jit
+def alpha(initial_lr):
+    least = tl.where(initial_lr > 2.0**-99, initial_lr, 2.0**-99)
+    return tl.where(least < 2.0**99, least, 2.0**99)
+
+
+@triton.jit
 def make_scalars(recipe, mask, loss_scale, DECAY: tl.constexpr):
     lr = read(recipe, mask)
     beta1 = read(recipe + NUMBER_WORDS, mask)
@@ -81,6 +87,8 @@ def make_scalars(recipe, mask, loss_scale, DECAY: tl.constexpr):
         eps * correction2_sqrt,
         decay_constant(lr, weight_decay, initial_lr, by_schedule, DECAY),
         divide(sign, loss_scale),
+        alpha(initial_lr),
+        step,
     )
 
 
@@ -110,7 +118,7 @@ def prepare_kernel(payload, prepared, num_rows, count, DECAY: tl.constexpr):
         recipe = head + HEAD_WORDS + index * RECIPE_WORDS
         is_given = tl.load(recipe + STEP + 1, mask, 0) == 0
         made = make_scalars(recipe, mask, loss_scale, DECAY)
-        for i in tl.static_range(6):
+        for i in tl.static_range(SCALARS_WORDS):
             given = tl.load((recipe + GIVEN + i).to(tl.pointer_type(tl.float64)), mask, 0.0)
             value = tl.where(is_given, given, made[i])
             tl.store(scalars + index * SCALARS_WORDS + i, value, mask)

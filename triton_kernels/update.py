@@ -16,6 +16,7 @@ import triton.language as tl
 from .. import reference
 
 TILE_SIZE = tl.constexpr(reference.TILE_SIZE)
+TILES = tl.constexpr(reference.CHUNK_SIZE // reference.TILE_SIZE)  # of a chunk
 
 # Triton reads the switch where it decorates, so the kernels are one or the other for good.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -175,3 +176,12 @@ def tree_sum(sums):
         return tl.sum(sums, axis=0)
     else:
         return tree_sum(tl.sum(tl.reshape(sums, (SIZE // 2, 2)), axis=1))
+
+
+@triton.jit
+def add_tile(values, first, mask, sums):
+    """The sums of squares of a chunk's tiles, with that of the tile at ``first``."""
+    if mask is not None:  # what a lane beyond the end has computed may be anything
+        values = tl.where(mask, values, 0.0)
+    tile = tl.arange(0, TILES) == first // TILE_SIZE
+    return tl.where(tile, tree_sum(square(values)), sums)

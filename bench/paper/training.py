@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import adamprox
+from adamprox.optimizers import _FusedAdam
 
 from . import data, networks
 from .histograms import interquartile_range, update_histogram
@@ -100,6 +101,8 @@ def train(
     model = networks.make(cell.network, images.classes, channels, cell.batch_norm, cell.width)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = make_optimizer(cell, model)
+    if isinstance(optimizer, _FusedAdam):  # the last step of each epoch
+        optimizer.track_updates(every=math.ceil(len(images.train) / cell.batch))
     random = torch.Generator().manual_seed(cell.seed)
     tracked = [math.ceil(k * cell.epochs / HISTOGRAMS) for k in range(1, HISTOGRAMS + 1)]
     result = Result(math.nan, math.nan, math.nan, 0.0, 0.0, [], [], [], [])
@@ -109,7 +112,7 @@ def train(
         result.test_errors.append(_test_error(model, images))
         if not math.isfinite(loss):
             break
-        if epoch in tracked and cell.optimizer != "SGD":
+        if epoch in tracked and isinstance(optimizer, _FusedAdam):
             result.histogram_epochs.append(epoch)
             result.histograms.append(update_histogram(optimizer).tolist())
         if after_epoch is not None:

@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from .grouping import WITHOUT_DECAY, param_groups
 from .in_backward import step_in_backward
 from .optimizers import Adam, AdamProx, AdamProxL1, AdamProxL2, AdamW
+from .telemetry import UpdateStats
 
 __version__ = _version("adamprox")
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "AdamProxL1",
     "AdamProxL2",
     "AdamW",
+    "UpdateStats",
     "param_groups",
     "step_in_backward",
 ]

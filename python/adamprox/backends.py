@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import _C, reference
+from . import _C, reference, telemetry
 
 
 class Backend(Protocol):
@@ -35,9 +35,16 @@ class ReferenceBackend:
         return None
 
     def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
-        for param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, group, step in table.rows():
+        for index, row in enumerate(table.rows()):
+            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, group, step = row
             scalars = reference.step_scalars(decay, groups[group], step, table.loss_scale)
             reference.step(decay, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars)
+            if table.records is not None:
+                squares = exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq
+                update = reference.noted_update(exp_avg, squares, scalars)
+                of_update = reference.note_update(update, reference.alpha(groups[group]))
+                telemetry.write_update(of_update, step, table, index)
+                telemetry.write_param(reference.note_param(param), table, index)
 
 
 class CpuBackend:
@@ -114,6 +121,7 @@ class TritonBackend:
                 decay,
                 table.dtypes,
                 table.amsgrad,
+                table.records,
             )
 
 

@@ -44,7 +44,8 @@ def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
         ValueError: the optimizer has none of the model's params.
         RuntimeError: the steps of one are taken in backward already, or the model has a
             ``DistributedDataParallel``, whose gradients are not averaged yet by then. While this is
-            in effect: clipping, ``GradScaler.unscale_`` or ``GradScaler.step``.
+            in effect: clipping, ``GradScaler.unscale_`` or ``GradScaler.step``; and a backward
+            while the optimizer's ``track_updates`` is on.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}")
@@ -130,6 +131,11 @@ class _ParamStep:
         group = self._group_of(param, optimizer)
         if group is None:
             return
+        if optimizer._tracker is not None:
+            raise RuntimeError(
+                "track_updates() notes whole steps, and step_in_backward takes a param's at a time: "
+                "end one of them, by track_updates(every=0) or remove()"
+            )
         state = optimizer.state.get(param, {})
         if isinstance(step := state.get("step"), Tensor):
             state["step"] = step.clone()  # params at the same step may share it

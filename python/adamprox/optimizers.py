@@ -15,6 +15,7 @@ from .arguments import document, validate
 from .loss_scaling import LossScaling
 from .mending import Given, Staged, mend, refuse_in_capture, stand_ins, unstage
 from .sharding import share_of
+from .telemetry import Tracker, UpdateStats, checked
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -24,6 +25,7 @@ class _FusedAdam(Optimizer):
 
     decay: ClassVar[str]
     _handle: int | None = None  # of compiled.py
+    _tracker: Tracker | None = None
 
     def __init__(
         self,
@@ -129,6 +131,31 @@ class _FusedAdam(Optimizer):
         """
         checkpoints.load(self, state_dict, super().load_state_dict)
 
+    def track_updates(self, every: int | None = 1, per: str = "group") -> None:
+        """Has every ``every``-th step from now on note what it does, in its one pass.
+
+        The others cost nothing, and no step waits for the device. It is no part of a checkpoint,
+        nor of a copy. A CUDA graph whose capture was such a step notes at each replay. Steps taken
+        by :func:`step_in_backward` are none: with this, they raise a RuntimeError.
+
+        Args:
+            every: 1 tracks each step; 0 or None, none.
+            per: ``"group"`` or ``"tensor"``: what :meth:`update_stats` has one entry for.
+
+        Raises:
+            ValueError: an argument is out of its range; the message names it and its value.
+        """
+        self._tracker = checked(every, per)
+
+    def update_stats(self) -> list[UpdateStats]:
+        """What the last tracked step did: of each param group, or of each tensor, that had a grad.
+
+        Empty if no step has been tracked. Waits for that step, if it is on a GPU. A step that a
+        ``GradScaler`` skips does nothing: the stats stay those of the tracked step before it. Of a
+        DTensor they are of this rank's share: bins, counts and squares of norms add up over ranks.
+        """
+        return [] if self._tracker is None else self._tracker.stats(self.param_groups)
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -170,8 +197,12 @@ def _step(optimizer: _FusedAdam, closure: Callable[[], float] | None = None) -> 
 def step_tensors(optimizer: _FusedAdam, scaling: LossScaling | None, given: Given) -> None:
     """The step itself; ``given`` has tensors that stand in for the optimizer's own."""
     gather = optimizer._gather
+    tracker = optimizer._tracker
+    if tracker is not None and not tracker.due():
+        tracker = None
     if (
-        scaling is None
+        tracker is None
+        and scaling is None
         and not given
         and optimizer._backend in (None, "cpu")
         and gather.step_on_cpu(optimizer._param_groups, optimizer.state, torch.get_num_threads())
@@ -222,6 +253,8 @@ def step_tensors(optimizer: _FusedAdam, scaling: LossScaling | None, given: Give
             )
         if scaling is not None and not scaling.apply(tables):
             return
+        if tracker is not None:
+            tracker.begin(tables, capturing)
         gather.begin_step()
         for table, backend in zip(tables, chosen, strict=True):
             backend.step(table, decay, groups)
@@ -229,14 +262,22 @@ def step_tensors(optimizer: _FusedAdam, scaling: LossScaling | None, given: Give
         if across_ranks:
             from .block_norms import Block, shrink
 
+            shares = {
+                p: staged.get(p, {}).get("param", share_of(p))
+                for group in optimizer.param_groups
+                for p in group["params"]
+                if p.grad is not None
+            }
             shrink(
                 [
-                    Block(p, staged.get(p, {}).get("param", share_of(p)), group)
+                    Block(p, shares[p], group)
                     for group in optimizer.param_groups
                     for p in group["params"]
-                    if p.grad is not None
+                    if p in shares
                 ]
             )
+            if tracker is not None:
+                tracker.note_params(tables, shares)
     finally:
         gather.release()
     if staged:

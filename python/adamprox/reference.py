@@ -17,6 +17,8 @@ from torch import Tensor
 TILE_SIZE = 2048
 CHUNK_SIZE = 8 * TILE_SIZE
 
+BINS = 29  # of telemetry's histograms
+
 DECAYS = ("coupled", "decoupled", "prox_sq_l2", "prox_l1", "prox_l2")
 
 
@@ -41,6 +43,14 @@ def decay_strength(group: Mapping[str, Any]) -> float:
     if group["decay_by"] == "schedule":
         eta = eta / float(group["initial_lr"])
     return eta * float(group["weight_decay"])
+
+
+def alpha(group: Mapping[str, Any]) -> float:
+    """The paper's ``alpha``: the lr without its schedule, what telemetry measures updates by.
+
+    From 2**-99 to 2**99, so that alpha * 2**-27 is a normal number in every compute type.
+    """
+    return min(max(2.0**-99, float(group.get("initial_lr", group["lr"]))), 2.0**99)
 
 
 def power(base: float, exponent: float) -> float:
@@ -203,6 +213,74 @@ def step(
     param.copy_(apply_decay(decay, p, adam_update(m, v, step_size, eps), k))
     if decay == "prox_l2" and param.numel() > 0:
         param.copy_(prox_l2(param, scalars.decay))
+
+
+def noted_update(exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Scalars) -> Tensor:
+    """The update that telemetry notes of a step: Adam's, from the moments that the step has stored.
+
+    It is the one that the step has applied, unless the moments have been rounded to 16 bits.
+    ``exp_avg_sq`` is with amsgrad ``max_exp_avg_sq``. In the compute type.
+    """
+    if exp_avg.is_complex():
+        exp_avg, exp_avg_sq = map(torch.view_as_real, (exp_avg, exp_avg_sq))
+    dtype = _compute_dtype(exp_avg)
+    step_size, eps = (
+        torch.tensor(scalar, dtype=dtype, device=exp_avg.device)
+        for scalar in (scalars.step_size, scalars.eps)
+    )
+    return adam_update(exp_avg.to(dtype), exp_avg_sq.to(dtype), step_size, eps)
+
+
+class UpdateNotes(NamedTuple):
+    """What telemetry notes of one tensor's update."""
+
+    squares: float
+    """The :func:`sum_of_squares`."""
+    bins: list[int]
+    """How many updates are of which magnitude, by :func:`magnitude_bins`."""
+
+
+class ParamNotes(NamedTuple):
+    """What telemetry notes of one tensor's new param."""
+
+    squares: float
+    """The :func:`sum_of_squares`."""
+    zeros: int
+    nans: int
+    infs: int
+
+
+def magnitude_bins(update: Tensor, alpha: float) -> Tensor:
+    """How often ``x = abs(update) / alpha``, compared without rounding, is in each of 29 bins.
+
+    ``x <= 2**-27``; ``2**(b - 28) <= x < 2**(b - 27)`` for b = 1 ... 27, the first of them without
+    2**-27 itself; ``x >= 1``. NaN is in none. ``alpha``, from :func:`alpha`, is rounded to the
+    compute type; its product with a power of two is then exact.
+    """
+    magnitude = update.abs()
+    rounded = torch.tensor(alpha, dtype=update.dtype, device=update.device)
+    at_least = [(magnitude >= rounded * 2.0**k).sum() for k in range(2 - BINS, 1)]
+    at_least[0] = (magnitude > rounded * 2.0 ** (2 - BINS)).sum()
+    above = torch.stack([(magnitude >= 0).sum(), *at_least, torch.zeros_like(at_least[0])])
+    return above[:-1] - above[1:]
+
+
+def note_update(update: Tensor, alpha: float) -> UpdateNotes:
+    """Of :func:`noted_update`."""
+    squares = sum_of_squares(update) if update.numel() > 0 else 0.0
+    return UpdateNotes(squares, magnitude_bins(update, alpha).tolist())
+
+
+def note_param(param: Tensor) -> ParamNotes:
+    """Of a step's new param."""
+    if param.is_complex():
+        param = torch.view_as_real(param)
+    return ParamNotes(
+        squares=sum_of_squares(param) if param.numel() > 0 else 0.0,
+        zeros=int((param == 0).sum()),
+        nans=int(param.isnan().sum()),
+        infs=int(param.isinf().sum()),
+    )
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

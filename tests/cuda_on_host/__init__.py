@@ -28,6 +28,7 @@ class _Step(ctypes.Structure):
         ("payload", ctypes.c_char_p),
         ("payload_bytes", ctypes.c_int64),
         ("prepared", ctypes.c_void_p),
+        ("records", ctypes.c_void_p),
         ("blocks", ctypes.c_uint),
         ("resident", ctypes.c_uint),
         ("seed", ctypes.c_uint),
@@ -70,11 +71,12 @@ class CudaOnHostBackend:
             payload=payload,
             payload_bytes=len(payload),
             prepared=prepared.data_ptr() if table.has_recipes else None,
+            records=None if table.records is None else table.records.data_ptr(),
             blocks=self.blocks,
             resident=self.resident,
             seed=self.seed,
         )
-        self._last = step, metadata, payload, prepared
+        self._last = step, metadata, payload, prepared, table.records
         self._launch(step)
         self.launches += step.launches
         self.sleeps += step.sleeps

@@ -4,9 +4,19 @@
 #include <cstring>
 #include <string>
 
+namespace adamprox {
+struct ChunkNotes;
+ChunkNotes* chunk_notes();
+}  // namespace adamprox
+
 #include "fused_adam.cuh"
 
 using namespace adamprox;
+
+ChunkNotes* adamprox::chunk_notes() {
+  __shared__ ChunkNotes notes;
+  return &notes;
+}
 
 struct Step {
   int decay;
@@ -16,6 +26,7 @@ struct Step {
   const void* payload;
   int64_t payload_bytes;
   void* prepared;
+  Record* records;
   unsigned blocks, resident, seed;  // see cuda_on_host.h
   int launches, sleeps;             // how many there were
 };
@@ -24,7 +35,7 @@ extern "C" const char* step(Step* s) {
   static std::string error;
   const bool is_inline = s->payload_bytes <= kInlinePayload;
   LaunchArgs args(s->metadata, s->num_rows, s->num_chunks, is_inline ? nullptr : s->payload,
-                  s->prepared);
+                  s->prepared, s->records);
   if (is_inline) std::memcpy(args.inline_payload, s->payload, s->payload_bytes);
   cuda_on_host::Launch::sleeps = 0;
   s->launches = 0;

@@ -19,6 +19,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local  // of the host thread: of the block
@@ -251,3 +252,5 @@ inline unsigned atomicInc(unsigned* address, unsigned most) {
   cuda_on_host::Launch::current->yield();
   return old;
 }
+// Of shared memory, which the threads of a block touch one after another.
+inline void atomicAdd(unsigned* address, unsigned value) { *address += value; }

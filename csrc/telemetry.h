@@ -1,0 +1,69 @@
+// What a tracked step notes of a chunk: how many of its updates are of which magnitude, how many of
+// its new params are zero, NaN or infinite, and the sums of squares of both.
+//
+// A magnitude is abs(update) / alpha, alpha being the learning rate without its schedule. Bin 0 has
+// what is at most 2^-27, bin 28 what is at least 1, bin b between them [2^(b-28), 2^(b-27)), without
+// 2^-27 itself. As floats of one sign are ordered like their bits, and a power of two only moves the
+// exponent, a difference of bits tells the bin: integers, and exact. No bin counts a NaN.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "convert.h"
+
+namespace adamprox {
+
+constexpr int kBins = 29;
+constexpr int kZeros = kBins, kNaNs = kBins + 1, kInfinities = kBins + 2;  // of the new param
+constexpr int kCounts = kBins + 3;
+
+struct Record {
+  double step;                           // Scalars::step; 0: nothing has been noted here
+  double param_squares, update_squares;  // by reduction_tree.h
+  uint32_t counts[kCounts];
+};
+static_assert(sizeof(Record) == 19 * 8, "python/adamprox/telemetry.py reads it as 19 words");
+
+// The bits of an absolute value. Signed, since vectors of unsigned integers do not compare before
+// AVX-512.
+template <typename T>
+struct Magnitude {
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  static constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52;
+  static constexpr Bits kInfinity = Bits{sizeof(T) == 4 ? 0xff : 0x7ff} << kMantissa;  // NaN: above
+  static constexpr Bits kAllButTheSign = std::numeric_limits<Bits>::max();
+  static HOST_DEVICE Bits of(T x) { return bit_cast<Bits>(x) & kAllButTheSign; }
+};
+
+template <typename T>
+class MagnitudeClasses {
+ public:
+  explicit HOST_DEVICE MagnitudeClasses(double alpha)
+      : lowest_(M::of(static_cast<T>(alpha)) - (Bits{kBins - 2} << M::kMantissa)) {}
+
+  // The bin of an update; a NaN is in the last one, and has to be taken out again.
+  HOST_DEVICE uint32_t bin(T update) const {
+    const Bits bits = M::of(update);
+    const Bits above = (bits > lowest_ ? bits : lowest_) - lowest_;
+    const Bits octave = above >> M::kMantissa;
+    return static_cast<uint32_t>((octave < kBins - 2 ? octave : Bits{kBins - 2}) + (above != 0));
+  }
+
+ private:
+  using M = Magnitude<T>;
+  using Bits = typename M::Bits;
+  Bits lowest_;  // of alpha * 2^-27
+};
+
+// Where a param counts, or -1.
+template <typename T>
+HOST_DEVICE int special_class(T param) {
+  const auto bits = Magnitude<T>::of(param);
+  if (bits == 0) return kZeros;
+  if (bits < Magnitude<T>::kInfinity) return -1;
+  return bits == Magnitude<T>::kInfinity ? kInfinities : kNaNs;
+}
+
+}  // namespace adamprox

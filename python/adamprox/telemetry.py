@@ -1,0 +1,273 @@
+"""Statistics of the updates, noted by the step that makes them: the paper's figures 3 and 7-12."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C, reference
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PER = ("group", "tensor")
+
+# csrc/telemetry.h's Record: the step and two sums of squares in double, then 32 counts of 32 bits.
+RECORD_WORDS = 19
+STEP, PARAM_SQUARES, UPDATE_SQUARES, COUNTS = range(4)  # where they begin
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateStats:
+    r"""What one step did to a param group, or to one tensor; complex numbers are pairs of reals.
+
+    The update is Adam's, :math:`\eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)`, without
+    what the decay adds: its magnitude over :math:`\alpha` is what figures 3 and 7-12 show, and what
+    is concentrated for a scale-free optimizer. :math:`\alpha` is the learning rate without its
+    schedule: the param group's ``initial_lr``, which torch's schedulers write, or else its ``lr``.
+    """
+
+    name: str
+    """Of the group (``"group 0"``) or the tensor."""
+    step: int
+    """How many steps its params have made; the most, if they differ."""
+    numel: int
+    bins: Tensor
+    """int64, 29: how many updates have ``abs(update) / alpha`` at most 2^-27; in [2^-27, 2^-26)
+    without 2^-27 itself; in [2^-26, 2^-25); ... in [1/2, 1); and at least 1. No bin counts a NaN,
+    so ``numel - bins.sum()`` updates are NaN."""
+    param_norm: Tensor
+    """float64: the l2 norm of the new param."""
+    update_norm: Tensor
+    """float64: the l2 norm of the update."""
+    zeros: Tensor
+    """int64: how many coordinates of the new param are exactly zero."""
+    nans: Tensor
+    """int64: how many are NaN."""
+    infs: Tensor
+    """int64: how many are infinite."""
+
+    @property
+    def ratio(self) -> Tensor:
+        """``update_norm / param_norm``, float64."""
+        return self.update_norm / self.param_norm
+
+    def quantile(self, q: float) -> float:
+        """The ``q``-quantile of ``log2(abs(update) / alpha)``; see :func:`quantile`."""
+        return quantile(self.bins.tolist(), q)
+
+    def to_dict(self, prefix: str = "") -> dict[str, float]:
+        """Scalars for TensorBoard or W&B, by ``prefix + name + "/" + what``."""
+        scalars = {
+            "param_norm": float(self.param_norm),
+            "update_norm": float(self.update_norm),
+            "ratio": float(self.ratio),
+            "zeros": float(self.zeros),
+            "nans": float(self.nans),
+            "infs": float(self.infs),
+            "log2_magnitude_median": self.quantile(0.5),
+            "log2_magnitude_iqr": self.quantile(0.75) - self.quantile(0.25),
+        }
+        return {f"{prefix}{self.name}/{key}": value for key, value in scalars.items()}
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draws the bins, as shares of all updates, as the paper's figures do.
+
+        Args:
+            axes: of matplotlib, which ``pip install 'adamprox[plot]'`` brings; None makes a figure.
+        """
+        if axes is None:
+            from matplotlib.figure import Figure
+
+            axes = Figure(layout="constrained").subplots()
+        lowest = 2 - reference.BINS  # -27
+        total = max(int(self.bins.sum()), 1)
+        centers = [lowest - 0.5 + index for index in range(reference.BINS)]
+        axes.bar(centers, [count / total for count in self.bins.tolist()], width=1.0)
+        axes.set_xlabel("log2(|update| / alpha)")
+        axes.set_ylabel("share of the coordinates")
+        axes.set_title(f"{self.name}, step {self.step}")
+        return axes
+
+
+def quantile(bins: Sequence[int], q: float) -> float:
+    """The ``q``-quantile of ``log2(abs(update) / alpha)`` from the 29 counts, linear within a bin.
+
+    The outer bins have no width: what they hold is at -27 and at 0. NaN if there is no update.
+    """
+    wanted = q * sum(bins)
+    below = 0
+    for index, count in enumerate(bins):
+        if count > 0 and below + count >= wanted:
+            inside = (wanted - below) / count if 0 < index < reference.BINS - 1 else 0.0
+            return float(max(index - reference.BINS + 1, 2 - reference.BINS)) + inside
+        below += count
+    return float("nan")
+
+
+class _Noted(NamedTuple):
+    """One table of a tracked step, and what the step writes; on the device until it is read."""
+
+    device: tuple[str, int]
+    tensors: Sequence[tuple[Tensor, int, int, int]]
+    """(the param, its group, its first record, its numel)"""
+    records: Tensor
+
+    def are_of(self, table: _C.Table) -> bool:
+        """Whether the table's tensors have their records here."""
+        return self.device == table.device and [
+            (id(param), *rest) for param, *rest in self.tensors
+        ] == [(id(param), *rest) for param, *rest in table.tensors()]
+
+
+class _TensorNotes(NamedTuple):
+    """The records of one tensor, folded."""
+
+    step: int
+    numel: int
+    counts: Tensor
+    squares: Tensor
+    """(2,): of the param and of the update"""
+
+    @staticmethod
+    def of(records: Tensor, numel: int) -> _TensorNotes:
+        doubles = _doubles(records)
+        counts = _counts(records).sum(0, dtype=torch.int64)
+        return _TensorNotes(
+            int(doubles[0, STEP]), numel, counts, _tree_sums(doubles[:, STEP + 1 :])
+        )
+
+
+class Tracker:
+    """Has every so many-th step note its updates, and reads the notes of the last one."""
+
+    def __init__(self, every: int, per: str) -> None:
+        self.every, self.per = every, per
+        self._steps = 0
+        self._noted: list[_Noted] = []
+
+    def due(self) -> bool:
+        """Whether the step that begins now is tracked."""
+        self._steps += 1
+        return self._steps % self.every == 0
+
+    def begin(self, tables: Iterable[_C.Table], capturing: bool) -> None:
+        """Gives each table the memory that its step writes to.
+
+        It is that of the tracked step before, if that had the same tensors: so a step that the
+        device skips leaves the notes as they were.
+        """
+        noted = []
+        for table in tables:
+            records = next((n.records for n in self._noted if n.are_of(table)), None)
+            if records is None:
+                shape, device = (table.num_chunks, RECORD_WORDS), torch.device(*table.device)
+                records = torch.zeros(shape, dtype=torch.int64, device=device)
+            if capturing:  # for as long as the graph may write there
+                table.keep(records)
+            table.track(records)
+            noted.append(_Noted(table.device, table.tensors(), records))
+        self._noted = noted
+
+    def note_params(self, tables: Iterable[_C.Table], shares: Mapping[Tensor, Tensor]) -> None:
+        """Notes the params anew, which have changed since the tables' step."""
+        for table in tables:
+            for row, (param, *_) in enumerate(table.tensors()):
+                write_param(reference.note_param(shares[param]), table, row)
+
+    def stats(self, groups: Sequence[Mapping[str, Any]]) -> list[UpdateStats]:
+        """Waits for the step, if it is on a GPU."""
+        names = {
+            id(param): group["param_names"][i]
+            if "param_names" in group
+            else f"group {g}, param {i}"
+            for g, group in enumerate(groups)
+            for i, param in enumerate(group["params"])
+        }
+        members: dict[str, list[_TensorNotes]] = {}
+        for _, tensors, records in self._noted:
+            on_host = records.cpu()
+            for param, group, first, numel in tensors:
+                of_tensor = on_host[first : first + _num_chunks(numel)]
+                # Nothing is noted of a tensor without elements, nor of a step that was skipped.
+                if of_tensor.any():
+                    name = names[id(param)] if self.per == "tensor" else f"group {group}"
+                    members.setdefault(name, []).append(_TensorNotes.of(of_tensor, numel))
+        return [_merged(name, parts) for name, parts in members.items()]
+
+
+def checked(every: int | None, per: str) -> Tracker | None:
+    """A tracker, or None where there is nothing to track.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it and its value.
+    """
+    if per not in PER:
+        raise ValueError(f"Invalid per: {per!r}, expected one of {', '.join(PER)}")
+    if every is None or every == 0:
+        return None
+    if not isinstance(every, int) or every < 0:
+        raise ValueError(f"Invalid every: {every!r}, expected None or an int, 0 or more")
+    return Tracker(every, per)
+
+
+def write_update(notes: reference.UpdateNotes, step: float, table: _C.Table, row: int) -> None:
+    """Writes a whole tensor's notes into the record of its first chunk; the others' are zero."""
+    records = _records_of(table, row).zero_()
+    _doubles(records)[:1, STEP] = step
+    _doubles(records)[:1, UPDATE_SQUARES] = notes.squares
+    _counts(records)[:1, : reference.BINS] = torch.tensor(notes.bins)
+
+
+def write_param(notes: reference.ParamNotes, table: _C.Table, row: int) -> None:
+    """The same of the new param, beside what is there of the update."""
+    records = _records_of(table, row)
+    _doubles(records)[:, PARAM_SQUARES] = 0
+    _counts(records)[:, reference.BINS :] = 0
+    _doubles(records)[:1, PARAM_SQUARES] = notes.squares
+    _counts(records)[:1, reference.BINS :] = torch.tensor(notes[1:])
+
+
+def _records_of(table: _C.Table, row: int) -> Tensor:
+    assert table.records is not None
+    *_, first, numel = table.tensors()[row]
+    return table.records[first : first + _num_chunks(numel)]
+
+
+def _num_chunks(numel: int) -> int:
+    return -(-numel // reference.CHUNK_SIZE)
+
+
+def _doubles(records: Tensor) -> Tensor:
+    return records[:, :COUNTS].view(torch.float64)
+
+
+def _counts(records: Tensor) -> Tensor:
+    return records.view(torch.int32)[:, 2 * COUNTS :]
+
+
+def _tree_sums(squares: Tensor) -> Tensor:
+    """Of the columns of float64 values."""
+    return torch.stack([reference.tree_sum(column) for column in squares.unbind(1)])
+
+
+def _merged(name: str, parts: Sequence[_TensorNotes]) -> UpdateStats:
+    counts = torch.stack([part.counts for part in parts]).sum(0)
+    squares = _tree_sums(torch.stack([part.squares for part in parts]))
+    param_norm, update_norm = reference.sqrt(squares)
+    zeros, nans, infs = counts[reference.BINS :]
+    return UpdateStats(
+        name=name,
+        step=max(part.step for part in parts),
+        numel=sum(part.numel for part in parts),
+        bins=counts[: reference.BINS],
+        param_norm=param_norm,
+        update_norm=update_norm,
+        zeros=zeros,
+        nans=nans,
+        infs=infs,
+    )
