@@ -36,11 +36,6 @@ MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
   }
 }
 
-template <typename Storage>
-MULTIVERSION double sum_of_squares(const Storage* values, int64_t count) {
-  return tree_sum<Squares>(values, count);
-}
-
 MULTIVERSION double sum_of_sums(const double* sums, int64_t count) {
   return tree_sum<Sums>(sums, count);
 }
@@ -159,9 +154,7 @@ class Step {
     with_dtype(span.row.param_dtype, [&](auto param) {
       const auto* params = span.at<typename decltype(param)::type>(span.row.param);
       ParamNotes notes;
-      for (int64_t i = 0; i < span.count; i += kBlockSize) {
-        note_params(params + i, std::min(span.count - i, kBlockSize), notes, [](int64_t) {});
-      }
+      note_params(params, span.count, sum_of_squares(params, span.count), notes);
       notes.write(params, span.count, table_.records[chunk]);
     });
   }

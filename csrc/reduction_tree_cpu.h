@@ -36,10 +36,10 @@ struct Sums {
 };
 
 // Two levels of the reduction tree: from `count` values to a quarter of them, and zeros up to a
-// multiple of four; returns how many. Calls f(i) before it takes 16 from i on.
-template <typename Terms, typename Storage, typename F>
+// multiple of four; returns how many.
+template <typename Terms, typename Storage>
 inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, int64_t count,
-                                                        double* sums, F f) {
+                                                        double* sums) {
   int64_t i = 0;
   const auto add = [&](const Storage* from) {
     Quad q[4];
@@ -47,10 +47,7 @@ inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, i
     add_neighbours(q[0], q[1], q[2], q[3], sums + i / 4);
     i += 16;
   };
-  while (i + 16 <= count) {
-    f(i);
-    add(values + i);
-  }
+  while (i + 16 <= count) add(values + i);
   if (i < count) {
     Storage rest[16] = {};
     std::copy(values + i, values + count, rest);
@@ -59,24 +56,20 @@ inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, i
   return i / 4;
 }
 
-// Of at most a tile, and at least one.
-template <typename Terms, typename Storage, typename F>
-inline __attribute__((always_inline)) double sum_of_tile(const Storage* values, int64_t count,
-                                                         F f) {
-  double sums[kTileSize / 4];
-  const auto nothing = [](int64_t) {};
-  int64_t left = add_fours<Terms>(values, count, sums, f);
-  while (left > 4) left = add_fours<Sums>(sums, left, sums, nothing);
+// What is left when at most a tile, and at least one value, went through add_fours.
+inline __attribute__((always_inline)) double rest_of_tile(double* sums, int64_t count) {
+  while (count > 4) count = add_fours<Sums>(sums, count, sums);
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 template <typename Terms, typename Storage>
 inline __attribute__((always_inline)) double tree_sum(const Storage* values, int64_t count) {
+  double sums[kTileSize / 4];
   WaitingSums<> waiting;
   uint64_t tiles = 0;
   for (int64_t first = 0; first < count; first += kTileSize) {
     const int64_t size = std::min(count - first, kTileSize);
-    waiting.add(tiles++, sum_of_tile<Terms>(values + first, size, [](int64_t) {}));
+    waiting.add(tiles++, rest_of_tile(sums, add_fours<Terms>(values + first, size, sums)));
   }
   return waiting.total(tiles);
 }

@@ -30,8 +30,8 @@ __device__ __forceinline__ ChunkNotes* chunk_notes() {
 // the params, if `exp_avg_sq` is null. `record` is null until they are the chunk's last ones. All
 // threads of a block call it. Not inlined, and with values widened to double, which changes neither
 // their order nor their squares: a kernel has it once.
-__device__ __noinline__ void note(const void* values, const void* exp_avg_sq, DType dtype, int first,
-                                  int count, const Scalars* scalars, Record* record) {
+__device__ __noinline__ void note(const void* values, const void* exp_avg_sq, DType dtype,
+                                  int first, int count, const Scalars* scalars, Record* record) {
   ChunkNotes& notes = *chunk_notes();
   const int thread = threadIdx.x;
   const bool of_updates = exp_avg_sq != nullptr;
