@@ -21,8 +21,7 @@ namespace {
 constexpr int64_t kElementsPerThread = 32768;
 
 template <typename Rule, typename Param, typename State>
-inline __attribute__((always_inline)) void update_elements(const Span& span,
-                                                           const Scalars& scalars) {
+MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
   const TensorRow& row = span.row;
   const Update<Rule, Compute<Param>> update(scalars);
   const ReadWrite<Param> param{span.at<Param>(row.param)};
@@ -37,18 +36,13 @@ inline __attribute__((always_inline)) void update_elements(const Span& span,
   }
 }
 
-template <typename Rule, typename Param, typename State>
-MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
-  update_elements<Rule, Param, State>(span, scalars);
-}
-
-// AdamProxL2's: returns the sum of the squares of what is stored, block by block.
+// AdamProxL2's: returns the sum of the squares of what is stored.
 template <typename Param, typename State>
-MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
+double update_and_sum(const Span& span, const Scalars& scalars) {
   BlockSums squares;
   for (int64_t i = 0; i < span.count; i += kBlockSize) {
     const Span block{span.row, span.grad, span.begin + i, std::min(span.count - i, kBlockSize)};
-    update_elements<ProxL2, Param, State>(block, scalars);
+    update_span<ProxL2, Param, State>(block, scalars);
     squares.add(sum_of_squares(block.at<Param>(span.row.param), block.count));
   }
   return squares.total();
@@ -174,7 +168,8 @@ class Step {
       const auto* params = span.at<typename decltype(param)::type>(span.row.param);
       ParamNotes notes;
       for (int64_t i = 0; i < span.count; i += kBlockSize) {
-        note_params(params + i, std::min(span.count - i, kBlockSize), notes);
+        const int64_t count = std::min(span.count - i, kBlockSize);
+        note_params(params + i, count, sum_of_squares(params + i, count), notes);
       }
       notes.write(params, span.count, table_.records[chunk]);
     });

@@ -6,13 +6,14 @@
 #include <cstring>
 
 #include "convert.h"
+#include "multi_tensor_apply_cpu.h"
 #include "reduction_tree.h"
 
 namespace adamprox {
 
 // What is updated before it is looked at again: so little that it is in the first cache, and that
-// memory goes on streaming.
-constexpr int64_t kBlockSize = 512;
+// memory goes on streaming meanwhile.
+constexpr int64_t kBlockSize = 256;
 
 typedef double Quad __attribute__((vector_size(32)));
 
@@ -60,13 +61,17 @@ inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, i
   return i / 4;
 }
 
-// Of a block, which has at least one.
-template <typename Storage>
-inline __attribute__((always_inline)) double sum_of_squares(const Storage* values, int64_t count) {
-  double sums[kBlockSize / 4];
-  int64_t left = add_fours<Squares>(values, count, sums);
-  while (left > 4) left = add_fours<Sums>(sums, left, sums);
+// What is left when a block, and at least one value, went through add_fours.
+inline __attribute__((always_inline)) double rest_of_block(double* sums, int64_t count) {
+  while (count > 4) count = add_fours<Sums>(sums, count, sums);
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Of a block.
+template <typename Storage>
+MULTIVERSION double sum_of_squares(const Storage* values, int64_t count) {
+  double sums[kBlockSize / 4];
+  return rest_of_block(sums, add_fours<Squares>(values, count, sums));
 }
 
 // The sum of squares of blocks, or of chunks, that come one after another.

@@ -13,20 +13,64 @@
 
 namespace adamprox {
 
+template <typename T>
+struct Block {
+  T updates[kBlockSize];
+  double fours_of_updates[kBlockSize / 4], fours_of_params[kBlockSize / 4];  // see add_fours
+};
+
 // Of param, grad, exp_avg, exp_avg_sq and, or null, max_exp_avg_sq.
+//
+// Squares are summed in the same loop, kLag elements behind what is updated, so that nothing waits for
+// what has just been stored. A tracked loop looks less far ahead by itself, and fetches by name.
 template <typename Rule, typename T>
-MULTIVERSION void update_and_keep(T* const* at, int64_t count, const Scalars& scalars, T* updates) {
+MULTIVERSION void update_and_keep(T* const* at, int64_t count, const Scalars& scalars,
+                                  Block<T>& block) {
+  constexpr int64_t kLag = 128, kStep = 16;
   const Update<Rule, T> update(scalars);
-  const Write<T> kept{updates};
-  const ReadWrite<T> param{at[0]}, exp_avg{at[2]}, exp_avg_sq{at[3]};
-  const Read<T> grad{at[1]};
-  if (at[4] == nullptr) {
-    const auto step = [=](T& kept, T& p, T& g, T& m, T& v) { kept = update(p, g, m, v); };
-    for_each_element(count, step, kept, param, grad, exp_avg, exp_avg_sq);
-  } else {
-    const auto step = [=](T& kept, T& p, T& g, T& m, T& v, T& x) { kept = update(p, g, m, v, x); };
-    for_each_element(count, step, kept, param, grad, exp_avg, exp_avg_sq, ReadWrite<T>{at[4]});
+  T *const p = at[0], *const g = at[1], *const m = at[2], *const v = at[3], *const x = at[4];
+  const bool amsgrad = x != nullptr;
+  const auto take_step = [&](T* p, T* g, T* m, T* v, T* x, T* updates) {
+    const Write<T> kept{updates};
+    const ReadWrite<T> param{p}, exp_avg{m}, exp_avg_sq{v}, max_exp_avg_sq{x};
+    const Read<T> grad{g};
+    const auto step = [=](T& kept, T& p, T& g, auto&... states) { kept = update(p, g, states...); };
+    if (amsgrad) {
+      for_each_element(kStep, step, kept, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
+    } else {
+      for_each_element(kStep, step, kept, param, grad, exp_avg, exp_avg_sq);
+    }
+  };
+  const auto add_squares = [&](const T* updates, const T* params, int64_t i) {
+    add_fours<Squares>(updates, kStep, block.fours_of_updates + i / 4);
+    add_fours<Squares>(params, kStep, block.fours_of_params + i / 4);
+  };
+  const int64_t full = count - count % kStep;
+  for (int64_t i = 0; i < full + kLag; i += kStep) {
+    if (i < full) {
+      for (int64_t line = i + kBlockSize; line < i + kBlockSize + kStep; line += 64 / sizeof(T)) {
+        __builtin_prefetch(p + line);
+        __builtin_prefetch(g + line);
+        __builtin_prefetch(m + line);
+        __builtin_prefetch(v + line);
+      }
+      take_step(p + i, g + i, m + i, v + i, x + i, block.updates + i);
+    }
+    if (i >= kLag) add_squares(block.updates + (i - kLag), p + (i - kLag), i - kLag);
   }
+  if (full == count) return;
+  T rest[5][kStep] = {};
+  T* const updates = block.updates + full;
+  for (int k = 0; k < 5 && at[k] != nullptr; ++k) {
+    std::copy(at[k] + full, at[k] + count, rest[k]);
+  }
+  take_step(rest[0], rest[1], rest[2], rest[3], rest[4], updates);
+  for (const int k : {0, 2, 3, 4}) {
+    if (at[k] != nullptr) std::copy(rest[k], rest[k] + count % kStep, at[k] + full);
+  }
+  std::fill(updates + count % kStep, updates + kStep, T(0));
+  std::fill(rest[0] + count % kStep, rest[0] + kStep, T(0));
+  add_squares(updates, rest[0], full);
 }
 
 // The updates from the moments as they have been stored.
@@ -49,10 +93,10 @@ MULTIVERSION void convert(const From* from, int64_t count, To* to) {
 struct BitPlanes {
   static constexpr int kPlanes = 11;
   static constexpr int64_t kLanes = 16, kWords = 16;
-  static_assert(kBlockSize % (kLanes * kWords) == 0 && kChunkSize / kLanes < 1 << kPlanes);
+  static_assert(kBlockSize == kLanes * kWords && kChunkSize / kLanes < 1 << kPlanes);
   uint32_t at[kPlanes][kLanes] = {};
 
-  // The words of 256 elements, each with the bit of its bin.
+  // The words of a block, each with the bit of its bin.
   template <typename WordOf>
   inline __attribute__((always_inline)) void add(WordOf word_of) {
 #pragma GCC ivdep
@@ -130,30 +174,34 @@ struct ParamNotes {
   }
 };
 
-// Of a block.
+// Of a block's updates, whose sum of squares is given.
 template <typename T>
-MULTIVERSION void note_updates(const T* updates, int64_t count, double alpha, UpdateNotes& notes) {
+MULTIVERSION void note_updates(const T* updates, int64_t count, double sum, double alpha,
+                               UpdateNotes& notes) {
   const MagnitudeClasses<T> classes(alpha);
-  const double sum = sum_of_squares(updates, count);
   notes.squares.add(sum);
-  int64_t i = 0;
-  for (; i + 256 <= count; i += 256) {
-    notes.magnitudes.add([=](int64_t j) { return uint32_t{1} << classes.bin(updates[i + j]); });
+  if (count == kBlockSize) {
+    notes.magnitudes.add([=](int64_t i) { return uint32_t{1} << classes.bin(updates[i]); });
+  } else {
+    for (int64_t i = 0; i < count; ++i) ++notes.rest[classes.bin(updates[i])];
   }
-  for (; i < count; ++i) ++notes.rest[classes.bin(updates[i])];
   if (sum == sum) return;
-  for (i = 0; i < count; ++i) notes.rest[kBins - 1] -= updates[i] != updates[i];
+  for (int64_t i = 0; i < count; ++i) notes.rest[kBins - 1] -= updates[i] != updates[i];
 }
 
 // The same of the new params.
 template <typename Param>
-MULTIVERSION void note_params(const Param* params, int64_t count, ParamNotes& notes) {
-  notes.squares.add(sum_of_squares(params, count));
+MULTIVERSION void note_params(const Param* params, int64_t count, double sum, ParamNotes& notes) {
+  notes.squares.add(sum);
   uint32_t zeros = 0;
   for (int64_t i = 0; i < count; ++i) {
     zeros += Magnitude<Compute<Param>>::of(Convert<Param>::widen(params[i])) == 0;
   }
   notes.zeros += zeros;
+}
+
+MULTIVERSION inline double sum_of_fours(double* fours, int64_t count) {
+  return rest_of_block(fours, (count + 15) / 16 * 4);
 }
 
 // As update_span in fused_adam_cpu.cpp, block by block; returns the sum of the params' squares.
@@ -168,7 +216,8 @@ double update_and_note(const Span& span, const Scalars& scalars, Record& record)
   const int num_states = row.max_exp_avg_sq ? 3 : 2;
   UpdateNotes update_notes;
   ParamNotes param_notes;
-  T updates[kBlockSize], wide[5][kBlockSize];
+  Block<T> block;
+  T wide[5][kBlockSize];
   for (int64_t begin = 0; begin < span.count; begin += kBlockSize) {
     const int64_t count = std::min(span.count - begin, kBlockSize);
     T* at[5] = {};
@@ -183,17 +232,21 @@ double update_and_note(const Span& span, const Scalars& scalars, Record& record)
         convert(states[i] + begin, count, at[2 + i] = wide[2 + i]);
       }
     }
-    update_and_keep<Rule, T>(at, count, scalars, updates);
+    update_and_keep<Rule, T>(at, count, scalars, block);
+    double of_updates = sum_of_fours(block.fours_of_updates, count);
+    double of_params = sum_of_fours(block.fours_of_params, count);
     if constexpr (!std::is_same_v<Param, T>) {
       convert(at[0], count, param + begin);
+      of_params = sum_of_squares(param + begin, count);
       for (int i = 0; i < num_states; ++i) convert(at[2 + i], count, states[i] + begin);
-      if constexpr (!std::is_same_v<State, T>) {  // which have been rounded
-        for (int i = 0; i < num_states; ++i) convert(states[i] + begin, count, at[2 + i]);
-        update_again(at[2], at[1 + num_states], count, scalars, updates);
-      }
     }
-    note_updates(updates, count, scalars.alpha, update_notes);
-    note_params(param + begin, count, param_notes);
+    if constexpr (sizeof(State) < sizeof(T)) {  // which have been rounded
+      for (int i = 0; i < num_states; ++i) convert(states[i] + begin, count, at[2 + i]);
+      update_again(at[2], at[1 + num_states], count, scalars, block.updates);
+      of_updates = sum_of_squares(block.updates, count);
+    }
+    note_updates(block.updates, count, of_updates, scalars.alpha, update_notes);
+    note_params(param + begin, count, of_params, param_notes);
   }
   record.step = scalars.step;
   update_notes.write(record);

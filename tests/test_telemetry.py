@@ -109,28 +109,32 @@ def test_parity_where_some_have_no_grad(backend):
 def test_parity_at_chunk_edges(backend, optimizer, state):
     """And at those of tiles, of the CPU's blocks, and of what CUDA notes at a time."""
     generator = torch.Generator().manual_seed(2)
-    sizes = (*CHUNK_EDGES, 255, 256, 257, 511, 513, 1023, 1025)
-    if backend == "triton":  # whose interpreter takes 10 ms a tile
-        sizes = (TILE_SIZE + 1, CHUNK_SIZE + 1)
-    for dtype in dtypes_with(state):
-        values = [randn(generator, (size,), dtype) for size in sizes]
-        stats = check(backend, optimizer, values, state=state, steps=1)
-        largest = max(stats, key=lambda of_tensor: of_tensor.numel)
-        assert largest.bins.sum() == largest.numel
-        assert (largest.bins > 0).sum() > BINS / 3
+    sizes = (*CHUNK_EDGES, 255, 256, 257, 511, 512, 513, 1023, 1025)
+    if backend != "cpu":  # the others are slow here, and have the borders of tiles and chunks only
+        sizes = (TILE_SIZE - 1, TILE_SIZE + 1, CHUNK_SIZE + 1)
+    dtypes = dtypes_with(state)
+    if optimizer not in ("AdamW", "AdamProxL2"):
+        dtypes = dtypes[:1]
+    values = [randn(generator, (size,), dtype) for size in sizes for dtype in dtypes]
+    stats = check(backend, optimizer, values, state=state, steps=1)
+    largest = max(stats, key=lambda of_tensor: of_tensor.numel)
+    assert largest.bins.sum() == largest.numel
+    assert (largest.bins > 0).sum() > BINS / 3
 
 
 @every_state
 @every_optimizer
 @every_backend
 def test_parity_of_special_values(backend, optimizer, state):
-    for dtype in dtypes_with(state):
+    dtypes = dtypes_with(state)
+    for dtype in dtypes if backend == "cpu" or optimizer == "AdamW" else dtypes[:1]:
         special = special_values(dtype)
         count = len(special)
         values = [special.repeat_interleave(count), *special.split(1)]
         grads = [special.repeat(count), *special.flip(0).split(1)]
-        values.append(values[0].repeat(5))  # in full blocks
-        grads.append(grads[0].repeat(5))
+        if backend == "cpu":
+            values.append(values[0].repeat(5))  # in full blocks
+            grads.append(grads[0].repeat(5))
         for option in ("plain", "amsgrad"):
             stats = check(backend, optimizer, values, OPTIONS[option], state, grads, steps=1)
         assert stats[0].nans > 0
@@ -313,7 +317,7 @@ def test_arguments_out_of_range_are_named(arguments):
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])
 def test_the_number_of_threads_changes_no_bit(optimizer):
     generator = torch.Generator().manual_seed(5)
-    values = [randn(generator, (size,), torch.float32) for size in (400_000, 15, 70_001, 1000)]
+    values = [randn(generator, (size,), torch.float32) for size in (140_000, 15, 70_001, 1000)]
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         check("cpu", optimizer, values, steps=2)
