@@ -21,7 +21,8 @@ namespace {
 constexpr int64_t kElementsPerThread = 32768;
 
 template <typename Rule, typename Param, typename State>
-MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
+inline __attribute__((always_inline)) void update_elements(const Span& span,
+                                                           const Scalars& scalars) {
   const TensorRow& row = span.row;
   const Update<Rule, Compute<Param>> update(scalars);
   const ReadWrite<Param> param{span.at<Param>(row.param)};
@@ -36,14 +37,19 @@ MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
   }
 }
 
-// AdamProxL2's: returns the sum of the squares of what is stored.
+template <typename Rule, typename Param, typename State>
+MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
+  update_elements<Rule, Param, State>(span, scalars);
+}
+
+// AdamProxL2's: returns the sum of the squares of what is stored. One function, whose blocks overlap.
 template <typename Param, typename State>
-double update_and_sum(const Span& span, const Scalars& scalars) {
+MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
   BlockSums squares;
   for (int64_t i = 0; i < span.count; i += kBlockSize) {
     const Span block{span.row, span.grad, span.begin + i, std::min(span.count - i, kBlockSize)};
-    update_span<ProxL2, Param, State>(block, scalars);
-    squares.add(sum_of_squares(block.at<Param>(span.row.param), block.count));
+    update_elements<ProxL2, Param, State>(block, scalars);
+    squares.add(sum_of_block(block.at<Param>(span.row.param), block.count));
   }
   return squares.total();
 }

@@ -69,9 +69,14 @@ inline __attribute__((always_inline)) double rest_of_block(double* sums, int64_t
 
 // Of a block.
 template <typename Storage>
-MULTIVERSION double sum_of_squares(const Storage* values, int64_t count) {
+inline __attribute__((always_inline)) double sum_of_block(const Storage* values, int64_t count) {
   double sums[kBlockSize / 4];
   return rest_of_block(sums, add_fours<Squares>(values, count, sums));
+}
+
+template <typename Storage>
+MULTIVERSION double sum_of_squares(const Storage* values, int64_t count) {
+  return sum_of_block(values, count);
 }
 
 // The sum of squares of blocks, or of chunks, that come one after another.
