@@ -167,6 +167,26 @@ def case_fsdp_in_bfloat16_with_amsgrad(world: int, name: str) -> None:
         twin.check(net, optimizer)
 
 
+def case_fsdp_tracked(world: int, name: str) -> None:
+    """A rank's notes are of its shares, and add up to those of one process."""
+    net = wide_model()
+    twin = Twin(net, name)
+    optimizer = make(name, fsdp(net, init_device_mesh("cpu", (world,))).parameters())
+    both = optimizer, twin.optimizer
+    for opt in both:
+        opt.track_updates()
+    for step in range(2):
+        backward(net, step, 131)
+        twin.step(net)
+        optimizer.step()
+    [ours], [theirs] = (opt.update_stats() for opt in both)
+    counts = [torch.stack([*s.bins, s.zeros, s.nans, s.infs]) for s in (ours, theirs)]
+    squares = [torch.stack([s.param_norm, s.update_norm]) ** 2 for s in (ours, theirs)]
+    for of_rank, of_all in (counts, squares):
+        dist.all_reduce(of_rank)
+        torch.testing.assert_close(of_rank, of_all)
+
+
 def case_fsdp_offloaded(world: int, name: str) -> None:
     net = model()
     twin = Twin(net, name)

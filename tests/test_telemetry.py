@@ -82,25 +82,27 @@ def dtypes_with(state: torch.dtype | None) -> list[torch.dtype]:
     return [dtype.param for dtype in DTYPES.values() if dtype.state == state]
 
 
-@pytest.mark.parametrize("option", ["groups", "strided"])
+SHAPES = ((3, 100), (0, 3), (), (2, 2), (5,))
+
+
 @every_state
 @every_optimizer
 @every_backend
-def test_parity(backend, optimizer, state, option):
+def test_parity(backend, optimizer, state):
     """Of all dtypes in one step, with and without amsgrad, and of tensors without elements."""
     generator = torch.Generator().manual_seed(1)
-    shapes = ((3, 100), (0, 3), (), (2, 2), (5,))
     dtypes = dtypes_with(state)
-    values = [randn(generator, shape, dtype) for dtype in dtypes for shape in shapes]
-    check(backend, optimizer, values, OPTIONS[option], state, steps=2)
+    values = [randn(generator, shape, dtype) for dtype in dtypes for shape in SHAPES]
+    check(backend, optimizer, values, OPTIONS["groups"], state, steps=2)
 
 
+@pytest.mark.parametrize("option", ["strided", "skipped", "schedule"])
 @every_backend
-def test_parity_where_some_have_no_grad(backend):
+def test_parity_of_other_uses(backend, option):
     generator = torch.Generator().manual_seed(1)
-    values = [randn(generator, shape, torch.float32) for shape in ((3, 100), (), (2, 2), (5,))]
-    for optimizer in OPTIMIZERS:
-        check(backend, optimizer, values, OPTIONS["skipped"])
+    values = [randn(generator, shape, torch.float32) for shape in SHAPES]
+    for optimizer in ("AdamProx", "AdamProxL2"):
+        check(backend, optimizer, values, OPTIONS[option])
 
 
 @every_state
@@ -142,7 +144,7 @@ def test_parity_of_special_values(backend, optimizer, state):
 
 
 @every_state
-@every_optimizer
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])
 @every_backend
 def test_a_tracked_step_gives_the_bits_of_an_untracked_one(backend, optimizer, state):
     generator = torch.Generator().manual_seed(4)
@@ -317,10 +319,10 @@ def test_arguments_out_of_range_are_named(arguments):
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])
 def test_the_number_of_threads_changes_no_bit(optimizer):
     generator = torch.Generator().manual_seed(5)
-    values = [randn(generator, (size,), torch.float32) for size in (140_000, 15, 70_001, 1000)]
-    for threads in (1, 2, 3, 7):
+    values = [randn(generator, (size,), torch.float32) for size in (70_001, 15, 50_001, 1000)]
+    for threads in (1, 3):
         torch.set_num_threads(threads)
-        check("cpu", optimizer, values, steps=2)
+        check("cpu", optimizer, values, steps=1)
 
 
 def test_summaries():

@@ -173,6 +173,7 @@ class Tracker:
             noted.append(_Noted(table.device, table.tensors(), records))
         self._noted = noted
 
+    @torch.no_grad()
     def note_params(self, tables: Iterable[_C.Table], shares: Mapping[Tensor, Tensor]) -> None:
         """Notes the params anew, which have changed since the tables' step."""
         for table in tables:
