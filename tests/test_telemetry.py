@@ -399,13 +399,13 @@ def test_capturable_notes_what_the_host_would(backend, initial_lr):
     assert stats(float, True) == expected
 
 
-def test_a_replayed_graph_notes_each_time(_built_for_the_host, monkeypatch):
-    monkeypatch.setitem(backends.BACKENDS, "cuda_on_host", _built_for_the_host)
-    opt = small(backend="cuda_on_host", capturable=True)
+@pytest.mark.parametrize("backend", ["cuda_on_host"], indirect=True)
+def test_a_replayed_graph_notes_each_time(backend):
+    opt = small(backend=backend, capturable=True)
     opt.track_updates()
     opt.step()
     for step in range(2, 5):
-        _built_for_the_host.replay()
+        backends.BACKENDS[backend].replay()
         assert [stats.step for stats in opt.update_stats()] == [step, step]
 
 
