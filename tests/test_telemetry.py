@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -351,6 +352,15 @@ def test_the_quantiles_of_nothing_are_nan():
     nothing = adamprox.UpdateStats("w", 1, 0, torch.zeros(BINS), *[torch.tensor(0.0)] * 5)
     assert math.isnan(nothing.quantile(0.5))
     assert nothing.plot() is not None
+
+
+def test_plot_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    opt = small()
+    opt.track_updates()
+    opt.step()
+    with pytest.raises(ImportError, match=r"pip install 'adamprox\[plot\]'"):
+        opt.update_stats()[0].plot()
 
 
 # With the rest of PyTorch.

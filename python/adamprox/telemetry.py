@@ -79,9 +79,15 @@ class UpdateStats:
 
         Args:
             axes: of matplotlib, which ``pip install 'adamprox[plot]'`` brings; None makes a figure.
+
+        Raises:
+            ImportError: ``axes`` is None, and there is no matplotlib.
         """
         if axes is None:
-            from matplotlib.figure import Figure
+            try:
+                from matplotlib.figure import Figure
+            except ImportError as error:
+                raise ImportError(f"{error}; please pip install 'adamprox[plot]'") from error
 
             axes = Figure(layout="constrained").subplots()
         lowest = 2 - reference.BINS  # -27
