@@ -36,6 +36,7 @@ from adamprox.bench.paper import (
     taylor,
     training,
 )
+from adamprox.reference import BINS
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parent.parent / "bench/paper/README.md"

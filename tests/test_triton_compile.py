@@ -34,7 +34,11 @@ ELEMENTS_PER_THREAD = reference.TILE_SIZE // 256
 
 
 def compile_kernel(
-    target: str, decay: str, options: dict[str, object], storage: list[tuple[str, str]]
+    target: str,
+    decay: str,
+    options: dict[str, object],
+    storage: list[tuple[str, str]],
+    tracked: bool,
 ) -> dict[str, Any]:
     """The texts that Triton makes on its way, and the binary, for all of storage in one kernel."""
     import triton
@@ -47,21 +51,24 @@ def compile_kernel(
     update.HIP = tl.constexpr(backend == "hip")
     numbers = [(DTYPES[param][0], DTYPES[state][0]) for param, state in storage]
     signature = {"metadata": "*i64", "payload": "*i64", "sums": "*fp64", "num_rows": "i32"}
+    signature["records"] = "*i64"
     if decay == "prepare":
         kernel = fused_adam.prepare_kernel
         signature = {"payload": "*i64", "prepared": "*i64", "num_rows": "i32", "count": "i32"}
         constants = {"DECAY": "prox_sq_l2"}
     elif decay == "shrink":
         kernel = fused_adam.shrink_kernel
-        constants = {"DTYPES": tuple(sorted({param for param, _ in numbers})), "records": None}
+        constants = {"DTYPES": tuple(sorted({param for param, _ in numbers}))}
     else:
         kernel = fused_adam.update_kernel
         variants = tuple(param | state << 8 for param, state in numbers)
-        constants = {"DECAY": decay, "VARIANTS": variants, "records": None}
+        constants = {"DECAY": decay, "VARIANTS": variants}
         if decay != "prox_l2":
             constants["sums"] = None
     if decay != "prepare":
         constants["prepared"] = None
+        if not tracked:
+            constants["records"] = None
     compiled = triton.compile(
         triton.compiler.ASTSource(
             kernel,
@@ -84,11 +91,15 @@ def compiled():
 
         @cache
         def call(
-            target: str, decay: str, fusion: bool | None = None, only: tuple[str, str] | None = None
+            target: str,
+            decay: str,
+            fusion: bool | None = None,
+            only: tuple[str, str] | None = None,
+            tracked: bool = False,
         ) -> dict[str, Any]:
             options = {} if fusion is None else {"enable_fp_fusion": fusion}
             storage = STORAGE if only is None else [only]
-            return pool.submit(compile_kernel, target, decay, options, storage).result()
+            return pool.submit(compile_kernel, target, decay, options, storage, tracked).result()
 
         yield call
 
@@ -118,6 +129,16 @@ def vectors(decay: str) -> tuple[int, int]:
             loads += 2 * param_bytes + 2 * state_bytes
             stores += param_bytes + 2 * state_bytes
     return loads * ELEMENTS_PER_THREAD // 16, stores * ELEMENTS_PER_THREAD // 16
+
+
+@pytest.mark.parametrize("decay", ["decoupled", "prox_l2", "shrink"])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_what_is_tracked_compiles(compiled, target, decay):
+    asm = compiled(target, decay, tracked=True)
+    if "ptx" in asm:
+        ptx = instructions(asm["ptx"])
+        assert contractions(ptx) == []
+        assert count(ptx, r"atom\.shared\..*|red\.shared\..*") > 0
 
 
 @pytest.mark.parametrize("decay", [*reference.DECAYS, "shrink"])

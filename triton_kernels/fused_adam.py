@@ -137,7 +137,7 @@ def update_tile(tensors, args, first, mask, sums):
 @triton.jit
 def shrink_tile(param, args, first, mask, params):
     stored = widen(store(param, first, mask, shrink(load(param, first, mask), args[0])))
-    if args[1]:
+    if args[1] is not None:
         return note(stored, special_class(stored), first, mask, params)
     else:
         return params
@@ -188,9 +188,11 @@ def update_chunk(row, grad, begin, count, scalars, sum_out, record, DECAY, VARIA
     if record is None:
         sums = for_each_tile(update_tile, tensors, (rounded, DECAY, None), row, count, sums)
     else:
-        args = (rounded, DECAY, lowest(tl.load(scalars + 6).to(dtype)))
+        least = lowest(tl.load(scalars + 6).to(dtype))
         notes = (sums, no_notes(), no_notes())
-        sums, updates, params = for_each_tile(update_tile, tensors, args, row, count, notes)
+        sums, updates, params = for_each_tile(
+            update_tile, tensors, (rounded, DECAY, least), row, count, notes
+        )
         if count > 0:  # it may be a step that is to be skipped
             write_step(record, tl.load(scalars + 7))
             write(record, updates, UPDATE_SQUARES, 0, BINS)
@@ -242,11 +244,14 @@ def shrink_kernel(metadata, payload, prepared, sums, records, num_rows, DTYPES: 
     for i in tl.static_range(len(DTYPES)):
         if dtype == DTYPES[i]:
             param = at_element(tl.load(row), begin, STORAGE[DTYPES[i]])
-            args = (k.to(COMPUTE[DTYPES[i]]), records is not None)
+            factor = k.to(COMPUTE[DTYPES[i]])
             if records is None:
-                for_each_tile(shrink_tile, param, args, row, count, tl.zeros([TILES], tl.float64))
+                nothing = tl.zeros([TILES], tl.float64)
+                for_each_tile(shrink_tile, param, (factor, None), row, count, nothing)
             else:
-                params = for_each_tile(shrink_tile, param, args, row, count, no_notes())
+                params = for_each_tile(
+                    shrink_tile, param, (factor, records), row, count, no_notes()
+                )
                 if count > 0:
                     record = records + tl.program_id(0) * RECORD_WORDS
                     write(record, params, PARAM_SQUARES, BINS, COUNTS)

@@ -133,8 +133,8 @@ class _ParamStep:
             return
         if optimizer._tracker is not None:
             raise RuntimeError(
-                "track_updates() notes whole steps, and step_in_backward takes a param's at a time: "
-                "end one of them, by track_updates(every=0) or remove()"
+                "track_updates() notes whole steps, and step_in_backward takes a param's at a "
+                "time: end one of them, by track_updates(every=0) or remove()"
             )
         state = optimizer.state.get(param, {})
         if isinstance(step := state.get("step"), Tensor):
