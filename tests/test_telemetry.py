@@ -28,6 +28,7 @@ from test_parity import CHUNK_EDGES, randn, special_values
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+TWO = ("AdamW", "AdamProxL2")  # whose params are final at once, and after a second sweep
 every_state = pytest.mark.parametrize("state", [None, torch.float32], ids=["own", "float32"])
 
 FIELDS = ("bins", "param_norm", "update_norm", "zeros", "nans", "infs", "ratio")
@@ -107,7 +108,7 @@ def test_parity_of_other_uses(backend, option):
 
 
 @every_state
-@every_optimizer
+@pytest.mark.parametrize("optimizer", TWO)
 @every_backend
 def test_parity_at_chunk_edges(backend, optimizer, state):
     """And at those of tiles, of the CPU's blocks, and of what CUDA notes at a time."""
@@ -116,8 +117,6 @@ def test_parity_at_chunk_edges(backend, optimizer, state):
     if backend != "cpu":  # the others are slow here, and have the borders of tiles and chunks only
         sizes = (TILE_SIZE - 1, TILE_SIZE + 1, CHUNK_SIZE + 1)
     dtypes = dtypes_with(state)
-    if optimizer not in ("AdamW", "AdamProxL2"):
-        dtypes = dtypes[:1]
     values = [randn(generator, (size,), dtype) for size in sizes for dtype in dtypes]
     stats = check(backend, optimizer, values, state=state, steps=1)
     largest = max(stats, key=lambda of_tensor: of_tensor.numel)
@@ -126,7 +125,7 @@ def test_parity_at_chunk_edges(backend, optimizer, state):
 
 
 @every_state
-@every_optimizer
+@pytest.mark.parametrize("optimizer", TWO)
 @every_backend
 def test_parity_of_special_values(backend, optimizer, state):
     dtypes = dtypes_with(state)
@@ -145,7 +144,7 @@ def test_parity_of_special_values(backend, optimizer, state):
 
 
 @every_state
-@pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])
+@pytest.mark.parametrize("optimizer", TWO)
 @every_backend
 def test_a_tracked_step_gives_the_bits_of_an_untracked_one(backend, optimizer, state):
     generator = torch.Generator().manual_seed(4)
@@ -317,7 +316,7 @@ def test_arguments_out_of_range_are_named(arguments):
         small().track_updates(**arguments)
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])
+@pytest.mark.parametrize("optimizer", TWO)
 def test_the_number_of_threads_changes_no_bit(optimizer):
     generator = torch.Generator().manual_seed(5)
     values = [randn(generator, (size,), torch.float32) for size in (70_001, 15, 50_001, 1000)]
@@ -367,7 +366,7 @@ def test_plot_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"], indirect=True)
-@pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])
+@pytest.mark.parametrize("optimizer", TWO)
 def test_a_skipped_step_leaves_the_stats_of_the_one_before(backend, optimizer):
     opt = small(optimizer, backend=backend)
     opt.track_updates(every=2)
