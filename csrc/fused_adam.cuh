@@ -86,7 +86,7 @@ __device__ __forceinline__ void update_chunk(const Work& work, const Scalars& sc
 }
 
 // One block, before the update, where the payload has recipes.
-__global__ inline void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads)
     prepare_kernel(const __grid_constant__ LaunchArgs args, const Decay decay) {
   const auto* head = reinterpret_cast<const RecipesHead*>(args.recipes_or_scalars());
   auto* prepared = reinterpret_cast<PreparedHead*>(args.prepared);

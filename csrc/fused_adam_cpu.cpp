@@ -1,5 +1,4 @@
-// One step on the CPU: threads share out the table's chunks; each loop is compiled for AVX-512,
-// AVX2 and the baseline from the one definition in update.h, and chosen when the library loads.
+// One step on the CPU: threads share out the table's chunks.
 #include <algorithm>
 #include <atomic>
 #include <thread>
@@ -9,56 +8,14 @@
 #include "dispatch.h"
 #include "fused_adam.h"
 #include "multi_tensor_apply_cpu.h"
-#include "reduction_tree_cpu.h"
-#include "telemetry_cpu.h"
 #include "thread_pool.h"
-#include "update.h"
+#include "update_cpu.h"
 
 namespace adamprox {
 namespace {
 
 // Below this many elements, waking a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;
-
-template <typename Rule, typename Param, typename State>
-inline __attribute__((always_inline)) void update_elements(const Span& span,
-                                                           const Scalars& scalars) {
-  const TensorRow& row = span.row;
-  const Update<Rule, Compute<Param>> update(scalars);
-  const ReadWrite<Param> param{span.at<Param>(row.param)};
-  const Read<Param> grad{span.at<Param>(span.grad)};
-  const ReadWrite<State> exp_avg{span.at<State>(row.exp_avg)};
-  const ReadWrite<State> exp_avg_sq{span.at<State>(row.exp_avg_sq)};
-  if (row.max_exp_avg_sq == nullptr) {
-    for_each_element(span.count, update, param, grad, exp_avg, exp_avg_sq);
-  } else {
-    const ReadWrite<State> max_exp_avg_sq{span.at<State>(row.max_exp_avg_sq)};
-    for_each_element(span.count, update, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
-  }
-}
-
-template <typename Rule, typename Param, typename State>
-MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
-  update_elements<Rule, Param, State>(span, scalars);
-}
-
-// AdamProxL2's: returns the sum of the squares of what is stored. One function, whose blocks overlap.
-template <typename Param, typename State>
-MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
-  BlockSums squares;
-  for (int64_t i = 0; i < span.count; i += kBlockSize) {
-    const Span block{span.row, span.grad, span.begin + i, std::min(span.count - i, kBlockSize)};
-    update_elements<ProxL2, Param, State>(block, scalars);
-    squares.add(sum_of_block(block.at<Param>(span.row.param), block.count));
-  }
-  return squares.total();
-}
-
-template <typename Param>
-MULTIVERSION void shrink_span(const Span& span, double shrinkage) {
-  const Shrink<Compute<Param>> shrink{static_cast<Compute<Param>>(shrinkage)};
-  for_each_element(span.count, shrink, ReadWrite<Param>{span.at<Param>(span.row.param)});
-}
 
 class Step {
  public:
@@ -147,7 +104,7 @@ class Step {
     return Span{row, table_.grads[c.row], first, std::min(row.numel - first, kChunkSize)};
   }
 
-  // Returns the sum of the squares of the new params, for AdamProxL2 and for tracked steps.
+  // Returns, for AdamProxL2, the sum of the squares of the new params.
   template <typename Rule>
   double update_chunk(const Span& span, int64_t chunk) const {
     double squares = 0;
@@ -171,13 +128,12 @@ class Step {
   // Of AdamProxL2's params, once they have shrunk.
   void note_chunk(const Span& span, int64_t chunk) const {
     with_dtype(span.row.param_dtype, [&](auto param) {
-      const auto* params = span.at<typename decltype(param)::type>(span.row.param);
+      using Param = typename decltype(param)::type;
       ParamNotes notes;
-      for (int64_t i = 0; i < span.count; i += kBlockSize) {
-        const int64_t count = std::min(span.count - i, kBlockSize);
-        note_params(params + i, count, sum_of_squares(params + i, count), notes);
-      }
-      notes.write(params, span.count, table_.records[chunk]);
+      for_each_block(span, [&](const Span& block) {
+        note_params(block.at<Param>(span.row.param), block.count, notes);
+      });
+      notes.write(span.at<Param>(span.row.param), span.count, table_.records[chunk]);
     });
   }
 

@@ -8,12 +8,9 @@
 #include "convert.h"
 #include "multi_tensor_apply_cpu.h"
 #include "reduction_tree.h"
+#include "telemetry.h"
 
 namespace adamprox {
-
-// What is updated before it is looked at again: so little that it is in the first cache, and that
-// memory goes on streaming meanwhile.
-constexpr int64_t kBlockSize = 256;
 
 typedef double Quad __attribute__((vector_size(32)));
 
@@ -46,7 +43,7 @@ template <typename Terms, typename Storage>
 inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, int64_t count,
                                                         double* sums) {
   int64_t i = 0;
-  const auto add = [&](const Storage* from) {
+  const auto add = [&](const Storage* from) __attribute__((always_inline)) {
     Quad q[4];
     for (int j = 0; j < 16; ++j) q[j / 4][j % 4] = Terms::at(from, j);
     add_neighbours(q[0], q[1], q[2], q[3], sums + i / 4);
@@ -61,22 +58,13 @@ inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, i
   return i / 4;
 }
 
-// What is left when a block, and at least one value, went through add_fours.
-inline __attribute__((always_inline)) double rest_of_block(double* sums, int64_t count) {
-  while (count > 4) count = add_fours<Sums>(sums, count, sums);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-// Of a block.
-template <typename Storage>
+// Of a block, or less, but at least one value.
+template <typename Terms, typename Storage>
 inline __attribute__((always_inline)) double sum_of_block(const Storage* values, int64_t count) {
   double sums[kBlockSize / 4];
-  return rest_of_block(sums, add_fours<Squares>(values, count, sums));
-}
-
-template <typename Storage>
-MULTIVERSION double sum_of_squares(const Storage* values, int64_t count) {
-  return sum_of_block(values, count);
+  count = add_fours<Terms>(values, count, sums);
+  while (count > 4) count = add_fours<Sums>(sums, count, sums);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // The sum of squares of blocks, or of chunks, that come one after another.

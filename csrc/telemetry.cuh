@@ -11,11 +11,12 @@
 
 namespace adamprox {
 
-constexpr int kPiece = kTileSize;
+constexpr int kPiece = kTileSize;  // a block of it for each warp
+static_assert(kPiece == kBlockSize * kThreads / kWarp && kColumns == kWarp && kRows == 8);
 
 // In shared memory that only a tracked launch has.
 struct ChunkNotes {
-  double sums[kSums];  // of squares, of kWarp neighbours each
+  double sums[kChunkSize / kBlockSize];  // of the squares of blocks
   uint32_t counts[kCounts];
 };
 
@@ -33,41 +34,67 @@ __device__ __forceinline__ ChunkNotes* chunk_notes() {
 __device__ __noinline__ void note(const void* values, const void* exp_avg_sq, DType dtype,
                                   int first, int count, const Scalars* scalars, Record* record) {
   ChunkNotes& notes = *chunk_notes();
-  const int thread = threadIdx.x;
+  const int thread = threadIdx.x, lane = thread % kWarp;
   const bool of_updates = exp_avg_sq != nullptr;
   __syncthreads();
   if (first == 0) {
-    for (int i = thread; i < kSums; i += kThreads) notes.sums[i] = 0;
+    if (thread < kChunkSize / kBlockSize) notes.sums[thread] = 0;
     if (thread < kCounts) notes.counts[thread] = 0;
     __syncthreads();
   }
   const double alpha = scalars->alpha;
   const MagnitudeClasses<double> classes(dtype == DType::kFloat64 ? alpha
                                                                   : static_cast<float>(alpha));
-#pragma unroll 1
-  for (int i = thread; i - thread % kWarp < count; i += kThreads) {
+  const auto load = [dtype](const void* from, int i) {
     double value = 0;
-    if (i < count) {
-      with_dtype(dtype, [&](auto type) {
-        using Storage = typename decltype(type)::type;
-        using T = Compute<Storage>;
-        const auto load = [i](const void* from) {
-          return Convert<Storage>::widen(static_cast<const Storage*>(from)[i]);
-        };
-        value = of_updates ? adam_update<T>(load(values), load(exp_avg_sq),
-                                            static_cast<T>(scalars->step_size),
-                                            static_cast<T>(scalars->eps))
-                           : load(values);
-      });
-      const int c = !of_updates ? special_class(value) : value == value ? classes.bin(value) : -1;
-      if (c >= 0) atomicAdd(&notes.counts[c], 1u);
+    with_dtype(dtype, [&](auto type) {
+      using Storage = typename decltype(type)::type;
+      value = Convert<Storage>::widen(static_cast<const Storage*>(from)[i]);
+    });
+    return value;
+  };
+  const auto update = [=](auto exp_avg, auto exp_avg_sq) {
+    using T = decltype(exp_avg);
+    return adam_update<T>(exp_avg, exp_avg_sq, static_cast<T>(scalars->step_size),
+                          static_cast<T>(scalars->eps));
+  };
+#pragma unroll 1
+  for (int begin = thread / kWarp * kBlockSize; begin < count;
+       begin += kThreads / kWarp * kBlockSize) {
+    double two = 0, four = 0, sum = 0;  // rows, from zeros, which change no sum of squares
+#pragma unroll 1
+    for (int k = 0; k < kRows; ++k) {
+      const int i = begin + k * kColumns + lane;
+      double value = 0;
+      if (i < count) {
+        value = load(values, i);
+        if (of_updates) {
+          const double squares = load(exp_avg_sq, i);
+          value = dtype == DType::kFloat64
+                      ? update(value, squares)
+                      : update(static_cast<float>(value), static_cast<float>(squares));
+        }
+        int c = special_class(value);
+        if (of_updates) c = value == value ? static_cast<int>(classes.bin(value)) : -1;
+        if (c >= 0) atomicAdd(&notes.counts[c], 1u);
+      }
+      two = two + square(value);
+      if (k % 2 == 1) {
+        four = four + two;
+        two = 0;
+      }
+      if (k % 4 == 3) {
+        sum = sum + four;
+        four = 0;
+      }
     }
-    const double sum = sum_of_warp(square(value));
-    if (thread % kWarp == 0) notes.sums[(first + i) / kWarp] = sum;
+    sum = sum_of_warp(sum);
+    if (lane == 0) notes.sums[(first + begin) / kBlockSize] = sum;
   }
   __syncthreads();
   if (record == nullptr) return;
-  const double sum = sum_of_block(notes.sums[2 * thread] + notes.sums[2 * thread + 1], notes.sums);
+  const double of_block = thread < kChunkSize / kBlockSize ? notes.sums[thread] : 0.0;
+  const double sum = sum_of_block(of_block, notes.sums);
   const int begin = of_updates ? 0 : kBins, end = of_updates ? kBins : kCounts;
   if (thread >= begin && thread < end) record->counts[thread] = notes.counts[thread];
   if (thread == 0) {

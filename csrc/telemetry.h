@@ -2,9 +2,12 @@
 // its new params are zero, NaN or infinite, and the sums of squares of both.
 //
 // A magnitude is abs(update) / alpha, alpha being the learning rate without its schedule. Bin 0 has
-// what is at most 2^-27, bin 28 what is at least 1, bin b between them [2^(b-28), 2^(b-27)), without
-// 2^-27 itself. As floats of one sign are ordered like their bits, and a power of two only moves the
-// exponent, a difference of bits tells the bin: integers, and exact. No bin counts a NaN.
+// what is below 2^-27, bin 28 what is at least 1, bin b between them [2^(b-28), 2^(b-27)). As floats of
+// one sign are ordered like their bits, and a power of two only moves the exponent, a difference of
+// bits tells the bin: integers, and exact. No bin counts a NaN.
+//
+// Squares are summed by the tree of reduction_tree.h, but a block of them is taken as a matrix of
+// kRows rows, whose columns follow one another: rows are what vectors and warps add.
 #pragma once
 
 #include <cstdint>
@@ -19,9 +22,12 @@ constexpr int kBins = 29;
 constexpr int kZeros = kBins, kNaNs = kBins + 1, kInfinities = kBins + 2;  // of the new param
 constexpr int kCounts = kBins + 3;
 
+constexpr int kBlockSize = 256;
+constexpr int kRows = 8, kColumns = kBlockSize / kRows;
+
 struct Record {
-  double step;                           // Scalars::step; 0: nothing has been noted here
-  double param_squares, update_squares;  // by reduction_tree.h
+  double step;  // Scalars::step; 0: nothing has been noted here
+  double param_squares, update_squares;
   uint32_t counts[kCounts];
 };
 static_assert(sizeof(Record) == 19 * 8, "python/adamprox/telemetry.py reads it as 19 words");
@@ -41,20 +47,19 @@ template <typename T>
 class MagnitudeClasses {
  public:
   explicit HOST_DEVICE MagnitudeClasses(double alpha)
-      : lowest_(M::of(static_cast<T>(alpha)) - (Bits{kBins - 2} << M::kMantissa)) {}
+      : lowest_(M::of(static_cast<T>(alpha)) - (Bits{kBins - 1} << M::kMantissa)) {}
 
   // The bin of an update; a NaN is in the last one, and has to be taken out again.
   HOST_DEVICE uint32_t bin(T update) const {
-    const Bits bits = M::of(update);
-    const Bits above = (bits > lowest_ ? bits : lowest_) - lowest_;
-    const Bits octave = above >> M::kMantissa;
-    return static_cast<uint32_t>((octave < kBins - 2 ? octave : Bits{kBins - 2}) + (above != 0));
+    const Bits octave = (M::of(update) - lowest_) >> M::kMantissa;  // may be negative
+    const Bits bin = octave < kBins - 1 ? octave : Bits{kBins - 1};
+    return static_cast<uint32_t>(bin > 0 ? bin : Bits{0});
   }
 
  private:
   using M = Magnitude<T>;
   using Bits = typename M::Bits;
-  Bits lowest_;  // of alpha * 2^-27
+  Bits lowest_;  // of alpha * 2^-28
 };
 
 // Where a param counts, or -1.

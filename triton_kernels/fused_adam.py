@@ -33,13 +33,15 @@ from .update import (
     TILE_SIZE,
     TILES,
     adam_update,
-    add_tile,
     narrow,
+    put,
     shrink,
     shrinkage,
+    square,
     tree_sum,
     update,
     widen,
+    within,
 )
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ def update_tile(tensors, args, first, mask, sums):
         if DECAY != "prox_l2":
             params = note(stored, special_class(stored), first, mask, params)
     if DECAY == "prox_l2":
-        sums = add_tile(stored, first, mask, sums)
+        sums = put(tree_sum(square(within(stored, mask))), first, sums)
     if TRACKED:
         return sums, updates, params
     else:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .. import reference
-from .update import TILES, add_tile, tree_sum
+from .update import TILE_SIZE, TILES, put, square, tree_sum, within
 
 BINS = tl.constexpr(reference.BINS)
 ZEROS, NANS, INFINITIES = (tl.constexpr(reference.BINS + i) for i in range(3))
@@ -16,6 +16,7 @@ COUNTS = tl.constexpr(reference.BINS + 3)
 UNCOUNTED = COUNTS
 RECORD_WORDS = tl.constexpr(19)  # sizeof(Record) / 8: the step, two sums of squares, 32 counts
 PARAM_SQUARES, UPDATE_SQUARES = tl.constexpr(1), tl.constexpr(2)
+BLOCKS = tl.constexpr(TILE_SIZE.value // 256)  # of a tile, of 8 rows and 32 columns each
 
 
 @triton.jit
@@ -29,16 +30,15 @@ def magnitude(x):
 
 @triton.jit
 def lowest(alpha):
-    """The bits of alpha * 2**-27, for alpha in the compute type."""
-    return magnitude(alpha) - ((BINS - 2) << (52 if alpha.dtype == tl.float64 else 23))
+    """The bits of alpha * 2**-28, for alpha in the compute type."""
+    return magnitude(alpha) - ((BINS - 1) << (52 if alpha.dtype == tl.float64 else 23))
 
 
 @triton.jit
 def magnitude_class(update, lowest):
     above = tl.maximum(magnitude(update), lowest) - lowest
     octave = above >> (52 if update.dtype == tl.float64 else 23)
-    bin = tl.minimum(octave, BINS - 2) + (above != 0).to(above.dtype)
-    return tl.where(update == update, bin, UNCOUNTED).to(tl.int32)
+    return tl.where(update == update, tl.minimum(octave, BINS - 1), UNCOUNTED).to(tl.int32)
 
 
 @triton.jit
@@ -56,11 +56,20 @@ def no_notes():
 
 
 @triton.jit
+def sum_by_columns(squares):
+    half = tl.sum(tl.reshape(squares, (4 * BLOCKS, 2, 32)), axis=1)
+    quarter = tl.sum(tl.reshape(half, (2 * BLOCKS, 2, 32)), axis=1)
+    columns = tl.sum(tl.reshape(quarter, (BLOCKS, 2, 32)), axis=1)
+    return tree_sum(tl.reshape(columns, (32 * BLOCKS,)))
+
+
+@triton.jit
 def note(values, classes, first, mask, notes):
     sums, counts = notes
     if mask is not None:
         classes = tl.where(mask, classes, UNCOUNTED)
-    return add_tile(values, first, mask, sums), counts + tl.histogram(classes, 64)
+    sum = sum_by_columns(square(within(values, mask)))
+    return put(sum, first, sums), counts + tl.histogram(classes, 64)
 
 
 @triton.jit

@@ -179,9 +179,12 @@ def tree_sum(sums):
 
 
 @triton.jit
-def add_tile(values, first, mask, sums):
-    """The sums of squares of a chunk's tiles, with that of the tile at ``first``."""
-    if mask is not None:  # what a lane beyond the end has computed may be anything
-        values = tl.where(mask, values, 0.0)
-    tile = tl.arange(0, TILES) == first // TILE_SIZE
-    return tl.where(tile, tree_sum(square(values)), sums)
+def within(values, mask):
+    """With zeros beyond the end, where a lane may have computed anything."""
+    return values if mask is None else tl.where(mask, values, 0.0)
+
+
+@triton.jit
+def put(sum, first, sums):
+    """The sums of a chunk's tiles, with that of the tile at ``first``."""
+    return tl.where(tl.arange(0, TILES) == first // TILE_SIZE, sum, sums)

@@ -37,8 +37,8 @@ class UpdateStats:
     """How many steps its params have made; the most, if they differ."""
     numel: int
     bins: Tensor
-    """int64, 29: how many updates have ``abs(update) / alpha`` at most 2^-27; in [2^-27, 2^-26)
-    without 2^-27 itself; in [2^-26, 2^-25); ... in [1/2, 1); and at least 1. No bin counts a NaN,
+    """int64, 29: how many updates have ``abs(update) / alpha`` below 2^-27; in [2^-27, 2^-26); in
+    [2^-26, 2^-25); ... in [1/2, 1); and at least 1. No bin counts a NaN,
     so ``numel - bins.sum()`` updates are NaN."""
     param_norm: Tensor
     """float64: the l2 norm of the new param."""
@@ -123,11 +123,16 @@ class _Noted(NamedTuple):
     """(the param, its group, its first record, its numel)"""
     records: Tensor
 
-    def are_of(self, table: _C.Table) -> bool:
-        """Whether the table's tensors have their records here."""
-        return self.device == table.device and [
-            (id(param), *rest) for param, *rest in self.tensors
-        ] == [(id(param), *rest) for param, *rest in table.tensors()]
+    def is_of(
+        self, device: tuple[str, int], tensors: Sequence[tuple[Tensor, int, int, int]]
+    ) -> bool:
+        return (
+            self.device == device
+            and len(self.tensors) == len(tensors)
+            and all(
+                a[0] is b[0] and a[1:] == b[1:] for a, b in zip(self.tensors, tensors, strict=True)
+            )
+        )
 
 
 class _TensorNotes(NamedTuple):
@@ -169,14 +174,16 @@ class Tracker:
         """
         noted = []
         for table in tables:
-            records = next((n.records for n in self._noted if n.are_of(table)), None)
-            if records is None:
-                shape, device = (table.num_chunks, RECORD_WORDS), torch.device(*table.device)
-                records = torch.zeros(shape, dtype=torch.int64, device=device)
+            device, tensors = table.device, table.tensors()
+            now = next((n for n in self._noted if n.is_of(device, tensors)), None)
+            if now is None:
+                shape = table.num_chunks, RECORD_WORDS
+                records = torch.zeros(shape, dtype=torch.int64, device=torch.device(*device))
+                now = _Noted(device, tensors, records)
             if capturing:  # for as long as the graph may write there
-                table.keep(records)
-            table.track(records)
-            noted.append(_Noted(table.device, table.tensors(), records))
+                table.keep(now.records)
+            table.track(now.records)
+            noted.append(now)
         self._noted = noted
 
     @torch.no_grad()
