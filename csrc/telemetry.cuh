@@ -12,7 +12,7 @@
 namespace adamprox {
 
 constexpr int kPiece = kTileSize;  // a block of it for each warp
-static_assert(kPiece == kBlockSize * kThreads / kWarp && kColumns == kWarp && kRows == 8);
+static_assert(kPiece == kBlockSize * kThreads / kWarp && kBlockSize == 8 * kWarp);
 
 // In shared memory that only a tracked launch has.
 struct ChunkNotes {
@@ -61,10 +61,11 @@ __device__ __noinline__ void note(const void* values, const void* exp_avg_sq, DT
 #pragma unroll 1
   for (int begin = thread / kWarp * kBlockSize; begin < count;
        begin += kThreads / kWarp * kBlockSize) {
-    double two = 0, four = 0, sum = 0;  // rows, from zeros, which change no sum of squares
+    double two = 0, four = 0, sum = 0;  // from zeros, which change no sum of squares
 #pragma unroll 1
-    for (int k = 0; k < kRows; ++k) {
-      const int i = begin + k * kColumns + lane;
+    for (int k = 0; k < 8; ++k) {
+      const int eighth = (k & 1) * 4 + (k & 2) + (k & 4) / 4;  // so that halves follow each other
+      const int i = begin + eighth * kWarp + lane;
       double value = 0;
       if (i < count) {
         value = load(values, i);
@@ -88,7 +89,10 @@ __device__ __noinline__ void note(const void* values, const void* exp_avg_sq, DT
         four = 0;
       }
     }
-    sum = sum_of_warp(sum);
+#pragma unroll
+    for (int half = kWarp / 2; half > 0; half /= 2) {
+      sum = sum + __shfl_xor_sync(0xffffffffu, sum, half);
+    }
     if (lane == 0) notes.sums[(first + begin) / kBlockSize] = sum;
   }
   __syncthreads();

@@ -6,8 +6,8 @@
 // one sign are ordered like their bits, and a power of two only moves the exponent, a difference of
 // bits tells the bin: integers, and exact. No bin counts a NaN.
 //
-// Squares are summed by the tree of reduction_tree.h, but a block of them is taken as a matrix of
-// kRows rows, whose columns follow one another: rows are what vectors and warps add.
+// Squares are summed block by block: the halves of a block are added until one number is left, which
+// vectors and warps do without looking at neighbours. Blocks go by the tree of reduction_tree.h.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,6 @@ constexpr int kZeros = kBins, kNaNs = kBins + 1, kInfinities = kBins + 2;  // of
 constexpr int kCounts = kBins + 3;
 
 constexpr int kBlockSize = 256;
-constexpr int kRows = 8, kColumns = kBlockSize / kRows;
 
 struct Record {
   double step;  // Scalars::step; 0: nothing has been noted here

@@ -84,18 +84,22 @@ struct FullBlock {
 };
 
 template <typename Storage>
-inline __attribute__((always_inline)) double sum_by_columns(const Storage* values) {
-  static_assert(kRows == 8);
-  double columns[kColumns];
+inline __attribute__((always_inline)) double sum_by_halves(const Storage* values) {
+  constexpr int kPart = kBlockSize / 8;
+  double sums[kPart];
 #pragma GCC ivdep
-  for (int i = 0; i < kColumns; ++i) {
-    double rows[kRows];
+  for (int i = 0; i < kPart; ++i) {
+    double q[8];
 #pragma GCC unroll 8
-    for (int k = 0; k < kRows; ++k) rows[k] = Squares::at(values, k * kColumns + i);
-    columns[i] =
-        ((rows[0] + rows[1]) + (rows[2] + rows[3])) + ((rows[4] + rows[5]) + (rows[6] + rows[7]));
+    for (int k = 0; k < 8; ++k) q[k] = Squares::at(values, k * kPart + i);
+    sums[i] = ((q[0] + q[4]) + (q[2] + q[6])) + ((q[1] + q[5]) + (q[3] + q[7]));
   }
-  return sum_of_block<Sums>(columns, kColumns);
+#pragma GCC unroll 5
+  for (int half = kPart / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) sums[i] += sums[half + i];
+  }
+  return sums[0];
 }
 
 struct UpdateNotes {
@@ -121,7 +125,7 @@ MULTIVERSION void note_updates(const T* updates, int64_t count, double alpha, Up
   for (int i = 0; i < kBlockSize; ++i) words[i] = uint32_t{1} << classes.bin(block.values[i]);
   add(notes.magnitudes, words);
   notes.added += kBlockSize - count;
-  const double sum = sum_by_columns(block.values);
+  const double sum = sum_by_halves(block.values);
   notes.squares.add(sum);
   if (sum == sum) return;
   for (int64_t i = 0; i < count; ++i) notes.nans += updates[i] != updates[i];
@@ -152,7 +156,7 @@ MULTIVERSION void note_params(const Param* params, int64_t count, ParamNotes& no
     zeros += Magnitude<Compute<Param>>::of(Convert<Param>::widen(params[i])) == 0;
   }
   notes.zeros += zeros;
-  notes.squares.add(sum_by_columns(FullBlock<Param>(params, count).values));
+  notes.squares.add(sum_by_halves(FullBlock<Param>(params, count).values));
 }
 
 }  // namespace adamprox

@@ -16,7 +16,7 @@ COUNTS = tl.constexpr(reference.BINS + 3)
 UNCOUNTED = COUNTS
 RECORD_WORDS = tl.constexpr(19)  # sizeof(Record) / 8: the step, two sums of squares, 32 counts
 PARAM_SQUARES, UPDATE_SQUARES = tl.constexpr(1), tl.constexpr(2)
-BLOCKS = tl.constexpr(TILE_SIZE.value // 256)  # of a tile, of 8 rows and 32 columns each
+BLOCKS = tl.constexpr(TILE_SIZE.value // 256)  # of a tile
 
 
 @triton.jit
@@ -56,11 +56,14 @@ def no_notes():
 
 
 @triton.jit
-def sum_by_columns(squares):
-    half = tl.sum(tl.reshape(squares, (4 * BLOCKS, 2, 32)), axis=1)
-    quarter = tl.sum(tl.reshape(half, (2 * BLOCKS, 2, 32)), axis=1)
-    columns = tl.sum(tl.reshape(quarter, (BLOCKS, 2, 32)), axis=1)
-    return tree_sum(tl.reshape(columns, (32 * BLOCKS,)))
+def sum_by_halves(sums):
+    """Of a tile's blocks of 256, or what is left of them, one after another."""
+    SIZE: tl.constexpr = sums.shape[0] // BLOCKS
+    if SIZE == 1:
+        return tree_sum(sums)
+    else:
+        halves = tl.reshape(sums, (BLOCKS, 2, SIZE // 2))
+        return sum_by_halves(tl.reshape(tl.sum(halves, axis=1), (BLOCKS * SIZE // 2,)))
 
 
 @triton.jit
@@ -68,7 +71,7 @@ def note(values, classes, first, mask, notes):
     sums, counts = notes
     if mask is not None:
         classes = tl.where(mask, classes, UNCOUNTED)
-    sum = sum_by_columns(square(within(values, mask)))
+    sum = sum_by_halves(square(within(values, mask)))
     return put(sum, first, sums), counts + tl.histogram(classes, 64)
 
 

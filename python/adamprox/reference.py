@@ -235,7 +235,7 @@ class UpdateNotes(NamedTuple):
     """What telemetry notes of one tensor's update."""
 
     squares: float
-    """The :func:`sum_by_columns`."""
+    """The :func:`sum_by_halves`."""
     bins: list[int]
     """How many updates are of which magnitude, by :func:`magnitude_bins`."""
 
@@ -244,7 +244,7 @@ class ParamNotes(NamedTuple):
     """What telemetry notes of one tensor's new param."""
 
     squares: float
-    """The :func:`sum_by_columns`."""
+    """The :func:`sum_by_halves`."""
     zeros: int
     nans: int
     infs: int
@@ -264,21 +264,25 @@ def magnitude_bins(update: Tensor, alpha: float) -> Tensor:
     return above[:-1] - above[1:]
 
 
-def sum_by_columns(values: Tensor) -> float:
-    """The :func:`sum_of_squares` of telemetry; 0 of no values.
+def sum_by_halves(values: Tensor) -> float:
+    """Telemetry's sum of squares in double, elements taken as they lie in memory; 0 of none.
 
-    Each block of 256 is taken as a matrix of 8 rows, column after column, so that vectors and warps
-    can add whole rows; the last block is filled up with zeros.
+    The halves of each block of 256 are added until one number is left, so that vectors and warps
+    can; then blocks are, by :func:`tree_sum`. The last block is filled up with zeros.
     """
     row = in_memory_order(values)
-    blocks = row.new_zeros(max(1, -(-len(row) // 256)), 8, 32)
+    blocks = row.new_zeros(max(1, -(-len(row) // 256)), 256, dtype=torch.float64)
     blocks.view(-1)[: len(row)] = row
-    return sum_of_squares(blocks.transpose(1, 2).contiguous())
+    sums = blocks * blocks
+    while sums.size(1) > 1:
+        first, second = sums.chunk(2, dim=1)
+        sums = first + second
+    return tree_sum(sums[:, 0]).item()
 
 
 def note_update(update: Tensor, alpha: float) -> UpdateNotes:
     """Of :func:`noted_update`."""
-    return UpdateNotes(sum_by_columns(update), magnitude_bins(update, alpha).tolist())
+    return UpdateNotes(sum_by_halves(update), magnitude_bins(update, alpha).tolist())
 
 
 def note_param(param: Tensor) -> ParamNotes:
@@ -286,7 +290,7 @@ def note_param(param: Tensor) -> ParamNotes:
     if param.is_complex():
         param = torch.view_as_real(param)
     return ParamNotes(
-        squares=sum_by_columns(param),
+        squares=sum_by_halves(param),
         zeros=int((param == 0).sum()),
         nans=int(param.isnan().sum()),
         infs=int(param.isinf().sum()),
