@@ -94,6 +94,13 @@ def test_info_tells_of_every_backend(printer, capsys, monkeypatch):
         assert (backend["reason"] or "usable") in line
 
 
+def test_info_tells_which_backend_is_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("ADAMPROX_BACKEND", "triton")
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "triton" in next(line for line in lines if "ADAMPROX_BACKEND" in line)
+
+
 def test_info_tells_of_the_gpus(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

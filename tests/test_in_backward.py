@@ -356,6 +356,8 @@ def test_an_optimizer_that_is_gone():
 def test_the_handle_keeps_the_optimizer():
     model = make_model()
     handle = adamprox.step_in_backward(model, make("AdamW", model.parameters()))
+    count = len(list(model.parameters()))
+    assert repr(handle) == f"<AdamW's steps of {count} params, taken in backward>"
     gc.collect()
     backward(model, 0)
     assert all(freed(model))

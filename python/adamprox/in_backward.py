@@ -90,6 +90,10 @@ class StepInBackward:
             if isinstance(param.grad, FreedGrad):
                 param.grad = None
 
+    def __repr__(self) -> str:
+        optimizer = type(self._optimizer).__name__
+        return f"<{optimizer}'s steps of {len(self._params)} params, taken in backward>"
+
     def __enter__(self) -> StepInBackward:
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from importlib import import_module
@@ -40,6 +41,7 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "backends": {name: _backend(backend) for name, backend in BACKENDS.items()},
+        "ADAMPROX_BACKEND": os.environ.get("ADAMPROX_BACKEND"),
         "cpu": {
             "instruction_set": _C.cpu_instruction_set(),
             "threads": torch.get_num_threads(),
@@ -92,6 +94,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for name, backend in facts["backends"].items():
         rows.append((f"backend {name}", backend["reason"] or "usable"))
+    rows.append(("ADAMPROX_BACKEND", facts["ADAMPROX_BACKEND"] or "not set: the best that can run"))
     cpu = facts["cpu"]
     # In CMake's words: "90-real" is machine code, "90-virtual" PTX, "90" both.
     architectures = [
