@@ -69,12 +69,13 @@ __device__ __forceinline__ void update_chunk(const Work& work, const Scalars& sc
   const Once<ReadWrite<State>> exp_avg{{work.at<State>(row.exp_avg)}};
   const Once<ReadWrite<State>> exp_avg_sq{{work.at<State>(row.exp_avg_sq)}};
   const auto run = [&](auto... streams) {
+    constexpr bool kAmsgrad = sizeof...(streams) == 5;  // a seldom asked for half of the code
     if constexpr (std::is_same_v<Rule, ProxL2>) {
       const AndSquares<Param, Update<Rule, T>> step{update, sums, rest, {}};
-      for_each_element<2>(work.count, row.aligned != 0, step, streams...);
+      for_each_element<kAmsgrad ? 1 : 2>(work.count, row.aligned != 0, step, streams...);
     } else {
       const EachAlone step{[&](int, auto&... elements) { update(elements...); }};
-      for_each_element<4>(work.count, row.aligned != 0, step, streams...);
+      for_each_element<kAmsgrad ? 1 : 4>(work.count, row.aligned != 0, step, streams...);
     }
   };
   if (row.max_exp_avg_sq == nullptr) {

@@ -27,15 +27,15 @@ SHARED_KB_PER_MULTIPROCESSOR = {"75": 64, "80": 164, "90": 228, "100": 228, "120
 # loads (of param, grad and states) and stores (of all but the grad) of 128 bits these are.
 VECTORS = {
     ("float32", "float32", False): (4, 16, 12),
-    ("float32", "float32", True): (2, 10, 8),
+    ("float32", "float32", True): (1, 5, 4),
     ("float64", "float64", False): (2, 8, 6),
-    ("float64", "float64", True): (2, 10, 8),
+    ("float64", "float64", True): (1, 5, 4),
     ("bfloat16", "bfloat16", False): (2, 8, 6),
-    ("bfloat16", "bfloat16", True): (2, 10, 8),
+    ("bfloat16", "bfloat16", True): (1, 5, 4),
     ("bfloat16", "float32", False): (2, 12, 10),
     ("bfloat16", "float32", True): (1, 8, 7),
     ("float16", "float16", False): (2, 8, 6),
-    ("float16", "float16", True): (2, 10, 8),
+    ("float16", "float16", True): (1, 5, 4),
     ("float16", "float32", False): (2, 12, 10),
     ("float16", "float32", True): (1, 8, 7),
 }
