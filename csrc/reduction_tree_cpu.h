@@ -59,10 +59,10 @@ inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, i
 }
 
 // Of a block, or less, but at least one value.
-template <typename Terms, typename Storage>
+template <typename Storage>
 inline __attribute__((always_inline)) double sum_of_block(const Storage* values, int64_t count) {
   double sums[kBlockSize / 4];
-  count = add_fours<Terms>(values, count, sums);
+  count = add_fours<Squares>(values, count, sums);
   while (count > 4) count = add_fours<Sums>(sums, count, sums);
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }

@@ -105,8 +105,8 @@ inline __attribute__((always_inline)) double sum_by_halves(const Storage* values
 struct UpdateNotes {
   BlockSums squares;
   BitPlanes magnitudes;
-  uint32_t added = 0,
-           nans = 0;  // zeros that filled blocks, and NaNs, in the first and the last bin
+  uint32_t added = 0;  // zeros that filled blocks, in the first bin
+  uint32_t nans = 0;   // in the last one
 
   void write(Record& record) const {
     record.update_squares = squares.total();

@@ -71,7 +71,7 @@ MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
   BlockSums squares;
   for_each_block(span, [&](const Span& block) __attribute__((always_inline)) {
     update_elements<Param, State>(block, Update<ProxL2, Compute<Param>>(scalars));
-    squares.add(sum_of_block<Squares>(block.at<Param>(span.row.param), block.count));
+    squares.add(sum_of_block(block.at<Param>(span.row.param), block.count));
   });
   return squares.total();
 }

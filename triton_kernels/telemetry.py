@@ -16,7 +16,7 @@ COUNTS = tl.constexpr(reference.BINS + 3)
 UNCOUNTED = COUNTS
 RECORD_WORDS = tl.constexpr(19)  # sizeof(Record) / 8: the step, two sums of squares, 32 counts
 PARAM_SQUARES, UPDATE_SQUARES = tl.constexpr(1), tl.constexpr(2)
-BLOCKS = tl.constexpr(TILE_SIZE.value // 256)  # of a tile
+BLOCKS = tl.constexpr(TILE_SIZE.value // reference.BLOCK_SIZE)  # of a tile
 
 
 @triton.jit
@@ -36,9 +36,9 @@ def lowest(alpha):
 
 @triton.jit
 def magnitude_class(update, lowest):
-    above = tl.maximum(magnitude(update), lowest) - lowest
-    octave = above >> (52 if update.dtype == tl.float64 else 23)
-    return tl.where(update == update, tl.minimum(octave, BINS - 1), UNCOUNTED).to(tl.int32)
+    octave = (magnitude(update) - lowest) >> (52 if update.dtype == tl.float64 else 23)
+    bin = tl.maximum(tl.minimum(octave, BINS - 1), 0)
+    return tl.where(update == update, bin, UNCOUNTED).to(tl.int32)
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def no_notes():
 
 @triton.jit
 def sum_by_halves(sums):
-    """Of a tile's blocks of 256, or what is left of them, one after another."""
+    """Of a tile's blocks, or what is left of them, one after another."""
     SIZE: tl.constexpr = sums.shape[0] // BLOCKS
     if SIZE == 1:
         return tree_sum(sums)

@@ -17,6 +17,7 @@ from torch import Tensor
 TILE_SIZE = 2048
 CHUNK_SIZE = 8 * TILE_SIZE
 
+BLOCK_SIZE = 256  # of what telemetry sums at a time
 BINS = 29  # of telemetry's histograms
 
 DECAYS = ("coupled", "decoupled", "prox_sq_l2", "prox_l1", "prox_l2")
@@ -267,11 +268,13 @@ def magnitude_bins(update: Tensor, alpha: float) -> Tensor:
 def sum_by_halves(values: Tensor) -> float:
     """Telemetry's sum of squares in double, elements taken as they lie in memory; 0 of none.
 
-    The halves of each block of 256 are added until one number is left, so that vectors and warps
-    can; then blocks are, by :func:`tree_sum`. The last block is filled up with zeros.
+    The halves of each block of :data:`BLOCK_SIZE` are added until one number is left, so that
+    vectors and warps can; then blocks are, by :func:`tree_sum`. The last block is filled up with
+    zeros.
     """
     row = in_memory_order(values)
-    blocks = row.new_zeros(max(1, -(-len(row) // 256)), 256, dtype=torch.float64)
+    count = max(1, -(-len(row) // BLOCK_SIZE))
+    blocks = row.new_zeros(count, BLOCK_SIZE, dtype=torch.float64)
     blocks.view(-1)[: len(row)] = row
     sums = blocks * blocks
     while sums.size(1) > 1:
