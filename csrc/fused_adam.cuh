@@ -68,21 +68,17 @@ __device__ __forceinline__ void update_chunk(const Work& work, const Scalars& sc
   const Once<Read<Param>> grad{{work.at<Param>(work.grad())}};
   const Once<ReadWrite<State>> exp_avg{{work.at<State>(row.exp_avg)}};
   const Once<ReadWrite<State>> exp_avg_sq{{work.at<State>(row.exp_avg_sq)}};
-  const auto run = [&](auto... streams) {
-    constexpr bool kAmsgrad = sizeof...(streams) == 5;  // a seldom asked for half of the code
-    if constexpr (std::is_same_v<Rule, ProxL2>) {
-      const AndSquares<Param, Update<Rule, T>> step{update, sums, rest, {}};
-      for_each_element<kAmsgrad ? 1 : 2>(work.count, row.aligned != 0, step, streams...);
-    } else {
-      const EachAlone step{[&](int, auto&... elements) { update(elements...); }};
-      for_each_element<kAmsgrad ? 1 : 4>(work.count, row.aligned != 0, step, streams...);
-    }
+  // One loop with and without amsgrad: two would be twice the code.
+  const Optional<Once<ReadWrite<State>>> max_exp_avg_sq{{{work.at<State>(row.max_exp_avg_sq)}},
+                                                        row.max_exp_avg_sq != nullptr};
+  const auto run = [&](const auto& step) {
+    for_each_element(work.count, row.aligned != 0, step, param, grad, exp_avg, exp_avg_sq,
+                     max_exp_avg_sq);
   };
-  if (row.max_exp_avg_sq == nullptr) {
-    run(param, grad, exp_avg, exp_avg_sq);
+  if constexpr (std::is_same_v<Rule, ProxL2>) {
+    run(AndSquares<Param, Update<Rule, T>>{update, sums, rest, {}});
   } else {
-    const Once<ReadWrite<State>> max_exp_avg_sq{{work.at<State>(row.max_exp_avg_sq)}};
-    run(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq);
+    run(EachAlone{[&](int, auto&... elements) { update(elements...); }});
   }
 }
 

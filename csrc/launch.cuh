@@ -57,6 +57,15 @@ struct LaunchArgs {
 static_assert(sizeof(LaunchArgs) + sizeof(Decay) <= kParameters,
               "more than a kernel's parameters may be");
 
+// The same, known to the compiler to be in global memory.
+template <typename T>
+__device__ __forceinline__ T* known_global(void* data) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(data));
+#endif
+  return static_cast<T*>(data);
+}
+
 // One chunk of the table.
 struct Work {
   int32_t row_index;
@@ -93,18 +102,14 @@ struct Work {
   __device__ __forceinline__ int64_t chunk() const { return row.first_chunk + begin / kChunkSize; }
 
   // Its elements of a tensor of that type.
-  __device__ __forceinline__ const void* at(const void* data, DType dtype) const {
+  __device__ __forceinline__ void* at(void* data, DType dtype) const {
     const int shift = dtype == DType::kFloat64 ? 3 : dtype == DType::kFloat32 ? 2 : 1;
-    return static_cast<const char*>(data) + (begin << shift);
+    return static_cast<char*>(data) + (begin << shift);
   }
 
-  // Its elements of a tensor, known to the compiler to be in global memory.
   template <typename T>
   __device__ __forceinline__ T* at(void* data) const {
-#if defined(__CUDA_ARCH__)
-    __builtin_assume(__isGlobal(data));
-#endif
-    return static_cast<T*>(data) + begin;
+    return known_global<T>(data) + begin;
   }
 };
 

@@ -1,6 +1,7 @@
 // The CUDA loop over a chunk: 128-bit loads, a functor, 128-bit stores. It knows memory; not Adam.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -25,10 +26,23 @@ EachAlone(F) -> EachAlone<F>;
 template <typename Stream>
 struct Once : Stream {};
 
+// A stream that may be missing: then it reads minus infinity, and is not written.
+template <typename Stream>
+struct Optional : Stream {
+  bool present;
+};
+
+template <typename Stream>
+struct IsOptional : std::false_type {};
+template <typename Stream>
+struct IsOptional<Optional<Stream>> : std::true_type {};
+
 template <typename Stream>
 struct IsOnce : std::false_type {};
 template <typename Stream>
 struct IsOnce<Once<Stream>> : std::true_type {};
+template <typename Stream>
+struct IsOnce<Optional<Stream>> : IsOnce<Stream> {};
 
 // What one thread holds of a stream at a time, as it is stored: kVectors times kWidth elements.
 //
@@ -42,40 +56,49 @@ struct Held {
     Storage at[kWidth];
   };
   struct Words {
-    uint4 at[kWords > 0 ? kWords : 1];
+    uint4 at[kWords];
   };
   Stream stream;
-  Elements vector[kVectors];
-  typename Stream::T value;  // of the element that is being worked on
+  std::conditional_t<kWords == 0, Elements, Words> loaded[kVectors];
+  Elements vector;           // that is being worked on
+  typename Stream::T value;  // the element of it
+
+  __device__ __forceinline__ bool present() const {
+    if constexpr (IsOptional<Stream>::value) return stream.present;
+    return true;
+  }
 
   __device__ __forceinline__ void load(int v, int at) {
+    if (!present()) return;
     if constexpr (kWords == 0) {
-      vector[v].at[0] = stream.data[at];
+      loaded[v].at[0] = stream.data[at];
     } else {
-      Words words;
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const uint4* from = reinterpret_cast<const uint4*>(stream.data + at) + i;
-        words.at[i] = IsOnce<Stream>::value ? __ldcs(from) : __ldcg(from);
+        loaded[v].at[i] = IsOnce<Stream>::value ? __ldcs(from) : __ldcg(from);
       }
-      vector[v] = bit_cast<Elements>(words);
     }
   }
 
-  __device__ __forceinline__ void open(int v, int i) {
-    value = Convert<Storage>::widen(vector[v].at[i]);
+  __device__ __forceinline__ void open_vector(int v) { vector = bit_cast<Elements>(loaded[v]); }
+
+  __device__ __forceinline__ void open(int i) {
+    using T = typename Stream::T;
+    value = present() ? Convert<Storage>::widen(vector.at[i]) : static_cast<T>(-INFINITY);
   }
 
-  __device__ __forceinline__ void close(int v, int i) {
-    if constexpr (Stream::kWritten) vector[v].at[i] = Convert<Storage>::narrow(value);
+  __device__ __forceinline__ void close(int i) {
+    if constexpr (Stream::kWritten) vector.at[i] = Convert<Storage>::narrow(value);
   }
 
-  __device__ __forceinline__ void store(int v, int at) const {
+  __device__ __forceinline__ void store(int at) const {
     if constexpr (Stream::kWritten) {
+      if (!present()) return;
       if constexpr (kWords == 0) {
-        stream.data[at] = vector[v].at[0];
+        stream.data[at] = vector.at[0];
       } else {
-        const Words words = bit_cast<Words>(vector[v]);
+        const auto words = bit_cast<Words>(vector);
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
           uint4* to = reinterpret_cast<uint4*>(stream.data + at) + i;
@@ -103,13 +126,14 @@ __device__ __forceinline__ void for_each_vector(int at, int end, F f, Streams...
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       if (at + v * kStride < end) {
+        (held.open_vector(v), ...);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          (held.open(v, i), ...);
+          (held.open(i), ...);
           f(i, held.value...);
-          (held.close(v, i), ...);
+          (held.close(i), ...);
         }
-        (held.store(v, at + v * kStride), ...);
+        (held.store(at + v * kStride), ...);
       }
       if constexpr (F::kTogether) {
         if (at - behind + v * kStride < end) {
@@ -120,22 +144,22 @@ __device__ __forceinline__ void for_each_vector(int at, int end, F f, Streams...
   };
 #pragma unroll 1
   for (; at - behind < end; at += kVectors * kStride) {
-    run(Held<kVectors, kWidth, Streams>{streams, {}, {}}...);
+    run(Held<kVectors, kWidth, Streams>{streams, {}, {}, {}}...);
   }
 }
 
 // Calls f(i, element...) for `count` elements of the streams, which point to the first ones: they
 // are loaded before and stored after. `aligned`: the streams are, at 16 bytes. All threads of a
 // block call it.
-template <int kMostVectors, typename F, typename First, typename... Streams>
+template <typename F, typename First, typename... Streams>
 __device__ __forceinline__ void for_each_element(int count, bool aligned, F f, First first,
                                                  Streams... streams) {
   constexpr int kSize = sizeof(typename First::Element);  // no other stream's is smaller
   constexpr int kWidth = sizeof(uint4) / kSize;
-  // At most 16 loads of 128 bits are in flight; beyond that, registers spill.
-  constexpr int kLoads = (kSize + ... + sizeof(typename Streams::Element)) / kSize;
-  constexpr int kFit = kSize == 4 && kLoads <= 4 ? 4 : kLoads <= 6 ? 2 : 1;
-  constexpr int kVectors = kFit < kMostVectors ? kFit : kMostVectors;
+  // As many as make 8 loads of 128 bits, beside those of an optional stream; more would spill.
+  constexpr int kLoads =
+      (kSize + ... + (IsOptional<Streams>::value ? 0 : sizeof(typename Streams::Element))) / kSize;
+  constexpr int kVectors = kLoads == 1 ? 4 : kLoads <= 4 ? 2 : 1;
   const int in_vectors = aligned ? count - count % kWidth : 0;
   if (in_vectors < count) {  // first: where warps sum, they need what is left
     for_each_vector<1, 1>(in_vectors + threadIdx.x, count, f, first, streams...);

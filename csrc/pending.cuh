@@ -15,6 +15,17 @@
 
 namespace adamprox {
 
+// All threads of a block call it. Not inlined: a kernel has it once.
+__device__ __noinline__ void shrink_params(void* params, DType dtype, int count, bool aligned,
+                                           double shrinkage) {
+  with_dtype(dtype, [&](auto type) {
+    using Param = typename decltype(type)::type;
+    const Shrink<Compute<Param>> shrink{static_cast<Compute<Param>>(shrinkage)};
+    const ReadWrite<Param> param{known_global<Param>(params)};
+    for_each_element(count, aligned, EachAlone{[&](int, Compute<Param>& p) { shrink(p); }}, param);
+  });
+}
+
 struct Pending {
   const LaunchArgs& args;
   double* sums;
@@ -103,14 +114,9 @@ struct Pending {
   }
 
   __device__ __forceinline__ void shrink(const Work& work, double sum) {
-    const double shrinkage = ProxL2::shrinkage(sum, work.scalars(args).decay);
-    with_dtype(work.row.param_dtype, [&](auto dtype) {
-      using Param = typename decltype(dtype)::type;
-      const Shrink<Compute<Param>> shrink{static_cast<Compute<Param>>(shrinkage)};
-      const ReadWrite<Param> param{work.at<Param>(work.row.param)};
-      for_each_element<4>(work.count, work.row.aligned != 0,
-                          EachAlone{[&](int, Compute<Param>& p) { shrink(p); }}, param);
-    });
+    const TensorRow& row = work.row;
+    shrink_params(work.at(row.param, row.param_dtype), row.param_dtype, work.count,
+                  row.aligned != 0, ProxL2::shrinkage(sum, work.scalars(args).decay));
     note_params(args, work);
   }
 };

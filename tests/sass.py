@@ -50,11 +50,6 @@ class Loop:
         access = r"(LD|LDG|LDL|ST|STG|STL|ATOM|ATOMG|RED|LDGSTS)\b(?!.*\b128\b).*"
         return [i.opcode for i in self.instructions if re.fullmatch(access, i.opcode)]
 
-    @property
-    def in_doubles(self) -> bool:
-        """Whether it computes in float64."""
-        return any(i.opcode.startswith("DADD") for i in self.instructions)
-
     @cached_property
     def loads_in_flight(self) -> int:
         """How many loads of 128 bits are issued before one's result is needed."""
