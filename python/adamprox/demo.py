@@ -35,7 +35,7 @@ LEARNING_RATE = 3e-3
 
 # They differ in kind: Adam's goes into the gradient, AdamW's and AdamProx's is a share of a weight,
 # AdamProxL1's a length off each weight, AdamProxL2's a length off a whole tensor's, about 10 here.
-WEIGHT_DECAYS = {"Adam": 1e-4, "AdamW": 0.1, "AdamProx": 0.1, "AdamProxL1": 0.13, "AdamProxL2": 1.0}
+WEIGHT_DECAYS = {"Adam": 1e-4, "AdamW": 0.1, "AdamProx": 0.1, "AdamProxL1": 0.18, "AdamProxL2": 1.0}
 
 Row = dict[str, Any]
 
@@ -61,7 +61,7 @@ class Images(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
     add = parser.add_argument
-    add("--epochs", type=_positive, default=15, help="of training (default: %(default)s)")
+    add("--epochs", type=_positive, default=10, help="of training (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
     add(
         "--backend",
