@@ -14,6 +14,31 @@ from adamprox import backends
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# What takes long, and cannot be divided, comes first; the many cells of parity then fill the gaps.
+LONG = ("test_distributed", "test_cli", "test_paper", "test_bench", "test_examples")
+
+
+def pytest_configure(config):
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """With ``--dist loadgroup`` a worker takes a whole file, but of parity a cell at a time."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+
+    def place(item):
+        name = item.path.stem
+        return (LONG.index(name) if name in LONG else len(LONG)) + (name == "test_parity")
+
+    items.sort(key=place)
+    for item in items:
+        if item.path.stem != "test_parity":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """OpenMP's threads slow small tensors down tenfold where cores are shared."""

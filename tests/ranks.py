@@ -44,7 +44,7 @@ from registry import OPTIMIZERS, same_bits
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-STEPS = 6
+STEPS = 4
 
 
 def whole(tensor: Tensor) -> Tensor:
