@@ -57,7 +57,7 @@ struct LaunchArgs {
 static_assert(sizeof(LaunchArgs) + sizeof(Decay) <= kParameters,
               "more than a kernel's parameters may be");
 
-// The same, known to the compiler to be in global memory.
+// A pointer of which the compiler then knows that it points to global memory.
 template <typename T>
 __device__ __forceinline__ T* known_global(void* data) {
 #if defined(__CUDA_ARCH__)
@@ -101,12 +101,11 @@ struct Work {
 
   __device__ __forceinline__ int64_t chunk() const { return row.first_chunk + begin / kChunkSize; }
 
-  // Its elements of a tensor of that type.
+  // Its elements of a tensor: of a type known at run time, or when it is compiled.
   __device__ __forceinline__ void* at(void* data, DType dtype) const {
     const int shift = dtype == DType::kFloat64 ? 3 : dtype == DType::kFloat32 ? 2 : 1;
     return static_cast<char*>(data) + (begin << shift);
   }
-
   template <typename T>
   __device__ __forceinline__ T* at(void* data) const {
     return known_global<T>(data) + begin;

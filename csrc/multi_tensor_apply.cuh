@@ -56,7 +56,7 @@ struct Held {
     Storage at[kWidth];
   };
   struct Words {
-    uint4 at[kWords];
+    uint4 at[kWords > 0 ? kWords : 1];
   };
   Stream stream;
   std::conditional_t<kWords == 0, Elements, Words> loaded[kVectors];
@@ -156,7 +156,7 @@ __device__ __forceinline__ void for_each_element(int count, bool aligned, F f, F
                                                  Streams... streams) {
   constexpr int kSize = sizeof(typename First::Element);  // no other stream's is smaller
   constexpr int kWidth = sizeof(uint4) / kSize;
-  // As many as make 8 loads of 128 bits, beside those of an optional stream; more would spill.
+  // For 4 to 8 loads of 128 bits in flight, beside those of an optional stream; more would spill.
   constexpr int kLoads =
       (kSize + ... + (IsOptional<Streams>::value ? 0 : sizeof(typename Streams::Element))) / kSize;
   constexpr int kVectors = kLoads == 1 ? 4 : kLoads <= 4 ? 2 : 1;

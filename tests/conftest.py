@@ -14,8 +14,9 @@ from adamprox import backends
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# What takes long, and cannot be divided, comes first; the many cells of parity then fill the gaps.
-LONG = ("test_distributed", "test_cli", "test_paper", "test_bench", "test_examples")
+# They start processes of several threads, so one worker has them all, from the beginning; the many
+# cells of parity come last and fill the gaps.
+PROCESSES = {"test_distributed", "test_cli", "test_paper", "test_bench", "test_examples"}
 
 
 def pytest_configure(config):
@@ -28,15 +29,14 @@ def pytest_collection_modifyitems(config, items):
     """With ``--dist loadgroup`` a worker takes a whole file, but of parity a cell at a time."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
-
-    def place(item):
-        name = item.path.stem
-        return (LONG.index(name) if name in LONG else len(LONG)) + (name == "test_parity")
-
-    items.sort(key=place)
+    items.sort(
+        key=lambda item: (item.path.stem not in PROCESSES) + (item.path.stem == "test_parity")
+    )
     for item in items:
-        if item.path.stem != "test_parity":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        name = item.path.stem
+        if name != "test_parity":
+            group = "processes" if name in PROCESSES else name
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
