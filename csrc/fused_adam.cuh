@@ -17,7 +17,8 @@ namespace adamprox {
 constexpr int kBlocksPerMultiprocessor = 2;  // the budget: 128 registers a thread, no spills
 
 // Also sums the squares of what is stored: a vector's by its thread, those of a warp's vectors, which
-// are neighbours, by the warp; into `sums`, those of kWarp neighbours each, from zeros.
+// are neighbours, by the warp, into the first of their places in `sums`. There is one for each kWarp
+// elements, and the others stay zero, which changes no sum of squares.
 template <typename Param, typename Update>
 struct AndSquares {
   static constexpr bool kTogether = true;
@@ -46,8 +47,8 @@ struct AndSquares {
     if (at == first) sums[first / kWarp] = sum;
   }
 
-  // What is left of a chunk when all vectors of kWidth are full has been summed, before them; unless
-  // their warps begin there, it belongs to the last of them.
+  // The rest of a chunk, which fills no vector, has been summed, before the vectors. If element
+  // `first`, where it begins, is amid a warp's vectors, it is a part of that warp's sum: `finish` adds it.
   template <int kWidth>
   __device__ __forceinline__ void finish_rest(int first) {
     if (threadIdx.x == 0 && first % (kWarp * kWidth) != 0) {

@@ -13,8 +13,9 @@ namespace adamprox {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
-// What for_each_element calls: f(i, element...), i counting from 0 within a vector. One that is
-// kTogether is told by whole warps, too, which vector each of their threads has finished.
+// What for_each_element calls: f(i, element...), i counting from 0 within a vector. Of one that is
+// kTogether, whole warps also call finish<kWidth>(first, at, end) after each of their vectors, the
+// warp's and the thread's own, and the block finish_rest<kWidth>(first) after what fills no vector.
 template <typename F>
 struct EachAlone : F {
   static constexpr bool kTogether = false;
@@ -111,9 +112,9 @@ struct Held {
 
 // Vectors of the calling thread from `at` to `end`, a block's width apart, so that neighbouring
 // threads touch neighbouring memory; kVectors at a time, whose loads are all under way before the
-// first one is needed. Past the end, the first one is loaded again: a branch would divide the loads,
-// and a loop of its own for what is left double the code. The threads of a warp that sums stay
-// together to the end.
+// first one is needed. Past the end, one before it is loaded again, the warp's first if warps sum: a
+// branch would divide the loads, and a loop of its own for what is left double the code. The threads
+// of a warp that sums stay together to the end.
 template <int kVectors, int kWidth, typename F, typename... Streams>
 __device__ __forceinline__ void for_each_vector(int at, int end, F f, Streams... streams) {
   constexpr int kStride = kThreads * kWidth;

@@ -8,7 +8,7 @@
 
 namespace adamprox {
 
-// A tile is what one CUDA block loads at once: 256 threads of 8 elements, 128 bits of 16-bit numbers.
+// A tile is a Triton block, 256 threads of 8 elements, and what a tracked CUDA step does in a turn.
 // A chunk is the unit of work that threads and blocks share out.
 constexpr int64_t kTileSize = 2048;
 constexpr int64_t kChunkSize = 8 * kTileSize;
