@@ -69,7 +69,7 @@ __device__ __forceinline__ void update_chunk(const Work& work, const Scalars& sc
   const Once<Read<Param>> grad{{work.at<Param>(work.grad())}};
   const Once<ReadWrite<State>> exp_avg{{work.at<State>(row.exp_avg)}};
   const Once<ReadWrite<State>> exp_avg_sq{{work.at<State>(row.exp_avg_sq)}};
-  // One loop with and without amsgrad: two would be twice the code.
+  // One loop with and without amsgrad: a second one would be half as much code again.
   const Optional<Once<ReadWrite<State>>> max_exp_avg_sq{{{work.at<State>(row.max_exp_avg_sq)}},
                                                         row.max_exp_avg_sq != nullptr};
   const auto run = [&](const auto& step) {
