@@ -69,9 +69,11 @@ __device__ __forceinline__ void update_chunk(const Work& work, const Scalars& sc
   const Once<Read<Param>> grad{{work.at<Param>(work.grad())}};
   const Once<ReadWrite<State>> exp_avg{{work.at<State>(row.exp_avg)}};
   const Once<ReadWrite<State>> exp_avg_sq{{work.at<State>(row.exp_avg_sq)}};
-  // One loop with and without amsgrad: a second one would be half as much code again.
-  const Optional<Once<ReadWrite<State>>> max_exp_avg_sq{{{work.at<State>(row.max_exp_avg_sq)}},
-                                                        row.max_exp_avg_sq != nullptr};
+  // One loop with and without amsgrad: a second one would be half as much code again. Without, the
+  // stream is never touched, but lies in global memory like any other.
+  const bool amsgrad = row.max_exp_avg_sq != nullptr;
+  const Optional<Once<ReadWrite<State>>> max_exp_avg_sq{
+      {{work.at<State>(amsgrad ? row.max_exp_avg_sq : row.exp_avg_sq)}}, amsgrad};
   const auto run = [&](const auto& step) {
     for_each_element(work.count, row.aligned != 0, step, param, grad, exp_avg, exp_avg_sq,
                      max_exp_avg_sq);

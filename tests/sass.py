@@ -44,6 +44,11 @@ class Loop:
         stores = [i for i in self.instructions if _STORE.fullmatch(i.opcode)]
         return len(loads), len(stores)
 
+    @property
+    def conditional_loads(self) -> int:
+        """How many of its loads of 128 bits a predicate can turn off."""
+        return sum(bool(i.predicate) for i in self.instructions if _LOAD.fullmatch(i.opcode))
+
     @cached_property
     def others(self) -> list[str]:
         """Its other accesses to memory that is not shared memory."""

@@ -100,6 +100,15 @@ def test_tiles_move_by_128_bits_only(rule, architecture):
 
 @every_architecture
 @every_rule
+def test_only_amsgrads_loads_can_be_left_out(rule, architecture):
+    """So a step without amsgrad reads four streams, and none of these depends on a condition."""
+    for loop in vector_loops(architecture, rule):
+        is_update = loop.vectors[0] != loop.vectors[1]
+        assert loop.conditional_loads == (2 if is_update else 0)  # 256 bits of one stream
+
+
+@every_architecture
+@every_rule
 def test_a_loops_loads_are_all_under_way_before_the_first_is_needed(rule, architecture):
     for loop in vector_loops(architecture, rule):
         assert loop.loads_in_flight == loop.vectors[0]
