@@ -183,7 +183,6 @@ bool Gather::understand(KnownParam& known, Member& member, bool amsgrad, Data& d
     known.amsgrad = amsgrad;
     known.state = member.state;
     known.state_keys = reinterpret_cast<PyDictObject*>(member.state)->ma_keys;
-    std::copy(data.begin(), data.end(), known.data.begin());
     const std::array<PyObject*, KnownParam::kTensors> objects{
         member.param, nullptr, member.exp_avg, member.exp_avg_sq, member.max_exp_avg_sq};
     for (int i = 0; i < known.size(); ++i) {

@@ -20,7 +20,7 @@ struct KnownParam {
 
   // Only to be fetched, never read through: they may be gone.
   const void *state = nullptr, *state_keys = nullptr;
-  std::array<const void*, kTensors> objects{}, data{};
+  std::array<const void*, kTensors> objects{};
 
   int size() const { return amsgrad ? kTensors : kMaxExpAvgSq; }
 
@@ -38,7 +38,7 @@ struct KnownParam {
       for (const void* hint : tensors[i].hints) {
         if (hint != nullptr) lines(hint, 128);
       }
-      lines(data[i], 64);
+      lines(tensors[i].data, 64);
     }
   }
 };

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -24,7 +25,18 @@ const dlpack::ExchangeApi* exchange_api() {
   return api;
 }
 
-void* cdata(const py::object& tensor) { return PyLong_AsVoidPtr(tensor.attr("_cdata").ptr()); }
+void* cdata(const py::object& object) { return PyLong_AsVoidPtr(object.attr("_cdata").ptr()); }
+
+// An object of torch's begins with these, and more.
+using Words = std::array<const void*, 8>;
+
+// Where `word` is among them, in bytes, or -1.
+ptrdiff_t find(const void* object, const void* word) {
+  Words words;
+  std::memcpy(&words, object, sizeof(words));
+  const auto found = std::find(words.begin(), words.end(), word);
+  return found != words.end() ? (found - words.begin()) * sizeof(word) : -1;
+}
 
 bool is_supported(const dlpack::Tensor& t) {
   const auto [code, bits, lanes] = t.dtype;
@@ -38,8 +50,12 @@ bool is_supported(const dlpack::Tensor& t) {
 
 }  // namespace
 
-TensorReader::TensorReader()
-    : dlpack_(exchange_api()), stable_(find_stable_abi()), recognises_(find_words()) {}
+TensorReader::TensorReader() : dlpack_(exchange_api()), stable_(find_stable_abi()) {
+  if (!stable_.found) return;
+  find_grads();
+  recognises_ = reads_grads() && find_words();
+  if (recognises_) find_memory();
+}
 
 void* TensorReader::current_stream(const dlpack::Device& device) const {
   void* stream = nullptr;
@@ -116,14 +132,13 @@ TensorReader::StableAbi TensorReader::find_stable_abi() {
     return implementation(handle_of(tensor.ptr())) == cdata(tensor);
   };
   abi.found = complete && handle_holds(plain) && handle_holds(param);
-  if (abi.found) find_cxx_functions(abi, library);
+  if (abi.found) find_bump_version(abi, library);
   return abi;
 }
 
 // Finds the words, and whether those of two tensors differ with all that they must tell, and with
 // nothing else. The tensors have five dims, so that there are no unused words.
 bool TensorReader::find_words() {
-  if (stable_.grad == nullptr) return false;
   using py::arg;
   const py::module_ torch = py::module_::import("torch");
   const py::object empty = torch.attr("empty");
@@ -150,6 +165,49 @@ bool TensorReader::find_words() {
          differs(from(0), from(1));
 }
 
+// Where autograd's data is: what a tensor points to once it has a grad. The grad is tried then, of
+// another tensor too, and where there is none.
+void TensorReader::find_grads() {
+  const py::module_ torch = py::module_::import("torch");
+  const py::object tensor = torch.attr("empty")(3), grad = torch.attr("empty")(3);
+  const py::object param = torch.attr("nn").attr("Parameter")(torch.attr("empty")(3));
+  const void* object = cdata(tensor);
+  const auto before = at<Words>(object, 0);
+  tensor.attr("grad") = grad;
+  const auto after = at<Words>(object, 0);
+  size_t i = 0;
+  while (i < before.size() && !(before[i] == nullptr && after[i] != nullptr)) ++i;
+  if (i == before.size()) return;
+  places_.autograd = i * sizeof(void*);
+  places_.grad = find(after[i], cdata(grad));
+  if (places_.grad < 0) return;
+  tensor.attr("grad") = py::none();
+  places_.undefined = at<void*>(after[i], places_.grad);
+  param.attr("grad") = grad;
+  void* handle = this->grad(param.ptr());
+  places_.grads_found = this->grad(tensor.ptr()) == nullptr && this->grad(grad.ptr()) == nullptr &&
+                        handle != nullptr && implementation(handle) == cdata(grad);
+}
+
+// Where the storage is, and the address in it. A lazy clone shares the memory with its original; when
+// one of them is written to, torch gives it a copy. That this shows is tried.
+void TensorReader::find_memory() {
+  const py::object tensor = py::module_::import("torch").attr("empty")(3);
+  if (!py::hasattr(tensor, "_lazy_clone")) return;
+  const void* storage = cdata(tensor.attr("untyped_storage")());
+  void* data;
+  if (stable_.data(handle_of(tensor.ptr()), &data) != 0) return;
+  const ptrdiff_t place = find(cdata(tensor), storage);
+  places_.memory = find(storage, data);
+  if (place < 0 || places_.memory < 0) return;
+  places_.storage = place;
+  SeenTensor seen;
+  see(tensor.ptr(), seen);
+  const bool works = same_memory(seen);
+  const py::object clone = tensor.attr("_lazy_clone")();
+  if (!works || same_memory(seen)) places_.storage = -1;
+}
+
 void TensorReader::see_handle(void* handle, SeenTensor& seen) {
   seen.implementation = implementation(handle);
   const char* bytes = static_cast<char*>(seen.implementation);
@@ -159,34 +217,22 @@ void TensorReader::see_handle(void* handle, SeenTensor& seen) {
   const void* pointers[4];  // after a vtable and a reference count
   std::memcpy(pointers, bytes + 2 * sizeof(void*), sizeof(pointers));
   seen.hints = {pointers[0], pointers[1], pointers[1] != nullptr ? pointers[3] : nullptr};
+  seen.data = nullptr;
+  if (places_.storage < 0 || stable_.data(handle, &seen.data) != 0) return;
+  seen.hints[0] = at<void*>(bytes, places_.storage);
+  seen.memory = at<MemoryWords>(seen.hints[0], places_.memory);
 }
 
-// Each is tried on a tensor before it is trusted.
-void TensorReader::find_cxx_functions(StableAbi& abi, void* library) {
-  const auto find = [library](auto& function, const char* name) {
-    void* symbol = dlsym(library, name);
-    std::memcpy(&function, &symbol, sizeof(symbol));
-  };
+// It is tried on a tensor before it is trusted.
+void TensorReader::find_bump_version(StableAbi& abi, void* library) {
+  void* symbol = dlsym(library, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE");
+  std::memcpy(&abi.bump_version, &symbol, sizeof(symbol));
+  if (abi.bump_version == nullptr) return;
   const py::object tensor = py::module_::import("torch").attr("empty")(3);
-  const py::object other = tensor.attr("clone")();
-
-  find(abi.bump_version, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE");
-  if (abi.bump_version != nullptr) {
-    const auto version = [&] { return tensor.attr("_version").cast<int64_t>(); };
-    const int64_t before = version();
-    abi.bump_version(handle_of(tensor.ptr()));
-    if (version() != before + 1) abi.bump_version = nullptr;
-  }
-
-  find(abi.grad, "_ZNK3c1010TensorImpl4gradEv");
-  if (abi.grad != nullptr) {
-    const auto grad = [&](const py::object& of) { return implementation(abi.grad(cdata(of))); };
-    abi.undefined = grad(other);  // without autograd's data yet
-    tensor.attr("grad") = other;
-    const bool works = grad(tensor) == cdata(other);
-    tensor.attr("grad") = py::none();
-    if (!works || grad(tensor) != abi.undefined) abi.grad = nullptr;
-  }
+  const auto version = [&] { return tensor.attr("_version").cast<int64_t>(); };
+  const int64_t before = version();
+  abi.bump_version(handle_of(tensor.ptr()));
+  if (version() != before + 1) abi.bump_version = nullptr;
 }
 
 }  // namespace adamprox

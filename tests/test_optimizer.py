@@ -629,6 +629,67 @@ def test_nothing_stale_is_used(optimizer, change):
                 assert same_bits(opt.state[p][key], value), key
 
 
+def move_by_set(tensor):
+    tensor.set_(torch.stack((tensor, tensor * 2))[1])  # with an offset, too
+
+
+def move_by_data(tensor):
+    tensor.data = tensor * 2
+
+
+def move_by_resizing(tensor):
+    old, storage = tensor.clone(), tensor.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    hole = torch.empty(size // 4)  # takes the place that is free now
+    storage.resize_(size)
+    tensor.copy_(old * 2)
+    return hole
+
+
+TENSORS = ("param", "grad", "exp_avg", "exp_avg_sq")
+
+
+def tensor_of(opt, name: str) -> Tensor:
+    param = opt.param_groups[0]["params"][0]
+    found = {"param": param.detach(), "grad": param.grad, **opt.state[param]}
+    return found[name]
+
+
+@both_readers
+@pytest.mark.parametrize("move", (move_by_set, move_by_data, move_by_resizing))
+@pytest.mark.parametrize("name", TENSORS)
+def test_memory_may_move_below_a_tensor(name, move):
+    params = make_params(*SHAPES)
+    opt = make("AdamW", params)
+    steps(opt, params, (0, 0))
+    opt.step()  # with the same grads
+    with torch.no_grad():
+        kept = move(params[0] if name == "param" else tensor_of(opt, name))
+        fresh = fresh_copy(opt)
+    for each in (opt, fresh):
+        each.step()
+    del kept
+    for key in TENSORS:
+        assert same_bits(tensor_of(opt, key), tensor_of(fresh, key)), key
+
+
+@both_readers
+@pytest.mark.parametrize("name", TENSORS)
+def test_memory_that_a_lazy_clone_shares_is_not_written_to(name):
+    params = make_params(*SHAPES)
+    opt = make("AdamW", params)
+    steps(opt, params, (0, 0))
+    opt.step()
+    tensor, fresh = tensor_of(opt, name), fresh_copy(opt)
+    before, shared = tensor.clone(), tensor._lazy_clone()
+    for each in (opt, fresh):
+        each.step()
+    assert same_bits(shared, before)
+    for key in TENSORS:
+        assert same_bits(tensor_of(opt, key), tensor_of(fresh, key)), key
+
+
 @both_readers
 @every_optimizer
 def test_grads_are_not_kept_alive(optimizer):
