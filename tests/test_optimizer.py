@@ -657,7 +657,7 @@ def tensor_of(opt, name: str) -> Tensor:
 
 
 @both_readers
-@pytest.mark.parametrize("move", (move_by_set, move_by_data, move_by_resizing))
+@pytest.mark.parametrize("move", [move_by_set, move_by_data, move_by_resizing])
 @pytest.mark.parametrize("name", TENSORS)
 def test_memory_may_move_below_a_tensor(name, move):
     params = make_params(*SHAPES)
