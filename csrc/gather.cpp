@@ -107,8 +107,7 @@ void Gather::read_param(int group, PyObject* param, const GroupValues& values, S
 }
 
 // Whether nothing but addresses has changed since a step that found it good.
-bool Gather::recognise(const KnownParam& known, const Member& member, bool amsgrad,
-                       Data& data) const {
+bool Gather::recognise(KnownParam& known, const Member& member, bool amsgrad, Data& data) const {
   using K = KnownParam;
   const auto same = [&](PyObject* tensor, K::Which which) {
     return reader_.is_as_seen(tensor, known.tensors[which], data[which]);

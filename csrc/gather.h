@@ -122,7 +122,7 @@ class Gather {
                   const py::dict& staged);
   using Data = std::array<void*, KnownParam::kTensors>;  // null where there is no tensor
   bool has_grad(Member& member);
-  bool recognise(const KnownParam& known, const Member& member, bool amsgrad, Data& data) const;
+  bool recognise(KnownParam& known, const Member& member, bool amsgrad, Data& data) const;
   bool understand(KnownParam& known, Member& member, bool amsgrad, Data& data);
   void append(const KnownParam& known, const Member& member, const GroupValues& values,
               const Data& data);

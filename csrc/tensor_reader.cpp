@@ -151,8 +151,7 @@ bool TensorReader::find_words() {
   const auto differs = [this](const py::object& one, const py::object& other) {
     SeenTensor seen;
     see(one.ptr(), seen);
-    seen.implementation = implementation(handle_of(other.ptr()));
-    return !same_words(seen);
+    return !same_words(cdata(other), *seen.words);
   };
   written.attr("grad") = usual;
   written.attr("zero_")();
@@ -199,13 +198,13 @@ void TensorReader::find_memory() {
   if (stable_.data(handle_of(tensor.ptr()), &data) != 0) return;
   const ptrdiff_t place = find(cdata(tensor), storage);
   places_.memory = find(storage, data);
-  if (place < 0 || places_.memory < 0) return;
+  if (place <= 0 || places_.memory < 0) return;
   places_.storage = place;
   SeenTensor seen;
   see(tensor.ptr(), seen);
   const bool works = same_memory(seen);
   const py::object clone = tensor.attr("_lazy_clone")();
-  if (!works || same_memory(seen)) places_.storage = -1;
+  if (!works || same_memory(seen)) places_.storage = 0;
 }
 
 void TensorReader::see_handle(void* handle, SeenTensor& seen) {
@@ -214,12 +213,17 @@ void TensorReader::see_handle(void* handle, SeenTensor& seen) {
   LayoutWords words{};
   for_each_word(bytes, [&](size_t i, uint64_t word) { words[i] = word; });
   seen.words = &*layouts_.insert(words).first;
-  const void* pointers[4];  // after a vtable and a reference count
-  std::memcpy(pointers, bytes + 2 * sizeof(void*), sizeof(pointers));
+  see_address(handle, seen);
+}
+
+void TensorReader::see_address(void* handle, SeenTensor& seen) const {
+  seen.implementation = implementation(handle);
+  if (stable_.data(handle, &seen.data) != 0) seen.data = nullptr;
+  // After a vtable and a reference count.
+  const auto pointers = at<std::array<const void*, 4>>(seen.implementation, 2 * sizeof(void*));
   seen.hints = {pointers[0], pointers[1], pointers[1] != nullptr ? pointers[3] : nullptr};
-  seen.data = nullptr;
-  if (places_.storage < 0 || stable_.data(handle, &seen.data) != 0) return;
-  seen.hints[0] = at<void*>(bytes, places_.storage);
+  if (places_.storage == 0) return;
+  seen.hints[0] = at<void*>(seen.implementation, places_.storage);
   seen.memory = at<MemoryWords>(seen.hints[0], places_.memory);
 }
 

@@ -27,7 +27,7 @@ struct SeenTensor {
   // What it seemed to point to: its storage; of a param, autograd's data and the version.
   std::array<const void*, 3> hints{};
   const LayoutWords* words = nullptr;  // the reader's, one for all tensors that have the same
-  void* data = nullptr;                // its address, and what the storage said then:
+  void* data = nullptr;                // its address, if any; and what the storage said then:
   MemoryWords memory{};
 };
 
@@ -65,16 +65,17 @@ class TensorReader {
     seen.type = Py_TYPE(tensor);
     see_handle(handle_of(tensor), seen);
   }
-  bool handle_is_as_seen(void* handle, const SeenTensor& seen, void*& data) const {
-    if (implementation(handle) != seen.implementation || !same_words(seen)) return false;
-    if (same_memory(seen)) {
-      data = seen.data;
-      return true;
-    }
-    return stable_.data(handle, &data) == 0 && data != nullptr;
+  // A handle may have another tensor, and the memory be elsewhere: grads are new after a backward.
+  bool handle_is_as_seen(void* handle, SeenTensor& seen, void*& data) const {
+    const void* object = implementation(handle);
+    if (!same_words(object, *seen.words)) return false;
+    if (object != seen.implementation || !same_memory(seen)) see_address(handle, seen);
+    data = seen.data;
+    return data != nullptr;
   }
-  bool is_as_seen(PyObject* tensor, const SeenTensor& seen, void*& data) const {
+  bool is_as_seen(PyObject* tensor, SeenTensor& seen, void*& data) const {
     return tensor != nullptr && Py_TYPE(tensor) == seen.type &&
+           implementation(handle_of(tensor)) == seen.implementation &&
            handle_is_as_seen(handle_of(tensor), seen, data);
   }
 
@@ -125,7 +126,7 @@ class TensorReader {
   // in these, in bytes. Calls into torch for the same took a sixth of the time of a step on many small
   // tensors.
   struct Places {
-    ptrdiff_t storage = -1, memory = 0;
+    ptrdiff_t storage = 0, memory = 0;  // storage 0: not found; a vtable is there, and never seen
     bool grads_found = false;
     ptrdiff_t autograd = 0, grad = 0;
     const void* undefined = nullptr;  // what is there instead of a grad
@@ -146,20 +147,17 @@ class TensorReader {
       f(6 + 2 * dim, word(1 + kMostDims + dim));
     }
   }
-  bool same_words(const SeenTensor& seen) const {
+  bool same_words(const void* implementation, const LayoutWords& words) const {
     uint64_t difference = 0;
-    for_each_word(seen.implementation,
-                  [&](size_t i, uint64_t word) { difference |= word ^ (*seen.words)[i]; });
+    for_each_word(implementation, [&](size_t i, uint64_t word) { difference |= word ^ words[i]; });
     return difference == 0;
   }
 
   // A storage whose memory is still the one that the tensor had. (Where memory is shared until one
   // of its tensors is written to, it has another owner.)
   bool same_memory(const SeenTensor& seen) const {
-    const void* storage = seen.hints[0];
-    if (seen.data == nullptr || at<void*>(seen.implementation, places_.storage) != storage) {
-      return false;
-    }
+    const void* storage = at<void*>(seen.implementation, places_.storage);
+    if (storage != seen.hints[0]) return false;
     const auto words = at<MemoryWords>(storage, places_.memory);
     return ((words[0] ^ seen.memory[0]) | (words[1] ^ seen.memory[1]) |
             (words[2] ^ seen.memory[2])) == 0;
@@ -170,6 +168,7 @@ class TensorReader {
   void find_grads();
   bool find_words();
   void find_memory();
+  void see_address(void* handle, SeenTensor& seen) const;
   bool read_stable(void* handle, dlpack::Tensor& out) const;
   bool read_dlpack(PyObject* tensor, dlpack::Tensor& out) const;
 
