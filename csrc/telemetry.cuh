@@ -3,6 +3,8 @@
 // just been written. So the loops over elements are those of any step.
 #pragma once
 
+#include <type_traits>
+
 #include "adam.h"
 #include "dispatch.h"
 #include "launch.cuh"
@@ -27,59 +29,42 @@ __device__ __forceinline__ ChunkNotes* chunk_notes() {
 }
 #endif
 
-// Of `count` elements that are at `first` in their chunk: of the updates, from both moments, or of
-// the params, if `exp_avg_sq` is null. `record` is null until they are the chunk's last ones. All
-// threads of a block call it. Not inlined, and with values widened to double, which changes neither
-// their order nor their squares: a kernel has it once.
-__device__ __noinline__ void note(const void* values, const void* exp_avg_sq, DType dtype,
-                                  int first, int count, const Scalars* scalars, Record* record) {
-  ChunkNotes& notes = *chunk_notes();
-  const int thread = threadIdx.x, lane = thread % kWarp;
+// A warp at a time takes a block, whose compute type is T: see note().
+template <typename T>
+__device__ __forceinline__ void note_blocks(const void* values, const void* exp_avg_sq, DType dtype,
+                                            int first, int count, const Scalars& scalars,
+                                            ChunkNotes& notes) {
+  const int lane = threadIdx.x % kWarp;
   const bool of_updates = exp_avg_sq != nullptr;
-  __syncthreads();
-  if (first == 0) {
-    if (thread < kChunkSize / kBlockSize) notes.sums[thread] = 0;
-    if (thread < kCounts) notes.counts[thread] = 0;
-    __syncthreads();
-  }
-  const double alpha = scalars->alpha;
-  const MagnitudeClasses<double> classes(dtype == DType::kFloat64 ? alpha
-                                                                  : static_cast<float>(alpha));
+  const MagnitudeClasses<T> classes(scalars.alpha);
+  const auto step_size = static_cast<T>(scalars.step_size), eps = static_cast<T>(scalars.eps);
   const auto load = [dtype](const void* from, int i) {
-    double value = 0;
+    T value = 0;
     with_dtype(dtype, [&](auto type) {
       using Storage = typename decltype(type)::type;
-      value = Convert<Storage>::widen(static_cast<const Storage*>(from)[i]);
+      if constexpr (std::is_same_v<Compute<Storage>, T>) {
+        value = Convert<Storage>::widen(static_cast<const Storage*>(from)[i]);
+      }
     });
     return value;
   };
-  const auto update = [=](auto exp_avg, auto exp_avg_sq) {
-    using T = decltype(exp_avg);
-    return adam_update<T>(exp_avg, exp_avg_sq, static_cast<T>(scalars->step_size),
-                          static_cast<T>(scalars->eps));
-  };
 #pragma unroll 1
-  for (int begin = thread / kWarp * kBlockSize; begin < count;
+  for (int begin = threadIdx.x / kWarp * kBlockSize; begin < count;
        begin += kThreads / kWarp * kBlockSize) {
-    double two = 0, four = 0, sum = 0;  // from zeros, which change no sum of squares
+    T two = 0, four = 0, sum = 0;  // from zeros, which change no sum of squares
 #pragma unroll 1
     for (int k = 0; k < 8; ++k) {
       const int eighth = (k & 1) * 4 + (k & 2) + (k & 4) / 4;  // so that halves follow each other
       const int i = begin + eighth * kWarp + lane;
-      double value = 0;
+      T value = 0;
       if (i < count) {
         value = load(values, i);
-        if (of_updates) {
-          const double squares = load(exp_avg_sq, i);
-          value = dtype == DType::kFloat64
-                      ? update(value, squares)
-                      : update(static_cast<float>(value), static_cast<float>(squares));
-        }
+        if (of_updates) value = adam_update(value, load(exp_avg_sq, i), step_size, eps);
         int c = special_class(value);
         if (of_updates) c = value == value ? static_cast<int>(classes.bin(value)) : -1;
         if (c >= 0) atomicAdd(&notes.counts[c], 1u);
       }
-      two = two + square(value);
+      two = two + value * value;
       if (k % 2 == 1) {
         four = four + two;
         two = 0;
@@ -95,10 +80,31 @@ __device__ __noinline__ void note(const void* values, const void* exp_avg_sq, DT
     }
     if (lane == 0) notes.sums[(first + begin) / kBlockSize] = sum;
   }
+}
+
+// Of `count` elements that are at `first` in their chunk: of the updates, from both moments, or of
+// the params, if `exp_avg_sq` is null. `record` is null until they are the chunk's last ones. All
+// threads of a block call it. Not inlined: a kernel has it once, for all dtypes.
+__device__ __noinline__ void note(const void* values, const void* exp_avg_sq, DType dtype,
+                                  int first, int count, const Scalars* scalars, Record* record) {
+  ChunkNotes& notes = *chunk_notes();
+  const int thread = threadIdx.x;
+  __syncthreads();
+  if (first == 0) {
+    if (thread < kChunkSize / kBlockSize) notes.sums[thread] = 0;
+    if (thread < kCounts) notes.counts[thread] = 0;
+    __syncthreads();
+  }
+  if (dtype == DType::kFloat64) {
+    note_blocks<double>(values, exp_avg_sq, dtype, first, count, *scalars, notes);
+  } else {
+    note_blocks<float>(values, exp_avg_sq, dtype, first, count, *scalars, notes);
+  }
   __syncthreads();
   if (record == nullptr) return;
   const double of_block = thread < kChunkSize / kBlockSize ? notes.sums[thread] : 0.0;
   const double sum = sum_of_block(of_block, notes.sums);
+  const bool of_updates = exp_avg_sq != nullptr;
   const int begin = of_updates ? 0 : kBins, end = of_updates ? kBins : kCounts;
   if (thread >= begin && thread < end) record->counts[thread] = notes.counts[thread];
   if (thread == 0) {

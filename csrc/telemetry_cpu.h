@@ -84,14 +84,18 @@ struct FullBlock {
 };
 
 template <typename Storage>
-inline __attribute__((always_inline)) double sum_by_halves(const Storage* values) {
+inline __attribute__((always_inline)) Compute<Storage> sum_by_halves(const Storage* values) {
+  using T = Compute<Storage>;
   constexpr int kPart = kBlockSize / 8;
-  double sums[kPart];
+  T sums[kPart];
 #pragma GCC ivdep
   for (int i = 0; i < kPart; ++i) {
-    double q[8];
+    T q[8];
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) q[k] = Squares::at(values, k * kPart + i);
+    for (int k = 0; k < 8; ++k) {
+      const T value = Convert<Storage>::widen(values[k * kPart + i]);
+      q[k] = value * value;
+    }
     sums[i] = ((q[0] + q[4]) + (q[2] + q[6])) + ((q[1] + q[5]) + (q[3] + q[7]));
   }
 #pragma GCC unroll 5
@@ -125,7 +129,7 @@ MULTIVERSION void note_updates(const T* updates, int64_t count, double alpha, Up
   for (int i = 0; i < kBlockSize; ++i) words[i] = uint32_t{1} << classes.bin(block.values[i]);
   add(notes.magnitudes, words);
   notes.added += kBlockSize - count;
-  const double sum = sum_by_halves(block.values);
+  const T sum = sum_by_halves(block.values);
   notes.squares.add(sum);
   if (sum == sum) return;
   for (int64_t i = 0; i < count; ++i) notes.nans += updates[i] != updates[i];

@@ -241,6 +241,37 @@ def test_norms_and_counts_are_of_the_new_param_and_of_adams_update():
     assert fourth.param_norm == 0.0
 
 
+@every_backend
+def test_norms_are_close_to_those_in_double(backend):
+    generator = torch.Generator().manual_seed(3)
+    param = torch.nn.Parameter(torch.randn(5, 999, generator=generator))
+    before, param.grad = param.detach().clone(), torch.randn(5, 999, generator=generator)
+    opt = OPTIMIZERS["AdamW"].cls([param], weight_decay=0.0, backend=backend)
+    opt.track_updates()
+    opt.step()
+    (stats,) = opt.update_stats()
+    for norm, vector in (
+        (stats.param_norm, param.detach()),
+        (stats.update_norm, before.double() - param.detach()),
+    ):
+        torch.testing.assert_close(norm, vector.double().norm(), rtol=2**-15, atol=0.0)
+    torch.testing.assert_close(
+        stats.param_norm, param.detach().double().norm(), rtol=2**-21, atol=0
+    )
+
+
+@every_backend
+def test_a_norm_may_overflow_where_no_param_is_infinite(backend):
+    param = torch.nn.Parameter(torch.tensor([2.0**64, 1.0, 0.0]))
+    param.grad = torch.zeros(3)
+    opt = OPTIMIZERS["AdamW"].cls([param], weight_decay=0.0, backend=backend)
+    opt.track_updates()
+    opt.step()
+    (stats,) = opt.update_stats()
+    assert (stats.param_norm, stats.update_norm) == (math.inf, 0.0)
+    assert (stats.infs, stats.nans, stats.zeros) == (0, 0, 1)
+
+
 def test_a_groups_stats_are_those_of_its_tensors_together():
     of_tensors, of_groups = small(), small()
     of_tensors.track_updates(per="tensor")

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .. import reference
-from .update import TILE_SIZE, TILES, put, square, tree_sum, within
+from .update import TILE_SIZE, TILES, put, tree_sum, within
 
 BINS = tl.constexpr(reference.BINS)
 ZEROS, NANS, INFINITIES = (tl.constexpr(reference.BINS + i) for i in range(3))
@@ -57,10 +57,10 @@ def no_notes():
 
 @triton.jit
 def sum_by_halves(sums):
-    """Of a tile's blocks, or what is left of them, one after another."""
+    """Of a tile's blocks, or what is left of them, one after another; of the blocks in double."""
     SIZE: tl.constexpr = sums.shape[0] // BLOCKS
     if SIZE == 1:
-        return tree_sum(sums)
+        return tree_sum(sums.to(tl.float64))
     else:
         halves = tl.reshape(sums, (BLOCKS, 2, SIZE // 2))
         return sum_by_halves(tl.reshape(tl.sum(halves, axis=1), (BLOCKS * SIZE // 2,)))
@@ -71,7 +71,8 @@ def note(values, classes, first, mask, notes):
     sums, counts = notes
     if mask is not None:
         classes = tl.where(mask, classes, UNCOUNTED)
-    sum = sum_by_halves(square(within(values, mask)))
+    values = within(values, mask)
+    sum = sum_by_halves(values * values)
     return put(sum, first, sums), counts + tl.histogram(classes, 64)
 
 

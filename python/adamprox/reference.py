@@ -266,21 +266,21 @@ def magnitude_bins(update: Tensor, alpha: float) -> Tensor:
 
 
 def sum_by_halves(values: Tensor) -> float:
-    """Telemetry's sum of squares in double, elements taken as they lie in memory; 0 of none.
+    """Telemetry's sum of squares, elements taken as they lie in memory; 0 of none.
 
-    The halves of each block of :data:`BLOCK_SIZE` are added until one number is left, so that
-    vectors and warps can; then blocks are, by :func:`tree_sum`. The last block is filled up with
-    zeros.
+    In the compute type the halves of each block of :data:`BLOCK_SIZE` are added until one number is
+    left, so that vectors and warps can; then blocks are in double, by :func:`tree_sum`. The last
+    block is filled up with zeros.
     """
     row = in_memory_order(values)
     count = max(1, -(-len(row) // BLOCK_SIZE))
-    blocks = row.new_zeros(count, BLOCK_SIZE, dtype=torch.float64)
+    blocks = row.new_zeros(count, BLOCK_SIZE, dtype=_compute_dtype(values))
     blocks.view(-1)[: len(row)] = row
     sums = blocks * blocks
     while sums.size(1) > 1:
         first, second = sums.chunk(2, dim=1)
         sums = first + second
-    return tree_sum(sums[:, 0]).item()
+    return tree_sum(sums[:, 0].to(torch.float64)).item()
 
 
 def note_update(update: Tensor, alpha: float) -> UpdateNotes:

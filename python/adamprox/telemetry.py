@@ -41,9 +41,11 @@ class UpdateStats:
     [2^-26, 2^-25); ... in [1/2, 1); and at least 1. No bin counts a NaN,
     so ``numel - bins.sum()`` updates are NaN."""
     param_norm: Tensor
-    """float64: the l2 norm of the new param."""
+    """float64: the l2 norm of the new param, within 2^-21. Unless that is float64 itself, squares
+    are taken in float32, as ``torch.linalg.vector_norm`` does: an element above 2^64 makes the
+    norm infinite, those below 2^-63 lose digits."""
     update_norm: Tensor
-    """float64: the l2 norm of the update."""
+    """float64: the l2 norm of the update, likewise."""
     zeros: Tensor
     """int64: how many coordinates of the new param are exactly zero."""
     nans: Tensor
