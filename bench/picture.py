@@ -84,8 +84,8 @@ def _small_tensors(axes: Axes, rows: Sequence[Row], colors: Colors) -> None:
             color = colors[row["name"]]
             step = row["p50_us"] / tensors
             axes.barh(position, step, color=color, alpha=0.45)
-            if row["host_us"] is not None:
-                axes.barh(position, row["host_us"] / tensors, color=color)
+            if row["host_in_step_us"] is not None:
+                axes.barh(position, row["host_in_step_us"] / tensors, color=color)
             axes.text(step, position, f" {step:.2f}", va="center", fontsize=8)
             ticks.append((position, row["name"]))
             position += 1

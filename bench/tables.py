@@ -21,9 +21,22 @@ def print_steps(rows: Sequence[Row]) -> None:
     """A block a model."""
     table = _table(
         "Steps: median, and 20 and 80 in a hundred",
-        ("", "us", "p20", "p80", "GB/s", "copy", "fused", "host us", "a tensor", "extra MB"),
-        "copy: GB/s as a share of a copy's; fused: times as fast as torch fused; host: without the"
-        f" update, ! above {HOST_BUDGET_US_PER_TENSOR} us a tensor + {HOST_BUDGET_US:.0f} us",
+        (
+            "",
+            "us",
+            "p20",
+            "p80",
+            "GB/s",
+            "copy",
+            "fused",
+            "host",
+            "a tensor",
+            "in step",
+            "extra MB",
+        ),
+        "copy: GB/s as a share of a copy's; fused: times as fast as torch fused; host: us without"
+        " the update, on as many tensors of one element, and a tensor, and in these steps, ! above"
+        f" {HOST_BUDGET_US_PER_TENSOR} us a tensor + {HOST_BUDGET_US:.0f} us",
     )
     for model, group in groupby(rows, key=lambda row: row["model"]):
         table.add_section()
@@ -40,6 +53,7 @@ def print_steps(rows: Sequence[Row]) -> None:
                 _format(row["times_as_fast_as_torch_fused"], ".2f"),
                 _digits(row["host_us"]) + (" !" if row["within_host_budget"] is False else ""),
                 _format(row["host_us_per_tensor"], ".2f"),
+                _digits(row["host_in_step_us"]),
                 _format(None if extra is None else extra / 1e6, ",.1f"),
             )
     _print(table)

@@ -71,7 +71,7 @@ def measure(
     copy: Copy,
     seconds: float,
     in_cache: bool,
-    advance: Callable[[float], object],
+    advance: Callable[[float], object] = lambda seconds: None,
 ) -> Timing:
     """Times one step of each in turns for so long; ``advance`` hears of the seconds gone by.
 

@@ -316,5 +316,7 @@ PYBIND11_MODULE(_C, m) {
       .def("release", &Gather::release)
       .def_readonly("update_seconds", &Gather::update_seconds)
       .def_property_readonly("norms_across_ranks", &Gather::norms_across_ranks)
-      .def_property_readonly("reader", [](const Gather& g) { return g.reader().interface(); });
+      .def_property_readonly("reader", [](const Gather& g) { return g.reader().interface(); })
+      .def_property_readonly("recognises_tensors",
+                             [](const Gather& g) { return g.reader().recognises(); });
 }

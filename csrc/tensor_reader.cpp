@@ -27,6 +27,17 @@ const dlpack::ExchangeApi* exchange_api() {
 
 void* cdata(const py::object& object) { return PyLong_AsVoidPtr(object.attr("_cdata").ptr()); }
 
+// A new tensor to try something on, whatever the defaults are.
+py::object empty(const py::tuple& sizes, const char* dtype = "float32",
+                 const char* device = "cpu") {
+  using py::arg;
+  const py::module_ torch = py::module_::import("torch");
+  return torch.attr("empty")(sizes, arg("dtype") = torch.attr(dtype), arg("device") = device);
+}
+py::object three() { return empty(py::make_tuple(3)); }
+
+py::object parameter() { return py::module_::import("torch.nn").attr("Parameter")(three()); }
+
 // An object of torch's begins with these, and more.
 using Words = std::array<const void*, 8>;
 
@@ -50,10 +61,27 @@ bool is_supported(const dlpack::Tensor& t) {
 
 }  // namespace
 
-TensorReader::TensorReader() : dlpack_(exchange_api()), stable_(find_stable_abi()) {
+// While it lives, new tensors are no inference tensors, which lack a version.
+class TensorReader::UsualMode {
+ public:
+  UsualMode() : mode_(py::module_::import("torch").attr("inference_mode")(false)) {
+    mode_.attr("__enter__")();
+  }
+  ~UsualMode() { mode_.attr("__exit__")(py::none(), py::none(), py::none()); }
+
+ private:
+  const py::object mode_;
+};
+
+TensorReader::TensorReader() : TensorReader(UsualMode()) {}
+
+TensorReader::TensorReader(const UsualMode&) : dlpack_(exchange_api()), stable_(find_stable_abi()) {
   if (!stable_.found) return;
   find_grads();
-  recognises_ = reads_grads() && find_words();
+  // Words have bits that nobody sets, and new tensors those of what was freed where they lie. The
+  // tensors tried before are kept, so that others lie elsewhere.
+  py::list tried;
+  while (reads_grads() && !recognises_ && tried.size() < 16) recognises_ = find_words(tried);
   if (recognises_) find_memory();
 }
 
@@ -126,8 +154,7 @@ TensorReader::StableAbi TensorReader::find_stable_abi() {
   const py::module_ torch = py::module_::import("torch");
   const bool is_amd = !torch.attr("version").attr("hip").is_none();
   abi.gpu = is_amd ? dlpack::kROCm : dlpack::kCUDA;
-  const py::object plain = torch.attr("empty")(3);
-  const py::object param = torch.attr("nn").attr("Parameter")(plain);
+  const py::object plain = three(), param = parameter();
   const auto handle_holds = [](const py::object& tensor) {
     return implementation(handle_of(tensor.ptr())) == cdata(tensor);
   };
@@ -138,11 +165,11 @@ TensorReader::StableAbi TensorReader::find_stable_abi() {
 
 // Finds the words, and whether those of two tensors differ with all that they must tell, and with
 // nothing else. The tensors have five dims, so that there are no unused words.
-bool TensorReader::find_words() {
-  using py::arg;
-  const py::module_ torch = py::module_::import("torch");
-  const py::object empty = torch.attr("empty");
-  const py::object usual = empty(4, 2, 3, 3, 2), written = empty(4, 2, 3, 3, 2);
+bool TensorReader::find_words(py::list& tried) {
+  const py::tuple sizes_of_5 = py::make_tuple(4, 2, 3, 3, 2);
+  const py::object usual = empty(sizes_of_5), written = empty(sizes_of_5);
+  tried.append(usual);
+  tried.append(written);
   int64_t* sizes;
   if (stable_.sizes(handle_of(usual.ptr()), &sizes) != 0) return false;
   const auto* begin = reinterpret_cast<char*>(sizes) - sizeof(int64_t);  // how many they are
@@ -156,20 +183,18 @@ bool TensorReader::find_words() {
   written.attr("grad") = usual;
   written.attr("zero_")();
   const auto from = [&](int begin) { return usual.attr("narrow")(0, begin, 2); };
-  const auto float64 = empty(4, 2, 3, 3, 2, arg("dtype") = torch.attr("float64"));
-  return !differs(usual, written) && differs(usual, float64) &&
-         differs(usual, empty(4, 2, 3, 3, 2, arg("device") = "meta")) &&
-         differs(usual, torch.attr("_neg_view")(usual)) && differs(usual, empty(2, 4, 3, 3, 2)) &&
-         differs(usual, empty(4, 2, 3, 3, 2, 1)) && differs(usual, usual.attr("transpose")(2, 3)) &&
-         differs(from(0), from(1));
+  const py::object negated = py::module_::import("torch").attr("_neg_view")(usual);
+  return !differs(usual, written) && differs(usual, empty(sizes_of_5, "float64")) &&
+         differs(usual, empty(sizes_of_5, "float32", "meta")) && differs(usual, negated) &&
+         differs(usual, empty(py::make_tuple(2, 4, 3, 3, 2))) &&
+         differs(usual, empty(py::make_tuple(4, 2, 3, 3, 2, 1))) &&
+         differs(usual, usual.attr("transpose")(2, 3)) && differs(from(0), from(1));
 }
 
 // Where autograd's data is: what a tensor points to once it has a grad. The grad is tried then, of
 // another tensor too, and where there is none.
 void TensorReader::find_grads() {
-  const py::module_ torch = py::module_::import("torch");
-  const py::object tensor = torch.attr("empty")(3), grad = torch.attr("empty")(3);
-  const py::object param = torch.attr("nn").attr("Parameter")(torch.attr("empty")(3));
+  const py::object tensor = three(), grad = three(), param = parameter();
   const void* object = cdata(tensor);
   const auto before = at<Words>(object, 0);
   tensor.attr("grad") = grad;
@@ -191,11 +216,11 @@ void TensorReader::find_grads() {
 // Where the storage is, and the address in it. A lazy clone shares the memory with its original; when
 // one of them is written to, torch gives it a copy. That this shows is tried.
 void TensorReader::find_memory() {
-  const py::object tensor = py::module_::import("torch").attr("empty")(3);
+  const py::object tensor = three();
   if (!py::hasattr(tensor, "_lazy_clone")) return;
   const void* storage = cdata(tensor.attr("untyped_storage")());
   void* data;
-  if (stable_.data(handle_of(tensor.ptr()), &data) != 0) return;
+  if (stable_.data(handle_of(tensor.ptr()), &data) != 0 || data == nullptr) return;
   const ptrdiff_t place = find(cdata(tensor), storage);
   places_.memory = find(storage, data);
   if (place <= 0 || places_.memory < 0) return;
@@ -232,7 +257,7 @@ void TensorReader::find_bump_version(StableAbi& abi, void* library) {
   void* symbol = dlsym(library, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE");
   std::memcpy(&abi.bump_version, &symbol, sizeof(symbol));
   if (abi.bump_version == nullptr) return;
-  const py::object tensor = py::module_::import("torch").attr("empty")(3);
+  const py::object tensor = three();
   const auto version = [&] { return tensor.attr("_version").cast<int64_t>(); };
   const int64_t before = version();
   abi.bump_version(handle_of(tensor.ptr()));

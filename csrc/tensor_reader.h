@@ -163,10 +163,12 @@ class TensorReader {
             (words[2] ^ seen.memory[2])) == 0;
   }
 
+  class UsualMode;
+  explicit TensorReader(const UsualMode&);
   static StableAbi find_stable_abi();
   static void find_bump_version(StableAbi& abi, void* library);
   void find_grads();
-  bool find_words();
+  bool find_words(pybind11::list& tried);
   void find_memory();
   void see_address(void* handle, SeenTensor& seen) const;
   bool read_stable(void* handle, dlpack::Tensor& out) const;

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 COLUMNS = (
     *("p50_us", "p20_us", "p80_us", "gb_per_s", "share_of_copy", "times_as_fast_as_torch_fused"),
-    *("host_us", "host_us_per_tensor", "host_budget_us", "within_host_budget", "extra_bytes"),
+    *("host_us", "host_us_per_tensor", "host_budget_us", "within_host_budget"),
+    *("host_in_step_us", "extra_bytes"),
 )
 
 
@@ -180,11 +181,19 @@ def test_a_model_that_does_not_fit_is_refused(monkeypatch):
 
 
 def test_rows_compute_what_they_say(monkeypatch):
-    """From times made up: 2 ms for torch; 1 ms for ours, of which the host takes 60 us, or 200."""
+    """From times made up: 2 ms for torch; 1 ms for ours, of which the host takes 300 us.
 
-    def measure(optimizers, copy, seconds, in_cache, advance):
+    On tensors of one element, it takes 60 us, or 200.
+    """
+
+    def measure(optimizers, copy, seconds, in_cache, advance=None):
         assert in_cache
-        steps = [Step(2e-3, None)], [Step(1e-3, 60e-6)], [Step(1e-3, 200e-6)]
+        numels = [[p.numel() for p in o.param_groups[0]["params"]] for o in optimizers]
+        if len(optimizers) == 2:
+            assert numels == 2 * [[1] * 400]
+            return Timing([4 * [Step(1e-3, 60e-6)], 4 * [Step(1e-3, 200e-6)]], [])
+        assert numels == 3 * [[16] * 400]
+        steps = [Step(2e-3, None)], [Step(1e-3, 300e-6)], [Step(1e-3, 300e-6)]
         return Timing([4 * step for step in steps], [1e9, 2e9, 9e9])
 
     monkeypatch.setattr("adamprox.bench.steps.measure", measure)
@@ -195,6 +204,7 @@ def test_rows_compute_what_they_say(monkeypatch):
     torch_fused, adamw, adamprox_ = rows
     assert torch_fused["times_as_fast_as_torch_fused"] == 1
     assert torch_fused["host_us"] is torch_fused["within_host_budget"] is None
+    assert torch_fused["host_in_step_us"] is None
     assert adamw["bytes"] == 28 * 6400
     assert adamw["gb_per_s"] == round(28 * 6400 / 1e-3 / 1e9, 2)
     assert adamw["copy_gb_per_s"] == 2
@@ -204,6 +214,7 @@ def test_rows_compute_what_they_say(monkeypatch):
     assert adamw["host_us"] == 60
     assert adamw["host_us_per_tensor"] == 0.15
     assert adamw["host_budget_us"] == 0.25 * 400 + 15
+    assert adamw["host_in_step_us"] == 300
     assert adamw["within_host_budget"]
     assert not adamprox_["within_host_budget"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import gc
 import inspect
 import io
@@ -41,6 +43,50 @@ both_readers = pytest.mark.usefixtures("reader")
 
 def test_the_reader_is_the_one_asked_for(reader):
     assert make("AdamW", make_params((3,)))._gather.reader == reader
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def used_memory():
+    """Where the next tensors will lie: in turns all bits are set, and none."""
+    libc = ctypes.CDLL(None)
+    size_t, pointer = ctypes.c_size_t, ctypes.c_void_p
+    libc.malloc.argtypes, libc.malloc.restype = [size_t], pointer
+    libc.malloc_usable_size.argtypes, libc.malloc_usable_size.restype = [pointer], size_t
+    libc.free.argtypes, libc.free.restype = [pointer], None
+    size = libc.malloc_usable_size(torch.empty(3)._cdata)
+    blocks = [libc.malloc(size) for _ in range(4)]
+    for i, block in enumerate(blocks):
+        ctypes.memset(block, 0xFF if i % 2 else 0, size)
+    for block in blocks:
+        libc.free(block)
+    yield
+
+
+CIRCUMSTANCES = {
+    "usual": contextlib.nullcontext,
+    "used_memory": used_memory,
+    "float64": lambda: default_dtype(torch.float64),
+    "meta": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+}
+
+
+@pytest.mark.parametrize("circumstances", CIRCUMSTANCES.values(), ids=CIRCUMSTANCES)
+def test_what_the_reader_tries_works_wherever_an_optimizer_is_made(circumstances):
+    params = make_params((3,))
+    with circumstances():
+        optimizer = make("AdamW", params)
+    assert optimizer._gather.reader == "stable ABI"
+    assert optimizer._gather.recognises_tensors
 
 
 def make_params(*shapes: tuple[int, ...], dtype=torch.float32, seed: int = 0) -> list[nn.Parameter]:
