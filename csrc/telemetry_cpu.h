@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "multi_tensor_apply_cpu.h"
@@ -14,58 +15,70 @@ namespace adamprox {
 // How often bins were seen, in binary and in several lanes: bit b of the word at[k][i] is bit k of
 // lane i's count of bin b. So one operation counts all bins of several lanes.
 struct BitPlanes {
-  static constexpr int kPlanes = 11, kLanes = 16, kWords = kBlockSize / kLanes;
-  static_assert(kWords == 16 && kChunkSize / kLanes < 1 << kPlanes);
-  uint32_t at[kPlanes][kLanes] = {};
+  static constexpr int kPlanes = 11, kLanes = 16, kOfBlock = 4;
+  static_assert(kLanes << kOfBlock == kBlockSize && kChunkSize / kLanes < 1 << kPlanes);
+  alignas(64) uint32_t at[kPlanes][kLanes] = {};
+  // Of a block there is one carry out of the first planes. In these, every other one has to wait.
+  uint32_t waiting[kPlanes][kLanes];
+  uint32_t blocks = 0;
+
+  bool waits(int plane) const { return plane >= kOfBlock && blocks >> (plane - kOfBlock) & 1; }
 };
 
-// Adds three bits of each bin; returns the carries.
-inline __attribute__((always_inline)) uint32_t add(uint32_t a, uint32_t b, uint32_t c,
-                                                   uint32_t& sum) {
-  const uint32_t differ = a ^ b;
-  sum = differ ^ c;
-  return (a & b) | (c & differ);
+// Adds bits of each bin to a sum; returns the carries.
+inline __attribute__((always_inline)) uint32_t add(uint32_t& sum, uint32_t a, uint32_t b) {
+  const uint32_t differ = a ^ b, carry = (differ & sum) | (~differ & a);
+  sum ^= differ;
+  return carry;
 }
 
-// The words of a block, each with the bit of its bin.
-MULTIVERSION inline void add(BitPlanes& planes, const uint32_t* words) {
+// Adds 2^Planes words to as many planes; returns the carry.
+template <int Planes, typename F>
+inline __attribute__((always_inline)) uint32_t add_words(uint32_t* planes, F word, int first = 0) {
+  if constexpr (Planes == 0) {
+    return word(first);
+  } else {
+    const uint32_t a = add_words<Planes - 1>(planes, word, first);
+    const uint32_t b = add_words<Planes - 1>(planes, word, first + (1 << (Planes - 1)));
+    return add(planes[Planes - 1], a, b);
+  }
+}
+
+// The bins of a block.
+template <typename T>
+MULTIVERSION void add(BitPlanes& planes, const T* values, const MagnitudeClasses<T>& classes) {
+  constexpr int kLanes = BitPlanes::kLanes, kOfBlock = BitPlanes::kOfBlock;
+  uint32_t carries[kLanes];
 #pragma GCC ivdep
-  for (int i = 0; i < BitPlanes::kLanes; ++i) {
-    uint32_t sums[2][4];
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      uint32_t w[8];
-#pragma GCC unroll 8
-      for (int k = 0; k < 8; ++k) w[k] = words[(half * 8 + k) * BitPlanes::kLanes + i];
-      uint32_t ones, twos;
-      const uint32_t a = add(w[0], w[1], w[2], ones);
-      const uint32_t b = add(ones, w[3], w[4], ones);
-      const uint32_t c = add(ones, w[5], w[6], ones);
-      const uint32_t d = add(ones, w[7], 0, sums[half][0]);
-      const uint32_t e = add(a, b, c, twos);
-      const uint32_t f = add(twos, d, 0, sums[half][1]);
-      sums[half][3] = add(e, f, 0, sums[half][2]);
-    }
-    uint32_t sum, carry = 0, over = 0;
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      carry = add(sums[0][k], sums[1][k], carry, sum);
-      over = add(planes.at[k][i], sum, over, planes.at[k][i]);
-    }
-    over = add(planes.at[4][i], carry, over, planes.at[4][i]);
-#pragma GCC unroll 6
-    for (int k = 5; k < BitPlanes::kPlanes; ++k) {
-      over = add(planes.at[k][i], over, 0, planes.at[k][i]);
+  for (int i = 0; i < kLanes; ++i) {
+    uint32_t sums[kOfBlock];
+    for (int k = 0; k < kOfBlock; ++k) sums[k] = planes.at[k][i];
+    carries[i] = add_words<kOfBlock>(
+        sums, [=](int k) { return uint32_t{1} << classes.bin(values[k * kLanes + i]); });
+    for (int k = 0; k < kOfBlock; ++k) planes.at[k][i] = sums[k];
+  }
+  int plane = kOfBlock;
+  for (; planes.waits(plane); ++plane) {
+#pragma GCC ivdep
+#pragma GCC unroll 1  // or it would be unrolled before it is vectorised
+    for (int i = 0; i < kLanes; ++i) {
+      carries[i] = add(planes.at[plane][i], planes.waiting[plane][i], carries[i]);
     }
   }
+  std::copy(carries, carries + kLanes, planes.waiting[plane]);
+  ++planes.blocks;
 }
 
 MULTIVERSION inline void count(const BitPlanes& planes, uint32_t* counts) {
   uint32_t all[32] = {};
-  for (int k = 0; k < BitPlanes::kPlanes; ++k) {
-    for (const uint32_t word : planes.at[k]) {
-      for (int b = 0; b < 32; ++b) all[b] += (word >> b & 1) << k;
+  const auto add = [&](const uint32_t* words, int plane) __attribute__((always_inline)) {
+    for (int i = 0; i < BitPlanes::kLanes; ++i) {
+      for (int b = 0; b < 32; ++b) all[b] += (words[i] >> b & 1) << plane;
     }
+  };
+  for (int k = 0; k < BitPlanes::kPlanes; ++k) {
+    add(planes.at[k], k);
+    if (planes.waits(k)) add(planes.waiting[k], k);
   }
   std::copy(all, all + kBins, counts);
 }
@@ -83,27 +96,37 @@ struct FullBlock {
   }
 };
 
+// The sum of number(first), number(first + Step), ..., below Count, by halves.
+template <int Step, int Count, typename F>
+inline __attribute__((always_inline)) auto add_halves(F number, int first = 0) {
+  if constexpr (Step == Count) {
+    return number(first);
+  } else {
+    const auto half = add_halves<2 * Step, Count>(number, first);
+    return half + add_halves<2 * Step, Count>(number, first + Step);
+  }
+}
+
 template <typename Storage>
 inline __attribute__((always_inline)) Compute<Storage> sum_by_halves(const Storage* values) {
   using T = Compute<Storage>;
-  constexpr int kPart = kBlockSize / 8;
-  T sums[kPart];
+  constexpr int kLanes = 16, kSmall = 16 / sizeof(T);
+  typedef T Small __attribute__((vector_size(kSmall * sizeof(T))));
+  T sums[kLanes];
 #pragma GCC ivdep
-  for (int i = 0; i < kPart; ++i) {
-    T q[8];
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      const T value = Convert<Storage>::widen(values[k * kPart + i]);
-      q[k] = value * value;
-    }
-    sums[i] = ((q[0] + q[4]) + (q[2] + q[6])) + ((q[1] + q[5]) + (q[3] + q[7]));
+  for (int i = 0; i < kLanes; ++i) {
+    sums[i] = add_halves<1, kBlockSize / kLanes>([=](int k) {
+      const T value = Convert<Storage>::widen(values[k * kLanes + i]);
+      return value * value;
+    });
   }
-#pragma GCC unroll 5
-  for (int half = kPart / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < half; ++i) sums[i] += sums[half + i];
-  }
-  return sums[0];
+  // Left alone, the compiler would shuffle every number to its place.
+  const Small sum = add_halves<1, kLanes / kSmall>([&](int k) {
+    Small small;
+    std::memcpy(&small, sums + kSmall * k, sizeof(small));
+    return small;
+  });
+  return add_halves<1, kSmall>([&](int i) { return sum[i]; });
 }
 
 struct UpdateNotes {
@@ -125,9 +148,7 @@ template <typename T>
 MULTIVERSION void note_updates(const T* updates, int64_t count, double alpha, UpdateNotes& notes) {
   const FullBlock<T> block(updates, count);
   const MagnitudeClasses<T> classes(alpha);
-  uint32_t words[kBlockSize];
-  for (int i = 0; i < kBlockSize; ++i) words[i] = uint32_t{1} << classes.bin(block.values[i]);
-  add(notes.magnitudes, words);
+  add(notes.magnitudes, block.values, classes);
   notes.added += kBlockSize - count;
   const T sum = sum_by_halves(block.values);
   notes.squares.add(sum);
@@ -155,12 +176,11 @@ struct ParamNotes {
 // Of a block.
 template <typename Param>
 MULTIVERSION void note_params(const Param* params, int64_t count, ParamNotes& notes) {
+  const FullBlock<Param> block(params, count);
   uint32_t zeros = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    zeros += Magnitude<Compute<Param>>::of(Convert<Param>::widen(params[i])) == 0;
-  }
-  notes.zeros += zeros;
-  notes.squares.add(sum_by_halves(FullBlock<Param>(params, count).values));
+  for (int i = 0; i < kBlockSize; ++i) zeros += Convert<Param>::widen(block.values[i]) == 0;
+  notes.zeros += zeros - static_cast<uint32_t>(kBlockSize - count);
+  notes.squares.add(sum_by_halves(block.values));
 }
 
 }  // namespace adamprox
