@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 
 from adamprox import backends
+from adamprox.command_line import fail, need, positive, usable_device
 
 from . import models, providers, records, suite, tables
 from .contenders import DTYPES
@@ -31,12 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what runs ours (default: the best that can run)")  # fmt: skip
     add("--parts", nargs="+", choices=suite.PARTS, default=list(suite.PARTS), metavar="PART",
         help="what to do, see below (default: everything)")  # fmt: skip
-    add("--device", type=_device, default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--device", type=usable_device, default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32",
         help="of params, grads and states, or params_states (default: %(default)s)")  # fmt: skip
-    add("--threads", type=_positive(int), default=torch.get_num_threads(),
+    add("--threads", type=positive(int), default=torch.get_num_threads(),
         help="of the CPU (default: PyTorch's, here %(default)s)")  # fmt: skip
-    add("--seconds", type=_positive(float), default=5.0,
+    add("--seconds", type=positive(float), default=5.0,
         help="to spend on each model; a slow one takes more (default: %(default)s)")  # fmt: skip
     add("--out", type=Path, default=Path("adamprox-bench"), metavar="DIR",
         help="where to append the rows and draw the picture (default: %(default)s)")  # fmt: skip
@@ -63,16 +61,10 @@ shared machine a time means little, and its ratio to its neighbour's in the same
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints and writes; ends with an error's message if something is missing."""
-    for package, used in (
-        ("tqdm", True),
-        ("rich", not args.json),
-        ("matplotlib", "picture" in args.parts),
-    ):
-        try:
-            if used:
-                import_module(package)
-        except ImportError as error:
-            _fail(f"{error}; please pip install 'adamprox[bench]'")
+    if not args.list and not args.markdown:
+        need("bench", ("tqdm", "matplotlib") if "picture" in args.parts else ("tqdm",))
+    if args.list or not args.json:
+        need("bench", ("rich",))
     device: torch.device = args.device
     if args.list:
         _list(device)
@@ -82,13 +74,13 @@ def run(args: argparse.Namespace) -> int:
         try:
             print(tables.markdown(records.newest(csv, "float32")))
         except (OSError, KeyError) as error:
-            _fail(f"argument --out: {csv} has no rows of the short selection: {error!r}")
+            fail("bench", f"argument --out: {csv} has no rows of the short selection: {error!r}")
         return 0
     names = providers.NAMES if "all" in args.optimizers else args.optimizers
     chosen, skipped = providers.providers(names, device, args.backends)
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        _fail(f"argument --optimizers: none can run: {reasons}")
+        fail("bench", f"argument --optimizers: none can run: {reasons}")
     torch.set_num_threads(args.threads)
     results = suite.measure(args.parts, args.models, chosen, device, args.dtype, args.seconds)
     results.skipped.update(skipped)
@@ -107,7 +99,7 @@ def _write(out: Path, device: torch.device, results: suite.Results, picture: boo
         records.append(out / f"{device.type}.csv", steps + sizes)
         records.append(out / f"{device.type}-end-to-end.csv", results.end_to_end)
     except (OSError, ValueError) as error:
-        _fail(f"argument --out: {error}")
+        fail("bench", f"argument --out: {error}")
     if picture:
         from .picture import draw
 
@@ -133,31 +125,3 @@ def _list(device: torch.device) -> None:
         [(name, len(model.shapes), model.numel) for name, model in models.MODELS.items()],
         {name: skipped.get(name, "can run") for name in providers.NAMES},
     )
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("it is neither cpu nor cuda")
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # torch's own differ by device
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from error
-    return device
-
-
-def _positive(kind: type[int] | type[float]) -> Any:
-    def positive(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a positive {kind.__name__}")
-        return value
-
-    return positive
-
-
-def _fail(message: str) -> NoReturn:
-    sys.exit(f"adamprox bench: error: {message}")

@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
 import time
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adamprox.bench.command import _device as device
-from adamprox.bench.command import _positive as positive
+from adamprox.command_line import fail, need, positive, usable_device
 
 from . import data, page, settings
 from .figures import FIGURES, Lab
@@ -59,27 +56,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=positive(int), help="of the grids' trainings (default: the settings')")
     add("--page", type=Path, metavar="FILE",
         help="put the tables of DIR into this page of results; see bench/paper")  # fmt: skip
-    add("--device", type=device, default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--device", type=usable_device, default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--jobs", type=positive(int),
         help="trainings at a time (default: on a CPU as many as cores, on a GPU 1)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the figures in order; ends with an error's message if something is missing."""
-    for package in ("sklearn", "tqdm", "rich", "matplotlib"):
-        try:
-            import_module(package)
-        except ImportError as error:
-            _fail(f"{error}; please pip install 'adamprox[paper]'")
+    need("paper", ("sklearn", "tqdm", "rich", "matplotlib"))
     if not args.figures and args.page is None:
-        _fail("argument FIGURE: none is given")
+        fail("paper", "argument FIGURE: none is given")
     if args.quick and args.data is not None:
-        _fail("argument --data: --quick trains on digits of 8 x 8 pixels, not on CIFAR")
+        fail("paper", "argument --data: --quick trains on digits of 8 x 8 pixels, not on CIFAR")
     try:
         chosen = _settings(args)
         store = Store(args.out)
     except (OSError, RuntimeError, ValueError) as error:
-        _fail(str(error))
+        fail("paper", str(error))
     jobs = args.jobs or (1 if args.device.type == "cuda" else len(os.sched_getaffinity(0)))
     machine = Machine(args.device, jobs, args.data)
     torch.set_num_threads(1 if args.device.type == "cpu" else torch.get_num_threads())
@@ -88,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
         for name in FIGURES if "all" in args.figures else dict.fromkeys(args.figures):
             FIGURES[name](Lab(chosen, store, machine, args.out))
     except KeyboardInterrupt:
-        _fail(f"interrupted; {len(store)} trainings are in {store.file}, the same command goes on")
+        fail(
+            "paper",
+            f"interrupted; {len(store)} trainings are in {store.file}, the same command goes on",
+        )
     finally:
         store.close()
     seconds = time.perf_counter() - start
@@ -116,7 +112,3 @@ def _settings(args: argparse.Namespace) -> Settings:
     if args.epochs is not None:
         changes["epochs"] = args.epochs
     return dataclasses.replace(chosen, **changes)
-
-
-def _fail(message: str) -> NoReturn:
-    sys.exit(f"adamprox paper: error: {message}")

@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from . import backends, optimizers
+from .command_line import fail, need, positive, usable_device
 from .resnet import ResNet
 
 if TYPE_CHECKING:
@@ -61,17 +60,22 @@ class Images(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
     add = parser.add_argument
-    add("--epochs", type=_positive, default=10, help="of training (default: %(default)s)")
+    add("--epochs", type=positive(int), default=10, help="of training (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
     add(
         "--backend",
         choices=list(backends.BACKENDS),
         help="what runs adamprox's steps (default: ADAMPROX_BACKEND, or the best that can run)",
     )
-    add("--device", default="cpu", help="of the network: cpu or cuda (default: %(default)s)")
+    add(
+        "--device",
+        type=usable_device,
+        default="cpu",
+        help="of the network: cpu or cuda (default: %(default)s)",
+    )
     add(
         "--threads",
-        type=_positive,
+        type=positive(int),
         default=1,
         help="of PyTorch on the CPU: the network is too small for more (default: %(default)s)",
     )
@@ -87,22 +91,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints; ends with an error's message if something is missing."""
-    for package in ("sklearn", "tqdm", "rich"):
-        try:
-            import_module(package)
-        except ImportError as error:
-            _fail(f"{error}; please pip install 'adamprox[demo]'")
+    need("demo", ("sklearn", "tqdm", "rich"))
     try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-        selected = backends.select(backends.requested(args.backend), device.type)
-    except (AssertionError, RuntimeError, ValueError) as error:  # torch's own differ by device
-        _fail(str(error))
+        selected = backends.select(backends.requested(args.backend), args.device.type)
+    except (RuntimeError, ValueError) as error:
+        fail("demo", str(error))
     if args.json and not Path(args.json).absolute().parent.is_dir():
-        _fail(f"no such directory: {Path(args.json).absolute().parent}")
+        fail("demo", f"no such directory: {Path(args.json).absolute().parent}")
     backend = next(name for name, b in backends.BACKENDS.items() if b is selected)
     torch.set_num_threads(args.threads)
-    rows = compare(args.epochs, args.seed, device, backend)
+    rows = compare(args.epochs, args.seed, args.device, backend)
     if args.json == "-":
         print(json.dumps(rows, indent=2))
     else:
@@ -240,13 +238,3 @@ def _print_table(rows: list[Row]) -> None:
             f"{row['speedup']:.1f}x",
         )
     Console(highlight=False).print(table)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
-def _fail(message: str) -> NoReturn:
-    sys.exit(f"adamprox demo: error: {message}")
