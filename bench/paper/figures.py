@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -367,11 +368,17 @@ def _best_rows(lab: Lab, grids: dict[str, list[Grid]], seeds: bool = True) -> li
                     **_spread("test_error", [result.test_error for result in results]),
                     **_spread("train_loss", [result.train_loss for result in results]),
                     **_spread("iqr_octaves", [result.iqr for result in results]),
+                    **_spread("iqr_of_moving", [_iqr_of_moving(result) for result in results]),
                     "zeros": statistics.mean(result.zeros for result in results),
                     "on_border": "; ".join(grid.on_border(lab.store)),
                 }
             )
     return rows
+
+
+def _iqr_of_moving(result: Result) -> float:
+    """Without the leftmost bin: there, a dead rectifier's gradients have left nothing to move by."""
+    return interquartile_range([0, *result.histograms[-1][1:]]) if result.histograms else math.nan
 
 
 def _spread(name: str, values: Sequence[float]) -> Row:
