@@ -377,7 +377,7 @@ def _best_rows(lab: Lab, grids: dict[str, list[Grid]], seeds: bool = True) -> li
 
 
 def _iqr_of_moving(result: Result) -> float:
-    """Without the leftmost bin: there, a dead rectifier's gradients have left nothing to move by."""
+    """Without the leftmost bin, that of weights which a dead rectifier left no gradients."""
     return interquartile_range([0, *result.histograms[-1][1:]]) if result.histograms else math.nan
 
 
