@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 EPILOG = """\
 parts:
   steps        each optimizer's step on each model, timed in turns
-  sizes        the same on one tensor of 2^10 to 2^24 elements
+  sizes        the same on one tensor of 2^10 to 2^24 elements, on a GPU to 2^28
   memory       what those steps take beyond params, grads and states (for 2^26 elements and more);
                and what a training step takes with adamprox.step_in_backward and without
   end-to-end   the share of a training step that the optimizer takes, before and after

@@ -72,8 +72,9 @@ def give_states(optimizer: Optimizer, dtype: torch.dtype) -> None:
     """States as a checkpoint may bring them; made by a step, they have the param's dtype."""
     for group in optimizer.param_groups:
         for param in group["params"]:
+            step_device = param.device if group["capturable"] else None
             optimizer.state[param] = {
-                "step": torch.tensor(0.0),
+                "step": torch.tensor(0.0, device=step_device),
                 "exp_avg": torch.zeros_like(param, dtype=dtype),
                 "exp_avg_sq": torch.zeros_like(param, dtype=dtype),
             }

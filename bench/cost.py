@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-# More than one a step and device. The specification, in eager PyTorch, launches as torch pleases.
-LAUNCHES = {("AdamProxL2", "triton"): 2}
-
 
 class Cost(NamedTuple):
     """Of one step over all tensors of an optimizer."""
@@ -51,18 +48,24 @@ def bytes_per_element(
     return param.itemsize * (1 + 2 * sweeps) + 2 * sum(state.itemsize for state in states)
 
 
-def launches(optimizer: str, backend: str) -> int | None:
+def launches(optimizer: Optimizer, backend: str) -> int | None:
     """Kernels a step of ours launches on a device, or None where that is torch's business."""
-    if backend == "reference":
+    if backend == "reference":  # the specification, in eager PyTorch
         return None
-    return LAUNCHES.get((optimizer, backend), 1)
+    second_sweep = _shrinks(optimizer) and backend == "triton"
+    recipes = bool(optimizer.defaults["capturable"])  # scalars are made where the step count lies
+    return 1 + second_sweep + recipes
+
+
+def _shrinks(optimizer: Optimizer) -> bool:
+    return type(optimizer).__name__ == "AdamProxL2"
 
 
 def cost_of(optimizer: Optimizer) -> Cost | None:
     """From the states that a first step has made, or None if they are not plain tensors."""
     total = 0
     state_dtype = None
-    shrinks = type(optimizer).__name__ == "AdamProxL2"
+    shrinks = _shrinks(optimizer)
     for group in optimizer.param_groups:
         for param in group["params"]:
             items = optimizer.state[param].items()

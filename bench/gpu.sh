@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, offline, with this machine's own torch and tools, in ten minutes
-# at most: build, GPU tests, memcheck, racecheck and synccheck, benchmarks.
+# at most: build, GPU tests beside memcheck, racecheck and synccheck, and then benchmarks alone.
 #
 #   bench/gpu.sh OUT     writes records with their provenance to the folder OUT
 #
@@ -9,16 +9,20 @@ set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/gpu.sh OUT}")
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
+rm -f "$out/failed"
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 TRITON_INTERPRET=0
-failed=()
+# The rows' commit: what runs is installed, and knows of no checkout.
+export ADAMPROX_COMMIT=${ADAMPROX_COMMIT:-$(git describe --always --dirty)}
 
 part() { # part NAME SECONDS COMMAND...
-  local name=$1 limit=$2
+  local name=$1 limit=$2 start=$SECONDS
   shift 2
-  echo "== $name" >&2
-  if ! timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
-    failed+=("$name")
+  if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
+    echo "== $name: $((SECONDS - start)) s" >&2
+  else
+    echo "== $name: failed after $((SECONDS - start)) s" >&2
+    echo "$name" >>"$out/failed"
     tail -n 25 "$out/$name.log" >&2
   fi
 }
@@ -34,35 +38,51 @@ provenance() {
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv
   nvcc --version | tail -n 2
   "$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
-  git describe --always --dirty
+  echo "commit $ADAMPROX_COMMIT"
   date -u +%Y-%m-%d
+}
+
+gpu_tests() {
+  local workers=()
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+  "$python" -m pytest $(grep -l 'mark\.gpu' tests/test_*.py) -q -p no:cacheprovider -m gpu \
+    --maxfail=40 --tb=short "${workers[@]}"
 }
 
 sanitize() { # sanitize TOOL
   compute-sanitizer --tool "$1" --error-exitcode 1 --target-processes all \
-    "$python" -m pytest tests/test_gpu.py -q -p no:cacheprovider -k test_short_run
+    "$python" -m pytest tests/test_gpu.py -q -p no:cacheprovider -m gpu -k test_short_run
 }
 
 benchmark() {
-  local dtype
-  for dtype in float32 bfloat16 bfloat16_float32; do
-    # What else it can do takes packages that a GPU's machine may lack.
-    "$python" -m adamprox bench --device cuda --dtype "$dtype" --parts steps sizes end-to-end \
-      --seconds 1 --out "$out" --json || return
+  local dtype parts
+  for dtype in bfloat16_float32 bfloat16 float32; do
+    parts=(steps sizes)
+    if [ $dtype = float32 ]; then
+      parts+=(end-to-end)
+      "$python" -c 'import matplotlib' 2>/dev/null && parts+=(picture)
+    fi
+    "$python" -m adamprox bench --device cuda --dtype $dtype --parts "${parts[@]}" --seconds 0.5 \
+      --models '400 x 16' '465 groups' '10000 x 64' '1000 x 1024' 'ResNet-218 without BN' \
+      'ResNet-50' 'GPT-2 small' '10 x 16 M' --backends cuda triton \
+      --optimizers 'torch fused' AdamW AdamProx AdamProxL1 AdamProxL2 \
+      'torch fused, captured' 'AdamW, captured' 'AdamProxL2, captured' \
+      --out "$out" || return
   done
 }
 
 export PYTHONPATH=$out/.site${PYTHONPATH:+:$PYTHONPATH}
-export -f build provenance sanitize benchmark
+export -f build provenance gpu_tests sanitize benchmark
 export out python
 part provenance 30 bash -c provenance
-part build 170 bash -c build
-part tests 150 "$python" -m pytest tests -q -p no:cacheprovider -m gpu
-part memcheck 50 bash -c 'sanitize memcheck'
-part racecheck 60 bash -c 'sanitize racecheck'
-part synccheck 40 bash -c 'sanitize synccheck'
-part benchmark 100 bash -c benchmark
+part build 150 bash -c build
+part tests 240 bash -c gpu_tests &
+for tool in memcheck racecheck synccheck; do
+  part $tool 240 bash -c "sanitize $tool" &
+done
+wait
+part benchmark 150 bash -c benchmark
 rm -rf "$out/.site"
 tail -n 5 "$out/tests.log" >&2
-echo "failed: ${failed[*]:-none}; records in $out"
-[ ${#failed[@]} -eq 0 ]
+echo "failed: $(tr '\n' ' ' <"$out/failed" 2>/dev/null || echo none); records in $out"
+[ ! -s "$out/failed" ]

@@ -117,12 +117,14 @@ MODELS: dict[str, Model] = {
     "400 x 16": Model([(16,)] * 400),
     "465 groups": Model([(64,)] * 465, groups=465),
     "10000 x 64": Model([(64,)] * 10_000),
+    "1000 x 1024": Model([(1024,)] * 1000),
     "DenseNet-BC-100": Model(densenet_bc(100, growth=12, classes=100)),
     "ResNet-218 without BN": Model(resnet_without_bn(218)),
     "one tensor of 16 M": Model([(1 << 24,)]),
     "ResNet-50": Model(resnet50()),
     "ViT-B/16": Model(vit(layers=12, width=768, patch=16, image=224, classes=1000)),
     "GPT-2 small": Model(gpt2(layers=12, width=768)),
+    "10 x 16 M": Model([(1 << 24,)] * 10),
     "Llama 1B": Model(llama(16, 2048, 8192, 512, vocabulary=128_256, tied=True)),
     "GPT-2 XL": Model(gpt2(layers=48, width=1600)),
     "Llama 7B": Model(llama(32, 4096, 11_008, 4096, vocabulary=32_000, tied=False)),
@@ -131,5 +133,6 @@ SHORT = ("400 x 16", "465 groups", "ResNet-218 without BN", "GPT-2 small", "one 
 
 # For achieved bandwidth against size.
 SIZES: dict[str, Model] = {
-    f"one tensor of 2^{power}": Model([(1 << power,)]) for power in range(10, 25, 2)
+    f"one tensor of 2^{power}": Model([(1 << power,)]) for power in range(10, 29, 2)
 }
+LARGEST_ON_CPU = 1 << 24

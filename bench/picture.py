@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    Panel = Callable[[Axes, Sequence[dict[str, Any]], dict[str, str]], None]
+    Panel = Callable[[Axes, Sequence[dict[str, Any]], dict[str, Any]], None]
 
 Row = dict[str, Any]
-Colors = dict[str, str]
+Colors = dict[str, Any]
 
 SMALL_TENSORS = ("400 x 16", "465 groups")
 
@@ -28,6 +28,7 @@ def draw(path: Path, sizes: Sequence[Row], steps: Sequence[Row]) -> None:
     Without such rows, there is no panel; without a panel, no picture.
     """
     # Not pyplot, whose figures look for a window system: only a file is written.
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     small = [row for row in steps if row["model"] in SMALL_TENSORS]
@@ -37,7 +38,8 @@ def draw(path: Path, sizes: Sequence[Row], steps: Sequence[Row]) -> None:
     if not panels:
         return
     names = dict.fromkeys(row["name"] for row in [*sizes, *small])
-    colors = {name: f"C{index % 10}" for index, name in enumerate(names)}
+    map_of_colors = colormaps["tab10" if len(names) <= 10 else "tab20"]
+    colors = {name: map_of_colors(index % map_of_colors.N) for index, name in enumerate(names)}
     figure = Figure(figsize=(6.2 * len(panels), 4.8), layout="constrained")
     every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (panel, rows) in zip(every_axes, panels, strict=True):

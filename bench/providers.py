@@ -15,6 +15,8 @@ import torch
 import adamprox
 from adamprox import backends
 
+from .captured import capture_steps
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
@@ -24,8 +26,10 @@ LR = 1e-3
 VALUES: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
 OURS = ("AdamW", "AdamProx", "AdamProxL1", "AdamProxL2", "Adam")
-TRACKED = ("AdamW, tracked", "AdamProxL2, tracked")  # each step notes its updates
 BASELINE = "torch fused"  # what "times as fast" refers to
+# A name and, behind a comma, how: each step notes its updates, or replays a CUDA graph.
+TRACKED = ("AdamW, tracked", "AdamProxL2, tracked")
+CAPTURED = (f"{BASELINE}, captured", "AdamW, captured", "AdamProxL2, captured")
 
 
 class Provider(NamedTuple):
@@ -64,7 +68,7 @@ TORCH: dict[str, dict[str, Any]] = {
     "torch foreach": {"foreach": True},
     BASELINE: {"fused": True},
 }
-NAMES = (*TORCH, *OURS, *TRACKED, *PEERS)
+NAMES = (*TORCH, *OURS, *TRACKED, *CAPTURED, *PEERS)
 SHORT = (BASELINE, "AdamW", "AdamProx", "AdamProxL1", "AdamProxL2")
 
 
@@ -75,22 +79,22 @@ def providers(
     found, skipped = [], {}
     default = default_backend(device)
     for name in names:
-        if name in OURS or name in TRACKED:
-            rule = name.removesuffix(", tracked")
+        rule, _, how = name.partition(", ")
+        if how == "captured" and device.type != "cuda":
+            skipped[name] = "a CUDA graph takes a GPU"
+        elif rule in OURS:
             for backend in our_backends or (default,):
                 label = name if backend == default else f"{name}, {backend}"
                 if reason := backends.BACKENDS[backend].why_not(device.type):
                     skipped[label] = reason
                 else:
                     make = partial(getattr(adamprox, rule), **VALUES, backend=backend)
-                    if name in TRACKED:
-                        make = partial(_tracked, make)
                     ours = ("adamprox", adamprox.__version__, rule, backend)
-                    found.append(Provider(label, name, *ours, make))
-        elif name in TORCH:
-            make = partial(torch.optim.AdamW, **VALUES, **TORCH[name])
-            torchs = ("torch", torch.__version__, "AdamW", name.removeprefix("torch "))
-            found.append(Provider(name, name, *torchs, make))
+                    found.append(Provider(label, name, *ours, _how(make, how)))
+        elif rule in TORCH:
+            make = partial(torch.optim.AdamW, **VALUES, **TORCH[rule])
+            torchs = ("torch", torch.__version__, "AdamW", rule.removeprefix("torch "))
+            found.append(Provider(name, name, *torchs, _how(make, how)))
         elif reason := why_not(PEERS[name], device):
             skipped[name] = reason
         else:
@@ -101,9 +105,23 @@ def providers(
     return found, skipped
 
 
+def _how(make: Callable[..., Any], how: str) -> Callable[[Any], Any]:
+    if how == "tracked":
+        return partial(_tracked, make)
+    if how == "captured":
+        return partial(_captured, make)
+    return make
+
+
 def _tracked(make: Callable[[Any], Any], params: Any) -> Optimizer:
     optimizer = make(params)
     optimizer.track_updates()
+    return cast("Optimizer", optimizer)
+
+
+def _captured(make: Callable[..., Any], params: Any) -> Optimizer:
+    optimizer = make(params, capturable=True)
+    capture_steps(optimizer)
     return cast("Optimizer", optimizer)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -22,11 +23,6 @@ Row = dict[str, Any]
 
 def provenance(device: torch.device) -> Row:
     """What a time depends on; ``date`` is the same for all rows of a run, and its own."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # without git, or
-        commit = ""  # installed from elsewhere than a checkout
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
@@ -35,7 +31,7 @@ def provenance(device: torch.device) -> Row:
         "adamprox": adamprox.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit or None,
+        "commit": _commit(),
         "date": now.isoformat(timespec="seconds"),
     }
 
@@ -72,6 +68,17 @@ def newest(path: Path, dtype: str) -> dict[str, dict[str, Row]]:
         if row["date"] == dates[row["model"]]:
             result[row["model"]][row["name"]] = row
     return result
+
+
+def _commit() -> str | None:
+    """``ADAMPROX_COMMIT``, or what git says of the folder of this file."""
+    if commit := os.environ.get("ADAMPROX_COMMIT"):
+        return commit
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # there is no git
+        return None
 
 
 def _cpu_name() -> str:

@@ -96,7 +96,7 @@ def _about(contender: Contender) -> Row:
         "backend": provider.backend,
         "state_dtype": cost and str(cost.state_dtype).removeprefix("torch."),
         "bytes": cost and cost.bytes,
-        "launches": launches(provider.optimizer, provider.backend) if ours else None,
+        "launches": launches(contender.optimizer, provider.backend) if ours else None,
     }
 
 

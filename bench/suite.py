@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .end_to_end import NETWORKS, end_to_end
 from .memory import LAYER_BYTES, LAYERS, WAYS, peak_training_bytes, peak_training_bytes_of
-from .models import MODELS, SIZES
+from .models import LARGEST_ON_CPU, MODELS, SIZES
 from .records import provenance
 from .steps import Settings, add_extra_bytes, rows_of
 from .timing import Copy
@@ -50,7 +50,8 @@ def measure(
     where = provenance(device)
     results = Results([], [], [], [], {})
     timed = {name: MODELS[name] for name in models if "steps" in parts}
-    sizes = SIZES if "sizes" in parts else {}
+    largest = LARGEST_ON_CPU if device.type == "cpu" else max(m.numel for m in SIZES.values())
+    sizes = {n: m for n, m in SIZES.items() if "sizes" in parts and m.numel <= largest}
     networks = NETWORKS if "end-to-end" in parts else {}
     total = seconds * (len(timed) + len(sizes) / 4 + len(networks))
     with tqdm(total=total, disable=None, leave=False, bar_format=_BAR) as bar:

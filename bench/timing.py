@@ -23,7 +23,8 @@ TURNS = 25  # for a median, and for 20 and 80 in a hundred
 WARM_UP = 2  # turns that do not count: threads start, kernels are compiled, caches fill
 UNTIMED = 4  # steps before a timed one in the cache: after one, much is not there yet
 COPY_EVERY = 0.25  # seconds
-COPY_NUMEL = 1 << 26  # 256 MiB, far larger than a cache
+# Far larger than a cache; on a GPU so that it takes much longer than its launch.
+COPY_NUMEL = {"cpu": 1 << 26, "cuda": 1 << 28}
 
 
 class Step(NamedTuple):
@@ -50,20 +51,19 @@ class Copy:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.buffer = torch.ones(COPY_NUMEL, device=device)
+        self.buffer = torch.ones(COPY_NUMEL[device.type], device=device)
         self.source = torch.ones_like(self.buffer) if device.type == "cuda" else None
         self()
 
     def __call__(self) -> float:
         """Bytes a second of one copy."""
-        synchronize(self.device)
-        start = time.perf_counter()
+        return 2 * self.buffer.nbytes / time_call(self._copy, self.device).total
+
+    def _copy(self) -> None:
         if self.source is None:
             self.buffer.neg_()
         else:
             self.buffer.copy_(self.source)
-        synchronize(self.device)
-        return 2 * self.buffer.nbytes / (time.perf_counter() - start)
 
 
 def measure(
@@ -114,19 +114,35 @@ def enough(turns: int, wanted: int, elapsed: float, seconds: float) -> bool:
 
 
 def time_step(optimizer: Any, device: torch.device) -> Step:
-    """The wall-clock seconds of one step, until the device is done with it."""
-    synchronize(device)
-    start = time.perf_counter()
-    optimizer.step()
-    returned = time.perf_counter()
-    synchronize(device)
-    total = time.perf_counter() - start
-    if device.type == "cuda":
-        return Step(total, returned - start)
-    # Only the backend "cpu" tells how long the update itself took.
+    """The time of one step."""
+    step = time_call(optimizer.step, device)
+    # On a CPU, only the backend "cpu" tells how long the update itself took.
     gather = getattr(optimizer, "_gather", None)
-    update = gather.update_seconds if gather is not None else 0.0
-    return Step(total, total - update if update > 0 else None)
+    if device.type == "cpu" and gather is not None and gather.update_seconds > 0:
+        return Step(step.total, step.total - gather.update_seconds)
+    return step
+
+
+def time_call(call: Callable[[], object], device: torch.device) -> Step:
+    """How long it takes until the device is done with it, and on a GPU, until it has returned.
+
+    A GPU that has nothing to do takes the time itself: the host would take the time as well that it
+    needs to hear of the end.
+    """
+    if device.type == "cpu":
+        start = time.perf_counter()
+        call()
+        return Step(time.perf_counter() - start, None)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        begin.record()
+        start = time.perf_counter()
+        call()
+        host = time.perf_counter() - start
+        end.record()
+        torch.cuda.synchronize()
+    return Step(begin.elapsed_time(end) / 1e3, host)
 
 
 def synchronize(device: torch.device) -> None:

@@ -43,6 +43,8 @@ COLUMNS = (
         "400 x 16": 6_400,
         "465 groups": 29_760,
         "10000 x 64": 640_000,
+        "1000 x 1024": 1_024_000,
+        "10 x 16 M": 167_772_160,
         "one tensor of 16 M": 16_777_216,
     }.items(),
 )
@@ -111,10 +113,19 @@ def test_cost_of_compressed_states_is_unknown():
     assert cost.cost_of(optimizer) is None
 
 
-def test_launches():
-    assert cost.launches("AdamProxL2", "cpu") == 1
-    assert cost.launches("AdamProxL2", "triton") == 2
-    assert cost.launches("AdamW", "reference") is None
+@pytest.mark.parametrize(
+    ("optimizer", "backend", "capturable", "count"),
+    [
+        ("AdamProxL2", "cpu", False, 1),
+        ("AdamProxL2", "triton", False, 2),
+        ("AdamProxL2", "triton", True, 3),
+        ("AdamW", "cuda", True, 2),
+        ("AdamW", "reference", False, None),
+    ],
+)
+def test_launches(optimizer, backend, capturable, count):
+    made = getattr(adamprox, optimizer)([torch.nn.Parameter(torch.ones(1))], capturable=capturable)
+    assert cost.launches(made, backend) == count
 
 
 def test_peers_are_skipped_with_a_reason(monkeypatch):
@@ -146,6 +157,13 @@ def test_backends_of_ours_are_named_and_skipped_with_a_reason():
         ("AdamW, reference", "reference"),
     ]
     assert skipped["AdamW, cuda"]
+
+
+def test_a_graph_is_refused_without_a_gpu():
+    found, skipped = providers(["AdamW, captured", "torch fused, captured"], CPU)
+    assert not found
+    assert skipped == dict.fromkeys(skipped, "a CUDA graph takes a GPU")
+    assert len(skipped) == 2
 
 
 def test_contenders_share_their_grads():

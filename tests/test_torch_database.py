@@ -14,13 +14,15 @@ import re
 import pytest
 import torch
 from torch import nn
+
+from registry import OPTIMIZERS, same_bits
+
+pytest.importorskip("expecttest")  # by torch.testing._internal
 from torch.testing._internal.common_optimizers import (
     OptimizerErrorEnum,
     OptimizerInput,
     optim_db,
 )
-
-from registry import OPTIMIZERS, same_bits
 
 INFOS = {info.optim_cls: info for info in optim_db}
 SCHEDULERS = INFOS[torch.optim.Adam].scheduler_inputs  # AdamW's are among them
