@@ -45,6 +45,38 @@ void append_bytes(std::string& out, const std::vector<T>& values) {
   out.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
 }
 
+void* pointer(const py::object& address) {
+  return reinterpret_cast<void*>(address.cast<uintptr_t>());
+}
+
+size_t payload_size(const TensorTable& t) {
+  const size_t scalars = t.recipes.empty()
+                             ? t.scalars.size() * sizeof(Scalars)
+                             : sizeof(RecipesHead) + t.recipes.size() * sizeof(Recipe);
+  return t.grads.size() * sizeof(void*) + scalars;
+}
+
+// What changes at each step: the grads' pointers, void*[num_rows], and then Scalars[], or
+// RecipesHead and Recipe[].
+std::string payload(const TensorTable& t) {
+  std::string bytes;
+  bytes.reserve(payload_size(t));
+  append_bytes(bytes, t.grads);
+  if (t.recipes.empty()) {
+    append_bytes(bytes, t.scalars);
+  } else {
+    bytes.append(reinterpret_cast<const char*>(&t.recipes_head), sizeof(RecipesHead));
+    append_bytes(bytes, t.recipes);
+  }
+  return bytes;
+}
+
+// Lets go of the tensors of a step, however it ends.
+struct Release {
+  Gather& gather;
+  ~Release() { gather.release(); }
+};
+
 // Steps of fewer elements keep the GIL: they are over before another thread would get it, and as
 // nothing else runs meanwhile, nothing needs to be kept alive.
 constexpr int64_t kBriefNumel = 1 << 15;
@@ -62,10 +94,7 @@ void update_on_cpu(Gather& gather, const TensorTable& table, int threads) {
 // (if there was one the last time, it is not even looked for), and nothing was written.
 bool step_on_cpu(Gather& gather, const py::list& groups, const py::dict& state, int threads) {
   if (!gather.only_on_cpu) return false;
-  struct Release {
-    Gather& gather;
-    ~Release() { gather.release(); }
-  } release{gather};
+  const Release release{gather};
   if (!gather.read(groups, state, py::dict(), Recipes{}).empty() || !gather.only_on_cpu ||
       gather.norms_across_ranks()) {
     return false;
@@ -81,6 +110,56 @@ bool step_on_cpu(Gather& gather, const py::list& groups, const py::dict& state, 
   return true;
 }
 
+#if defined(ADAMPROX_CUDA_ARCHITECTURES)
+bool payload_is_inline(const TensorTable& table) {
+  return static_cast<int64_t>(payload_size(table)) <= cuda_inline_payload();
+}
+
+// A payload that fits rides in the kernel's parameters; else it is put on the device, if it is not
+// there already.
+void launch_cuda(DeviceTable& device, void* stream, const void* on_device, void* prepared) {
+  const std::string bytes = on_device == nullptr ? payload(device.table) : std::string();
+  const py::gil_scoped_release release;
+  const bool upload = on_device == nullptr && !payload_is_inline(device.table);
+  if (upload) {
+    if (!device.uploads) device.uploads = std::make_shared<PayloadUploads>();
+    on_device = device.uploads->upload(device.device.id, stream, bytes.data(), bytes.size());
+  }
+  fused_adam_cuda(device.table, {device.device.id, stream, device.uploaded_at, on_device,
+                                 bytes.data(), bytes.size(), prepared});
+  if (upload) device.uploads->launched(stream);
+}
+
+// The usual step on NVIDIA GPUs, in one call, if the last one was CUDA's. False: there is something to
+// mend, to be put on a GPU, or to be said, and nothing was written.
+bool step_on_cuda(Gather& gather, const py::list& groups, const py::dict& state) {
+  if (!gather.by_cuda) return false;
+  gather.by_cuda = false;
+  const Release release{gather};
+  if (!gather.read(groups, state, py::dict(), Recipes{true, false, false}).empty() ||
+      gather.norms_across_ranks()) {
+    return false;
+  }
+  std::vector<std::pair<DeviceTable*, void*>> launches;
+  for (DeviceTable& device : gather.tables) {
+    if (device.table.rows.empty()) continue;
+    if (device.device.type != dlpack::kCUDA || !device.table.recipes.empty()) return false;
+    void* stream = gather.reader().current_stream(device.device);
+    if (stream != device.uploaded_for || !device.rows_are_uploaded() || cuda_captures(stream)) {
+      return false;
+    }
+    launches.emplace_back(&device, stream);
+  }
+  if (!gather.reader().marks_without_python()) gather.hold();
+  gather.hold_counters();
+  gather.begin_step();
+  for (const auto& [device, stream] : launches) launch_cuda(*device, stream, nullptr, nullptr);
+  gather.count_step();
+  gather.by_cuda = true;
+  return true;
+}
+#endif
+
 // What a backend sees of one device's share of a step.
 class Table {
  public:
@@ -91,10 +170,10 @@ class Table {
     return py::make_tuple(device_type_name(device_.device), device_.device.id);
   }
 
-  // torch's current one; 0 on the CPU.
-  uintptr_t stream() const {
-    if (device_.device.type == dlpack::kCPU) return 0;
-    return reinterpret_cast<uintptr_t>(gather_->reader().current_stream(device_.device));
+  // torch's current one; null on the CPU.
+  void* stream() const {
+    if (device_.device.type == dlpack::kCPU) return nullptr;
+    return gather_->reader().current_stream(device_.device);
   }
 
   // (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq or None, group's index, step) of each row.
@@ -134,6 +213,7 @@ class Table {
   int64_t num_rows() const { return static_cast<int64_t>(device_.table.rows.size()); }
   int64_t num_scalars() const { return static_cast<int64_t>(device_.table.scalars.size()); }
   int64_t num_chunks() const { return static_cast<int64_t>(device_.table.chunks.size()); }
+  int64_t num_packed() const { return device_.table.num_packed; }
 
   // The distinct (param's, state's) dtypes, by the numbers of DType.
   std::set<std::pair<int, int>> dtypes() const {
@@ -151,20 +231,20 @@ class Table {
   }
 
   // What seldom changes, TensorRow[num_rows] and Chunk[num_chunks], and a Workspace, as upload(bytes)
-  // put it on the device; called again only if the bytes or the stream have changed since. So
+  // put it on the device; called again only if the rows or the stream have changed since. So
   // two streams never share a Workspace; but what is captured into a CUDA graph is better put there
   // before (its replays are ordered with other steps by whoever needs the params in order).
   py::object metadata(const py::function& upload, bool capturing) const {
-    const uintptr_t stream = this->stream();
-    std::string bytes(reinterpret_cast<const char*>(&stream), sizeof(stream));
-    append_bytes(bytes, device_.table.rows);
-    append_bytes(bytes, device_.table.chunks);
-    const size_t ignored = capturing ? sizeof(stream) : 0;
-    if (!device_.uploaded ||
-        bytes.compare(ignored, bytes.npos, device_.uploaded_bytes, ignored, bytes.npos) != 0) {
-      const std::string work(Workspace::bytes(device_.table.decay, num_chunks()), '\0');
-      device_.uploaded = upload(py::bytes(bytes.substr(sizeof(stream)) + work));
-      device_.uploaded_bytes = std::move(bytes);
+    void* stream = this->stream();
+    if (!device_.rows_are_uploaded() || (!capturing && stream != device_.uploaded_for)) {
+      std::string bytes;
+      append_bytes(bytes, device_.table.rows);
+      append_bytes(bytes, device_.table.chunks);
+      bytes.append(Workspace::bytes(device_.table.decay, num_chunks()), '\0');
+      device_.uploaded = upload(py::bytes(bytes));
+      device_.uploaded_at = pointer(device_.uploaded.attr("data_ptr")());
+      device_.uploaded_rows = device_.table.rows;
+      device_.uploaded_for = stream;
     }
     if (capturing) keep(device_.uploaded);
     return device_.uploaded;
@@ -197,42 +277,17 @@ class Table {
     return has_recipes() ? sizeof(PreparedHead) + count * sizeof(Scalars) : 0;
   }
 
-  int64_t payload_size() const {
-    const TensorTable& t = device_.table;
-    const size_t scalars = has_recipes() ? sizeof(RecipesHead) + t.recipes.size() * sizeof(Recipe)
-                                         : t.scalars.size() * sizeof(Scalars);
-    return static_cast<int64_t>(t.grads.size() * sizeof(void*) + scalars);
-  }
-
-  // What changes at each step: the grads' pointers, void*[num_rows], and then Scalars[], or
-  // RecipesHead and Recipe[].
-  std::string payload() const {
-    const TensorTable& t = device_.table;
-    std::string bytes;
-    append_bytes(bytes, t.grads);
-    if (has_recipes()) {
-      bytes.append(reinterpret_cast<const char*>(&t.recipes_head), sizeof(RecipesHead));
-      append_bytes(bytes, t.recipes);
-    } else {
-      append_bytes(bytes, t.scalars);
-    }
-    return bytes;
-  }
+  std::string payload() const { return adamprox::payload(device_.table); }
 
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
-  // Addresses on the device: of a payload that is too long to be passed inline, else 0; and of
-  // prepared_size bytes.
-  void step_cuda(uintptr_t metadata, uintptr_t payload, uintptr_t prepared) const {
-    const std::string bytes = payload == 0 ? this->payload() : std::string();
-    const CudaStep step{device_.device.id,
-                        reinterpret_cast<void*>(stream()),
-                        reinterpret_cast<void*>(metadata),
-                        reinterpret_cast<const void*>(payload),
-                        bytes.data(),
-                        bytes.size(),
-                        reinterpret_cast<void*>(prepared)};
-    const py::gil_scoped_release release;
-    fused_adam_cuda(device_.table, step);
+  // Addresses on the device: of a payload that is too long to be passed inline and stays there for
+  // the replays of a graph, else 0; and of prepared_size bytes.
+  bool payload_is_inline() const { return adamprox::payload_is_inline(device_.table); }
+
+  void step_cuda(uintptr_t payload, uintptr_t prepared) const {
+    launch_cuda(device_, stream(), reinterpret_cast<const void*>(payload),
+                reinterpret_cast<void*>(prepared));
+    gather_->by_cuda = !has_recipes();
   }
 #endif
 
@@ -260,10 +315,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_instruction_set", &cpu_instruction_set);
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
   m.attr("cuda_architectures") = ADAMPROX_CUDA_ARCHITECTURES;
-  m.attr("cuda_inline_payload") = cuda_inline_payload();
 #else
   m.attr("cuda_architectures") = "";
-  m.attr("cuda_inline_payload") = 0;
 #endif
   py::class_<Finding>(m, "Finding")
       .def_readonly("group", &Finding::group)
@@ -277,12 +330,15 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("records", &Table::records)
       .def_property_readonly("num_rows", &Table::num_rows)
       .def_property_readonly("num_chunks", &Table::num_chunks)
+      .def_property_readonly("num_packed", &Table::num_packed)
       .def_property_readonly("dtypes", &Table::dtypes)
       .def_property_readonly("amsgrad", &Table::amsgrad)
       .def("metadata", &Table::metadata, py::arg("upload"), py::arg("capturing") = false)
       .def("keep", &Table::keep, py::arg("object"))
       .def("payload", [](const Table& table) { return py::bytes(table.payload()); })
-      .def_property_readonly("payload_size", &Table::payload_size)
+#if defined(ADAMPROX_CUDA_ARCHITECTURES)
+      .def_property_readonly("payload_is_inline", &Table::payload_is_inline)
+#endif
       .def_property_readonly("has_recipes", &Table::has_recipes)
       .def_property_readonly("prepared_size", &Table::prepared_size)
       .def_property_readonly("num_scalars", &Table::num_scalars)
@@ -291,8 +347,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("found_inf"))
       .def_property_readonly("loss_scale", &Table::loss_scale)
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
-      .def("step_cuda", &Table::step_cuda, py::arg("metadata"), py::arg("payload"),
-           py::arg("prepared"))
+      .def("step_cuda", &Table::step_cuda, py::arg("payload"), py::arg("prepared"))
 #endif
       .def("step_cpu", &Table::step_cpu, py::arg("threads"));
   py::class_<Gather, std::shared_ptr<Gather>>(m, "Gather")
@@ -309,6 +364,12 @@ PYBIND11_MODULE(_C, m) {
           py::arg("groups"), py::arg("state"), py::arg("staged"), py::arg("recipes_on_gpu") = false,
           py::arg("recipes_on_cpu") = false, py::arg("loss_scaling") = false)
       .def("step_on_cpu", &step_on_cpu, py::arg("groups"), py::arg("state"), py::arg("threads"))
+#if defined(ADAMPROX_CUDA_ARCHITECTURES)
+      .def("step_on_cuda", &step_on_cuda, py::arg("groups"), py::arg("state"))
+#else
+      .def("step_on_cuda", [](Gather&, const py::list&, const py::dict&) { return false; },
+           py::arg("groups"), py::arg("state"))
+#endif
       .def("tables", &tables)
       .def("hold", &Gather::hold)
       .def("begin_step", &Gather::begin_step)

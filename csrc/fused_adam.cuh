@@ -59,9 +59,9 @@ struct AndSquares {
   }
 };
 
-template <typename Rule, typename Param, typename State>
-__device__ __forceinline__ void update_chunk(const Work& work, const Scalars& scalars, double* sums,
-                                             double* rest) {
+template <typename Rule, typename Param, typename State, typename Team>
+__device__ __forceinline__ void update_chunk(Team team, const Work& work, const Scalars& scalars,
+                                             double* sums, double* rest) {
   using T = Compute<Param>;
   const TensorRow& row = work.row;
   const Update<Rule, T> update(scalars);
@@ -75,7 +75,7 @@ __device__ __forceinline__ void update_chunk(const Work& work, const Scalars& sc
   const Optional<Once<ReadWrite<State>>> max_exp_avg_sq{
       {{work.at<State>(amsgrad ? row.max_exp_avg_sq : row.exp_avg_sq)}}, amsgrad};
   const auto run = [&](const auto& step) {
-    for_each_element(work.count, row.aligned != 0, step, param, grad, exp_avg, exp_avg_sq,
+    for_each_element(team, work.count, row.aligned != 0, step, param, grad, exp_avg, exp_avg_sq,
                      max_exp_avg_sq);
   };
   if constexpr (std::is_same_v<Rule, ProxL2>) {
@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (args.skip()) return;
   Pending pending{args, sums, top};
   if (threadIdx.x == 0) top = -1;
-  for_each_chunk(args, [&](const int32_t& index) {
+  using Teams = std::conditional_t<kNorms, Block, Team>;
+  for_each_chunk<Teams>(args, [&](auto team, const int32_t& index) {
     const Work chunk(args, index);
     if constexpr (kNorms) {
       for (int i = threadIdx.x; i <= kSums; i += kThreads) sums[i] = 0;
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const Work work(chunk, first, piece);
       with_dtypes(work.row.param_dtype, work.row.state_dtype, [&](auto param, auto state) {
         update_chunk<Rule, typename decltype(param)::type, typename decltype(state)::type>(
-            work, work.scalars(args), sums + first / kWarp, sums + kSums);
+            team, work, work.scalars(args), sums + first / kWarp, sums + kSums);
       });
       note_updates(args, work, first, first + work.count == chunk.count);
     }

@@ -35,6 +35,7 @@ std::vector<Finding> Gather::read(const py::list& groups, const py::dict& state,
   only_on_cpu = true;
   for (DeviceTable& t : tables) {
     t.table.decay = decay_;
+    t.table.lay_out_chunks();
     complete_recipes(t.table);
     only_on_cpu &= t.device.type == dlpack::kCPU || t.table.rows.empty();
   }
@@ -197,7 +198,6 @@ void Gather::append(const KnownParam& known, const Member& member, const GroupVa
                     const Data& data) {
   DeviceTable& device = table_on(known.device);
   TensorTable& table = device.table;
-  const auto index = static_cast<int32_t>(table.rows.size());
   // Filled in where it lies: a copy would wait for the stores of its narrow fields.
   TensorRow& row = table.rows.emplace_back(known.row);
   row.param = data[KnownParam::kParam];
@@ -205,14 +205,7 @@ void Gather::append(const KnownParam& known, const Member& member, const GroupVa
   row.exp_avg_sq = data[KnownParam::kExpAvgSq];
   row.max_exp_avg_sq = data[KnownParam::kMaxExpAvgSq];
   row.scalars = scalars_of(device, member.cohort, values);
-  row.first_chunk = static_cast<int32_t>(table.chunks.size());
   row.aligned = std::all_of(data.begin(), data.end(), is_aligned);
-  const auto chunks = static_cast<int32_t>(TensorTable::num_chunks(row.numel));
-  for (int32_t i = 0; i < chunks; ++i) {
-    Chunk& chunk = table.chunks.emplace_back();
-    chunk.row = index;
-    chunk.index = i;
-  }
   table.numel += row.numel;
   table.grads.push_back(data[KnownParam::kGrad]);
   device.members.push_back(static_cast<int>(members.size()));
@@ -276,7 +269,11 @@ void Gather::hold() {
     }
   }
   for (const Skipped& s : skipped_) keep(s.state);
-  for (const Cohort& c : cohorts_) keep(c.counter);
+  hold_counters();
+}
+
+void Gather::hold_counters() {
+  for (const Cohort& c : cohorts_) held_.push_back(py::reinterpret_borrow<py::object>(c.counter));
 }
 
 DeviceTable& Gather::table_on(const dlpack::Device& device) {

@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -31,16 +33,28 @@ struct Member {
   int cohort;
 };
 
+class PayloadUploads;
+
 struct DeviceTable {
   dlpack::Device device;
   TensorTable table;
   std::vector<int> members;  // one a row
   // Which scalars the cohorts of the group that is being read have.
   std::vector<std::pair<int, int32_t>> scalars_of_cohort;
-  // The rows and chunks as they were last copied to the device, and the copy.
-  std::string uploaded_bytes;
+  // The rows as they were last copied to the device, with the chunks, which follow from them; the
+  // copy, and the stream whose steps work in the memory behind it.
+  std::vector<TensorRow> uploaded_rows;
   py::object uploaded;
-  py::object records;  // what table.records points to
+  void* uploaded_at = nullptr;
+  void* uploaded_for = nullptr;
+  std::shared_ptr<PayloadUploads> uploads;  // made when first needed
+  py::object records;                       // what table.records points to
+
+  bool rows_are_uploaded() const {
+    const std::vector<TensorRow>& rows = table.rows;
+    return uploaded && rows.size() == uploaded_rows.size() &&
+           std::memcmp(rows.data(), uploaded_rows.data(), rows.size() * sizeof(TensorRow)) == 0;
+  }
 };
 
 // What the gather cannot use as it is; Python mends it (a state to be made, a layout to be
@@ -68,8 +82,9 @@ class Gather {
   std::vector<Finding> read(const py::list& groups, const py::dict& state, const py::dict& staged,
                             Recipes recipes);
 
-  // Keeps every tensor of the step alive.
+  // Keeps every tensor of the step alive; or only what count_step() needs.
   void hold();
+  void hold_counters();
 
   // Before the update: tells autograd that every param is written to, and lets params without a grad
   // leave their cohorts.
@@ -97,7 +112,8 @@ class Gather {
   std::vector<Member> members;
   std::vector<py::object> captured;  // what CUDA graphs of earlier steps read
   bool only_on_cpu = false;          // whether all that the last read() found is there
-  bool sharded = false;              // whether a param in it has other ranks' shares
+  bool by_cuda = false;       // whether CUDA has run the last step, given nothing but the rows
+  bool sharded = false;       // whether a param in it has other ranks' shares
   double update_seconds = 0;  // what the CPU's update took in the last step: the rest is host time
 
  private:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "multi_tensor_apply.cuh"
 #include "tensor_table.h"
@@ -13,13 +14,14 @@ constexpr int kParameters = 4096;  // the bytes that a kernel's parameters may t
 #else
 constexpr int kParameters = 32764;  // from CUDA 12.1 on
 #endif
-constexpr int kInlinePayload = (kParameters - 96) / 16 * 16;  // beside 10 words, and a Decay
+constexpr int kInlinePayload = (kParameters - 112) / 16 * 16;  // beside 11 words, and a Decay
 
 struct LaunchArgs {
   const TensorRow* rows;
   const Chunk* chunks;
   int64_t num_rows;
   int64_t num_chunks;
+  int64_t num_packed;  // of the chunks, the last ones: a warp takes one
   Workspace work;
   Record* records;  // one a chunk, where a tracked step is noted; null: it is not
   // What the recipes have become, PreparedHead and Scalars[]; null: the payload has no recipes.
@@ -30,16 +32,23 @@ struct LaunchArgs {
   const unsigned char* payload;  // null: inline_payload
   alignas(16) unsigned char inline_payload[kInlinePayload];
 
-  LaunchArgs(void* metadata, int64_t num_rows, int64_t num_chunks, const void* payload,
-             void* prepared, Record* records)
+  LaunchArgs(Decay decay, void* metadata, int64_t num_rows, int64_t num_chunks, int64_t num_packed,
+             const void* payload, void* prepared, Record* records)
       : rows(static_cast<const TensorRow*>(metadata)),
         chunks(reinterpret_cast<const Chunk*>(rows + num_rows)),
         num_rows(num_rows),
         num_chunks(num_chunks),
+        // Norms and notes are a block's work.
+        num_packed(decay == Decay::kProxL2 || records != nullptr ? 0 : num_packed),
         work(const_cast<Chunk*>(chunks + num_chunks), num_chunks),
         records(records),
         prepared(static_cast<unsigned char*>(prepared)),
         payload(static_cast<const unsigned char*>(payload)) {}
+
+  // A ticket is a chunk's, or a pack's.
+  HOST_DEVICE uint32_t num_tickets() const {
+    return static_cast<uint32_t>(num_chunks - num_packed + (num_packed + kWarps - 1) / kWarps);
+  }
 
   // Behind the grads.
   __device__ __forceinline__ const unsigned char* recipes_or_scalars() const {
@@ -112,12 +121,13 @@ struct Work {
   }
 };
 
-// Calls f(index) for chunk after chunk, with all threads of a block. Each block takes the next one
-// when it is free: a fixed share could be all the weights, and another one all the biases.
-template <typename F>
+// Calls f(team, index) for chunk after chunk, with all threads of a block, or with a warp for each of
+// a pack. Each block takes the next ones when it is free: a fixed share could be all the weights, and
+// another one all the biases.
+template <typename Team, typename F>
 __device__ __forceinline__ void for_each_chunk(const LaunchArgs& args, F f) {
   __shared__ int32_t index, next;
-  const auto count = static_cast<uint32_t>(args.num_chunks);
+  const uint32_t count = args.num_tickets();
   // Every block takes one ticket too many, of which the last one sets the count to zero.
   const auto take = [&] { return atomicInc(args.work.ticket, count + gridDim.x - 1); };
   const bool takes = threadIdx.x == kThreads - 1;  // the thread with the least to do
@@ -127,7 +137,13 @@ __device__ __forceinline__ void for_each_chunk(const LaunchArgs& args, F f) {
     __syncthreads();
     if (index >= count) return;
     if (takes) next = take();  // on its way while the chunk is being worked on
-    f(index);
+    if constexpr (std::is_same_v<Team, Block>) {
+      f(Block{}, index);
+    } else {
+      const int32_t pack = index - static_cast<int32_t>(args.num_chunks - args.num_packed);
+      const int32_t chunk = pack < 0 ? index : index + (kWarps - 1) * pack + threadIdx.x / kWarp;
+      if (chunk < args.num_chunks) f(Team{pack < 0}, chunk);
+    }
     __syncthreads();
   }
 }

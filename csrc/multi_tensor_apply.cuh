@@ -12,6 +12,21 @@ namespace adamprox {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+
+// Who works on a chunk together: all threads of a block, which is known when it is compiled, or those
+// of a block or a warp.
+struct Block {
+  __device__ __forceinline__ int thread() const { return threadIdx.x; }
+  __device__ __forceinline__ int size() const { return kThreads; }
+};
+struct Team {
+  bool is_block;
+  __device__ __forceinline__ int thread() const {
+    return is_block ? threadIdx.x : threadIdx.x % kWarp;
+  }
+  __device__ __forceinline__ int size() const { return is_block ? kThreads : kWarp; }
+};
 
 // What for_each_element calls: f(i, element...), i counting from 0 within a vector. Of one that is
 // kTogether, whole warps also call finish<kWidth>(first, at, end) after each of their vectors, the
@@ -110,23 +125,24 @@ struct Held {
   }
 };
 
-// Vectors of the calling thread from `at` to `end`, a block's width apart, so that neighbouring
+// Vectors of the calling thread from `at` to `end`, a team's width apart, so that neighbouring
 // threads touch neighbouring memory; kVectors at a time, whose loads are all under way before the
 // first one is needed. Past the end, one before it is loaded again, the warp's first if warps sum: a
 // branch would divide the loads, and a loop of its own for what is left double the code. The threads
 // of a warp that sums stay together to the end.
-template <int kVectors, int kWidth, typename F, typename... Streams>
-__device__ __forceinline__ void for_each_vector(int at, int end, F f, Streams... streams) {
-  constexpr int kStride = kThreads * kWidth;
+template <int kVectors, int kWidth, typename Team, typename F, typename... Streams>
+__device__ __forceinline__ void for_each_vector(Team team, int at, int end, F f,
+                                                Streams... streams) {
+  const int stride = team.size() * kWidth;
   const int behind = F::kTogether ? threadIdx.x % kWarp * kWidth : 0;  // the warp's first thread
   const auto run = [&](auto... held) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      (held.load(v, at + v * kStride < end ? at + v * kStride : at - behind), ...);
+      (held.load(v, at + v * stride < end ? at + v * stride : at - behind), ...);
     }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (at + v * kStride < end) {
+      if (at + v * stride < end) {
         (held.open_vector(v), ...);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
@@ -134,27 +150,27 @@ __device__ __forceinline__ void for_each_vector(int at, int end, F f, Streams...
           f(i, held.value...);
           (held.close(i), ...);
         }
-        (held.store(at + v * kStride), ...);
+        (held.store(at + v * stride), ...);
       }
       if constexpr (F::kTogether) {
-        if (at - behind + v * kStride < end) {
-          f.template finish<kWidth>(at - behind + v * kStride, at + v * kStride, end);
+        if (at - behind + v * stride < end) {
+          f.template finish<kWidth>(at - behind + v * stride, at + v * stride, end);
         }
       }
     }
   };
 #pragma unroll 1
-  for (; at - behind < end; at += kVectors * kStride) {
+  for (; at - behind < end; at += kVectors * stride) {
     run(Held<kVectors, kWidth, Streams>{streams, {}, {}, {}}...);
   }
 }
 
 // Calls f(i, element...) for `count` elements of the streams, which point to the first ones: they
 // are loaded before and stored after. `aligned`: the streams are, at 16 bytes. All threads of a
-// block call it.
-template <typename F, typename First, typename... Streams>
-__device__ __forceinline__ void for_each_element(int count, bool aligned, F f, First first,
-                                                 Streams... streams) {
+// team call it.
+template <typename Team, typename F, typename First, typename... Streams>
+__device__ __forceinline__ void for_each_element(Team team, int count, bool aligned, F f,
+                                                 First first, Streams... streams) {
   constexpr int kSize = sizeof(typename First::Element);  // no other stream's is smaller
   constexpr int kWidth = sizeof(uint4) / kSize;
   // For 4 to 8 loads of 128 bits in flight, beside those of an optional stream; more would spill.
@@ -163,10 +179,10 @@ __device__ __forceinline__ void for_each_element(int count, bool aligned, F f, F
   constexpr int kVectors = kLoads == 1 ? 4 : kLoads <= 4 ? 2 : 1;
   const int in_vectors = aligned ? count - count % kWidth : 0;
   if (in_vectors < count) {  // first: where warps sum, they need what is left
-    for_each_vector<1, 1>(in_vectors + threadIdx.x, count, f, first, streams...);
+    for_each_vector<1, 1>(team, in_vectors + team.thread(), count, f, first, streams...);
     if constexpr (F::kTogether) f.template finish_rest<kWidth>(in_vectors);
   }
-  for_each_vector<kVectors, kWidth>(threadIdx.x * kWidth, in_vectors, f, first, streams...);
+  for_each_vector<kVectors, kWidth>(team, team.thread() * kWidth, in_vectors, f, first, streams...);
 }
 
 }  // namespace adamprox

@@ -22,7 +22,8 @@ __device__ __noinline__ void shrink_params(void* params, DType dtype, int count,
     using Param = typename decltype(type)::type;
     const Shrink<Compute<Param>> shrink{static_cast<Compute<Param>>(shrinkage)};
     const ReadWrite<Param> param{known_global<Param>(params)};
-    for_each_element(count, aligned, EachAlone{[&](int, Compute<Param>& p) { shrink(p); }}, param);
+    for_each_element(Block{}, count, aligned, EachAlone{[&](int, Compute<Param>& p) { shrink(p); }},
+                     param);
   });
 }
 

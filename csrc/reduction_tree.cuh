@@ -20,7 +20,6 @@ __device__ __forceinline__ double sum_of_warp(double sum) {
 }
 
 __device__ __forceinline__ double sum_of_block(double sum, double* shared) {
-  constexpr int kWarps = kThreads / kWarp;
   const int lane = threadIdx.x % kWarp;
   sum = sum_of_warp(sum);
   __syncthreads();

@@ -12,6 +12,8 @@ namespace adamprox {
 // A chunk is the unit of work that threads and blocks share out.
 constexpr int64_t kTileSize = 2048;
 constexpr int64_t kChunkSize = 8 * kTileSize;
+// Up to this size a tensor is worth no block of CUDA's: a warp takes it, one of a pack.
+constexpr int64_t kPackedNumel = 1024;
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
@@ -113,7 +115,8 @@ struct TensorTable {
   // Empty, or one for each of the scalars, which then are not to be used.
   std::vector<Recipe> recipes;
   RecipesHead recipes_head{{1, nullptr, 0}, {0, nullptr, 0}, 0};
-  std::vector<Chunk> chunks;
+  std::vector<Chunk> chunks;  // of all rows; those of the rows that are packed come last
+  int64_t num_packed = 0;     // how many these are
   int64_t numel = 0;
   Record* records = nullptr;  // one a chunk, where a tracked step is noted; null: it is not
 
@@ -125,10 +128,41 @@ struct TensorTable {
     scalars.clear();
     recipes.clear();
     recipes_head = {{1, nullptr, 0}, {0, nullptr, 0}, 0};
-    chunks.clear();
     numel = 0;
     records = nullptr;
   }
+
+  // Once all rows are there. The chunks stay from step to step, unless sizes have changed.
+  void lay_out_chunks() {
+    bool same = places_.size() == rows.size();
+    for (size_t i = 0; same && i < rows.size(); ++i) same = places_[i].numel == rows[i].numel;
+    if (!same) {
+      places_.resize(rows.size());
+      chunks.clear();
+      for (const bool packed : {false, true}) {
+        const size_t before = chunks.size();
+        for (size_t i = 0; i < rows.size(); ++i) {
+          if ((rows[i].numel <= kPackedNumel) == packed) add_chunks(i);
+        }
+        num_packed = static_cast<int64_t>(chunks.size() - before);
+      }
+    }
+    for (size_t i = 0; i < rows.size(); ++i) rows[i].first_chunk = places_[i].first_chunk;
+  }
+
+ private:
+  struct Place {
+    int64_t numel;
+    int32_t first_chunk;
+  };
+
+  void add_chunks(size_t row) {
+    places_[row] = {rows[row].numel, static_cast<int32_t>(chunks.size())};
+    const auto count = static_cast<int32_t>(num_chunks(rows[row].numel));
+    for (int32_t i = 0; i < count; ++i) chunks.push_back({static_cast<int32_t>(row), i});
+  }
+
+  std::vector<Place> places_;  // of the rows that `chunks` are of
 };
 
 }  // namespace adamprox

@@ -75,18 +75,15 @@ class CudaBackend:
 
     def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
         upload = _upload_to(table)
-        metadata = table.metadata(upload, capturing())
-        # A payload that fits rides in the kernel's parameters.
-        inline = table.payload_size <= _C.cuda_inline_payload
-        payload = None if inline else upload(table.payload())
+        captures = capturing()
+        table.metadata(upload, captures)
+        payload = None  # it needs no help, unless it has to stay for a graph's replays
+        if captures and not table.payload_is_inline:
+            payload = upload(table.payload())
         prepared = torch.empty(
             table.prepared_size, dtype=torch.uint8, device=torch.device(*table.device)
         )
-        table.step_cuda(
-            metadata.data_ptr(),
-            0 if payload is None else payload.data_ptr(),
-            prepared.data_ptr(),
-        )
+        table.step_cuda(0 if payload is None else payload.data_ptr(), prepared.data_ptr())
 
 
 class TritonBackend:

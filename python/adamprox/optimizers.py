@@ -200,14 +200,12 @@ def step_tensors(optimizer: _FusedAdam, scaling: LossScaling | None, given: Give
     tracker = optimizer._tracker
     if tracker is not None and not tracker.due():
         tracker = None
-    if (
-        tracker is None
-        and scaling is None
-        and not given
-        and optimizer._backend in (None, "cpu")
-        and gather.step_on_cpu(optimizer._param_groups, optimizer.state, torch.get_num_threads())
-    ):
-        return
+    if tracker is None and scaling is None and not given:
+        of_optimizer, name = (optimizer._param_groups, optimizer.state), optimizer._backend
+        if name in (None, "cpu") and gather.step_on_cpu(*of_optimizer, torch.get_num_threads()):
+            return
+        if name in (None, "cuda") and gather.step_on_cuda(*of_optimizer):
+            return
 
     capturing = backends.capturing()
     if capturing:

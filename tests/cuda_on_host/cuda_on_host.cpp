@@ -22,7 +22,7 @@ struct Step {
   int decay;
   void* metadata;
   int64_t num_rows;
-  int64_t num_chunks;
+  int64_t num_chunks, num_packed;
   const void* payload;
   int64_t payload_bytes;
   void* prepared;
@@ -34,12 +34,12 @@ struct Step {
 extern "C" const char* step(Step* s) {
   static std::string error;
   const bool is_inline = s->payload_bytes <= kInlinePayload;
-  LaunchArgs args(s->metadata, s->num_rows, s->num_chunks, is_inline ? nullptr : s->payload,
-                  s->prepared, s->records);
+  const auto decay = static_cast<Decay>(s->decay);
+  LaunchArgs args(decay, s->metadata, s->num_rows, s->num_chunks, s->num_packed,
+                  is_inline ? nullptr : s->payload, s->prepared, s->records);
   if (is_inline) std::memcpy(args.inline_payload, s->payload, s->payload_bytes);
   cuda_on_host::Launch::sleeps = 0;
   s->launches = 0;
-  const auto decay = static_cast<Decay>(s->decay);
   try {
     if (args.prepared != nullptr) {
       cuda_on_host::launch(1, 1, kThreads, s->seed, [&] { prepare_kernel(args, decay); });
