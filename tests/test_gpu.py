@@ -14,6 +14,9 @@ from registry import DTYPES, OPTIMIZERS, OPTIONS, Option, assert_same_bits, buil
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    pytest.mark.filterwarnings("ignore:Warning. Profiler clears events"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
 ]
 
 SIZES = (0, 1, TILE_SIZE - 1, TILE_SIZE, TILE_SIZE + 1, CHUNK_SIZE + 1, 5 * CHUNK_SIZE + 7)

@@ -10,6 +10,7 @@ import copy
 import io
 import itertools
 import re
+import warnings
 
 import pytest
 import torch
@@ -18,11 +19,13 @@ from torch import nn
 from registry import OPTIMIZERS, same_bits
 
 pytest.importorskip("expecttest")  # by torch.testing._internal
-from torch.testing._internal.common_optimizers import (
-    OptimizerErrorEnum,
-    OptimizerInput,
-    optim_db,
-)
+with warnings.catch_warnings():  # of its own, with a NumPy newer than that torch
+    warnings.simplefilter("ignore")
+    from torch.testing._internal.common_optimizers import (
+        OptimizerErrorEnum,
+        OptimizerInput,
+        optim_db,
+    )
 
 INFOS = {info.optim_cls: info for info in optim_db}
 SCHEDULERS = INFOS[torch.optim.Adam].scheduler_inputs  # AdamW's are among them
