@@ -75,12 +75,12 @@ export -f build provenance gpu_tests sanitize benchmark
 export out python
 part provenance 30 bash -c provenance
 part build 150 bash -c build
-part tests 150 bash -c gpu_tests &
+part tests 280 bash -c gpu_tests &
 for tool in memcheck racecheck synccheck; do
-  part $tool 150 bash -c "sanitize $tool" &
+  part $tool 280 bash -c "sanitize $tool" &
 done
 wait
-part benchmark 150 bash -c benchmark
+part benchmark 140 bash -c benchmark
 rm -rf "$out/.site"
 tail -n 5 "$out/tests.log" >&2
 echo "failed: $(tr '\n' ' ' <"$out/failed" 2>/dev/null || echo none); records in $out"
