@@ -64,6 +64,17 @@ def test_blocks_wait_for_one_another_in_any_dtype(cuda, dtype):
     steps_of_l2(cuda, dtype)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiny_tensors_are_packed(cuda, optimizer, dtype):
+    """Three packs, the last one not full, behind what is worth a block."""
+    cuda.blocks = cuda.resident = 2
+    generator = torch.Generator().manual_seed(7)
+    sizes = (*range(1, 10), CHUNK_SIZE + 1, *range(120, 130), 1023, 1024, 1025)
+    values = [randn(generator, (size,), dtype) for size in sizes]
+    check("cuda_on_host", optimizer, values, steps=2, option=OPTIONS["groups"])
+
+
 def step_of_400_tensors(optimizer: str, backend: str, tracked: bool) -> None:
     """In 3 groups and 2 dtypes."""
     params = [
