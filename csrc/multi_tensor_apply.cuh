@@ -85,6 +85,7 @@ struct Held {
   }
 
   __device__ __forceinline__ void load(int v, int at) {
+    loaded[v] = {};
     if (!present()) return;
     if constexpr (kWords == 0) {
       loaded[v].at[0] = stream.data[at];
@@ -127,42 +128,47 @@ struct Held {
 
 // Vectors of the calling thread from `at` to `end`, a team's width apart, so that neighbouring
 // threads touch neighbouring memory; kVectors at a time, whose loads are all under way before the
-// first one is needed. Past the end, one before it is loaded again, the warp's first if warps sum: a
-// branch would divide the loads, and a loop of its own for what is left double the code. The threads
-// of a warp that sums stay together to the end.
+// first one is needed. Of one at a time, those of the next are, while it is worked on, but for warps
+// that sum, which have no registers for it. Past the end, one before it is loaded again, the warp's
+// first if it sums: a branch would divide the loads, and a loop of its own for what is left double
+// the code. The threads of a warp that sums stay together to the end.
 template <int kVectors, int kWidth, typename Team, typename F, typename... Streams>
 __device__ __forceinline__ void for_each_vector(Team team, int at, int end, F f,
                                                 Streams... streams) {
+  constexpr bool kAhead = kVectors == 1 && !F::kTogether;
   const int stride = team.size() * kWidth;
   const int behind = F::kTogether ? threadIdx.x % kWarp * kWidth : 0;  // the warp's first thread
+  if (at - behind >= end) return;
   const auto run = [&](auto... held) {
+    const auto load = [&](int v, int from) {
+      (held.load(v, from < end ? from : at - behind), ...);
+    };
+    if constexpr (kAhead) load(0, at);
+#pragma unroll 1
+    for (; at - behind < end; at += kVectors * stride) {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      (held.load(v, at + v * stride < end ? at + v * stride : at - behind), ...);
-    }
+      for (int v = 0; v < kVectors && !kAhead; ++v) load(v, at + v * stride);
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (at + v * stride < end) {
-        (held.open_vector(v), ...);
+      for (int v = 0; v < kVectors; ++v) {
+        const int here = at + v * stride;
+        if (here < end) {
+          (held.open_vector(v), ...);
+          if constexpr (kAhead) load(v, here + stride);
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          (held.open(i), ...);
-          f(i, held.value...);
-          (held.close(i), ...);
+          for (int i = 0; i < kWidth; ++i) {
+            (held.open(i), ...);
+            f(i, held.value...);
+            (held.close(i), ...);
+          }
+          (held.store(here), ...);
         }
-        (held.store(at + v * stride), ...);
-      }
-      if constexpr (F::kTogether) {
-        if (at - behind + v * stride < end) {
-          f.template finish<kWidth>(at - behind + v * stride, at + v * stride, end);
+        if constexpr (F::kTogether) {
+          if (here - behind < end) f.template finish<kWidth>(here - behind, here, end);
         }
       }
     }
   };
-#pragma unroll 1
-  for (; at - behind < end; at += kVectors * stride) {
-    run(Held<kVectors, kWidth, Streams>{streams, {}, {}, {}}...);
-  }
+  run(Held<kVectors, kWidth, Streams>{streams, {}, {}, {}}...);
 }
 
 // Calls f(i, element...) for `count` elements of the streams, which point to the first ones: they
@@ -176,7 +182,7 @@ __device__ __forceinline__ void for_each_element(Team team, int count, bool alig
   // For 4 to 8 loads of 128 bits in flight, beside those of an optional stream; more would spill.
   constexpr int kLoads =
       (kSize + ... + (IsOptional<Streams>::value ? 0 : sizeof(typename Streams::Element))) / kSize;
-  constexpr int kVectors = kLoads == 1 ? 4 : kLoads <= 4 ? 2 : 1;
+  constexpr int kVectors = kLoads == 1 ? 4 : F::kTogether && kLoads <= 4 ? 2 : 1;
   const int in_vectors = aligned ? count - count % kWidth : 0;
   if (in_vectors < count) {  // first: where warps sum, they need what is left
     for_each_vector<1, 1>(team, in_vectors + team.thread(), count, f, first, streams...);
