@@ -53,9 +53,10 @@ parts:
   end-to-end   the share of a training step that the optimizer takes, before and after
   picture      of the rows of sizes, and of steps on many small tensors
 
-Rows go to DIR/DEVICE.csv and DIR/DEVICE-end-to-end.csv, the picture to DIR/DEVICE.png. Each row
-has the bandwidth that a step achieves and its share of a copy's, timed between the steps. On a
-shared machine a time means little, and its ratio to its neighbour's in the same run a lot.
+Rows of steps and sizes go to DIR/DEVICE.csv, of training to DIR/DEVICE-memory.csv and
+DIR/DEVICE-end-to-end.csv, the picture to DIR/DEVICE.png. Each row of a step has the bandwidth that it
+achieves and its share of a copy's, timed between the steps. On a shared machine a time means
+little, and its ratio to its neighbour's in the same run a lot.
 """
 
 
@@ -97,6 +98,7 @@ def _write(out: Path, device: torch.device, results: suite.Results, picture: boo
     steps, sizes = results.steps, results.sizes
     try:
         records.append(out / f"{device.type}.csv", steps + sizes)
+        records.append(out / f"{device.type}-memory.csv", results.memory)
         records.append(out / f"{device.type}-end-to-end.csv", results.end_to_end)
     except (OSError, ValueError) as error:
         fail("bench", f"argument --out: {error}")

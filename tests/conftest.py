@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,24 +20,29 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 PROCESSES = {"test_distributed", "test_cli", "test_paper", "test_bench", "test_examples"}
 
 
-def pytest_configure(config):
-    if config.pluginmanager.hasplugin("xdist"):
-        config.option.loadscopereorder = False
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """With ``--dist loadgroup`` a worker takes a whole file, but of parity a cell at a time."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
+def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: (item.path.stem not in PROCESSES) + (item.path.stem == "test_parity")
     )
-    for item in items:
-        name = item.path.stem
-        if name != "test_parity":
-            group = "processes" if name in PROCESSES else name
-            item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``-n``, a worker takes a whole file, but of parity a cell at a time.
+
+    xdist's own groups would do, but have no effect with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            name = Path(nodeid.partition("::")[0]).stem
+            if name == "test_parity":
+                return nodeid
+            return "processes" if name in PROCESSES else name
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

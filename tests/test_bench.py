@@ -288,6 +288,9 @@ def test_command_measures_the_memory_of_large_models(tmp_path, capsys, monkeypat
     assert 0 <= row["extra_bytes"] < 1e6
     plain, in_backward = results["memory"]
     assert in_backward["peak_bytes"] < 0.5 * plain["grad_bytes"] < plain["peak_bytes"]
+    with (tmp_path / "cpu-memory.csv").open() as file:
+        rows = [(row["way"], int(row["peak_bytes"])) for row in csv.DictReader(file)]
+    assert rows == [(row["way"], row["peak_bytes"]) for row in (plain, in_backward)]
 
 
 def test_command_tells_the_share_of_training(tmp_path, capsys, monkeypatch):
