@@ -54,8 +54,8 @@ parts:
   picture      of the rows of sizes, and of steps on many small tensors
 
 Rows of steps and sizes go to DIR/DEVICE.csv, of training to DIR/DEVICE-memory.csv and
-DIR/DEVICE-end-to-end.csv, the picture to DIR/DEVICE.png. Each row of a step has the bandwidth that it
-achieves and its share of a copy's, timed between the steps. On a shared machine a time means
+DIR/DEVICE-end-to-end.csv, the picture to DIR/DEVICE.png. Each row of a step has the bandwidth that
+it achieves and its share of a copy's, timed between the steps. On a shared machine a time means
 little, and its ratio to its neighbour's in the same run a lot.
 """
 
