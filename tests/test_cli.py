@@ -94,11 +94,22 @@ def test_info_tells_of_every_backend(printer, capsys, monkeypatch):
         assert (backend["reason"] or "usable") in line
 
 
-def test_info_tells_which_backend_is_asked_for(capsys, monkeypatch):
-    monkeypatch.setenv("ADAMPROX_BACKEND", "triton")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("", "not set"),
+        ("cpu", "cpu  "),
+        ("cuda", "cuda, which cannot run"),
+        ("abacus", "abacus, which is none of cuda, "),
+    ],
+)
+def test_info_tells_which_backend_is_asked_for(name, text, capsys, monkeypatch):
+    monkeypatch.setattr(backends.BACKENDS["cuda"], "why_not", lambda device_type=None: "no GPU")
+    monkeypatch.setenv("ADAMPROX_BACKEND", name)
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "triton" in next(line for line in lines if "ADAMPROX_BACKEND" in line)
+    assert text in next(line for line in lines if "ADAMPROX_BACKEND" in line)
 
 
 def test_info_tells_of_the_gpus(capsys, monkeypatch):

@@ -94,7 +94,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for name, backend in facts["backends"].items():
         rows.append((f"backend {name}", backend["reason"] or "usable"))
-    rows.append(("ADAMPROX_BACKEND", facts["ADAMPROX_BACKEND"] or "not set: the best that can run"))
+    rows.append(("ADAMPROX_BACKEND", _asked_for(facts["ADAMPROX_BACKEND"], facts["backends"])))
     cpu = facts["cpu"]
     # In CMake's words: "90-real" is machine code, "90-virtual" PTX, "90" both.
     architectures = [
@@ -116,6 +116,14 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if not facts["gpus"]:
         rows.append(("GPU", "none that PyTorch can use"))
     return rows
+
+
+def _asked_for(name: str | None, known: dict[str, dict[str, Any]]) -> str:
+    if not name:
+        return "not set: the best that can run"
+    if name not in known:
+        return f"{name}, which is none of {', '.join(known)}"
+    return name if known[name]["usable"] else f"{name}, which cannot run: see above"
 
 
 def _print_table(rows: list[tuple[str, str]]) -> None:
