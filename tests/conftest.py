@@ -28,10 +28,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With ``-n``, a worker takes a whole file, but of parity a cell at a time.
+    """With ``-n`` alone, a worker takes a whole file, but of parity a cell at a time.
 
     xdist's own groups would do, but have no effect with pytest 9.2.
     """
+    if config.getvalue("dist") != "load":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _C, __version__
-from .backends import BACKENDS, Backend
+from .backends import BACKENDS, Backend, requested
 
 if TYPE_CHECKING:
     import argparse
@@ -94,7 +94,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for name, backend in facts["backends"].items():
         rows.append((f"backend {name}", backend["reason"] or "usable"))
-    rows.append(("ADAMPROX_BACKEND", _asked_for(facts["ADAMPROX_BACKEND"], facts["backends"])))
+    rows.append(("ADAMPROX_BACKEND", _asked_for()))
     cpu = facts["cpu"]
     # In CMake's words: "90-real" is machine code, "90-virtual" PTX, "90" both.
     architectures = [
@@ -118,12 +118,11 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _asked_for(name: str | None, known: dict[str, dict[str, Any]]) -> str:
-    if not name:
-        return "not set: the best that can run"
-    if name not in known:
-        return f"{name}, which is none of {', '.join(known)}"
-    return name if known[name]["usable"] else f"{name}, which cannot run: see above"
+def _asked_for() -> str:
+    try:
+        return requested(None) or "not set: the best that can run"
+    except (ValueError, RuntimeError) as error:  # what every step would say
+        return str(error)
 
 
 def _print_table(rows: list[tuple[str, str]]) -> None:
