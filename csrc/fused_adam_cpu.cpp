@@ -43,9 +43,9 @@ class Step {
       if (sweep == Sweep::kUpdate) {
         sums[chunk] = update_chunk<ProxL2>(span, chunk);
         if (p.updated.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks) return;
-        BlockSums squares;
-        for (int64_t i = 0; i < chunks; ++i) squares.add(sums[row.first_chunk + i]);
-        p.shrinkage = ProxL2::shrinkage(squares.total(), table_.scalars[row.scalars].decay);
+        WaitingSums<> squares;
+        for (int64_t i = 0; i < chunks; ++i) squares.add(i, sums[row.first_chunk + i]);
+        p.shrinkage = ProxL2::shrinkage(squares.total(chunks), table_.scalars[row.scalars].decay);
         p.ready.store(true, std::memory_order_release);
         if (chunks > 1) return;
       }
@@ -101,7 +101,7 @@ class Step {
     const Chunk& c = table_.chunks[chunk];
     const TensorRow& row = table_.rows[c.row];
     const int64_t first = int64_t{c.index} * kChunkSize;
-    return Span{row, table_.grads[c.row], first, std::min(row.numel - first, kChunkSize)};
+    return Span{row, table_.grads[c.row], first, std::min(row.numel - first, kChunkSize), 0};
   }
 
   // Returns, for AdamProxL2, the sum of the squares of the new params.
@@ -128,12 +128,7 @@ class Step {
   // Of AdamProxL2's params, once they have shrunk.
   void note_chunk(const Span& span, int64_t chunk) const {
     with_dtype(span.row.param_dtype, [&](auto param) {
-      using Param = typename decltype(param)::type;
-      ParamNotes notes;
-      for_each_block(span, [&](const Span& block) {
-        note_params(block.at<Param>(span.row.param), block.count, notes);
-      });
-      notes.write(span.at<Param>(span.row.param), span.count, table_.records[chunk]);
+      note_params<typename decltype(param)::type>(span, table_.records[chunk]);
     });
   }
 

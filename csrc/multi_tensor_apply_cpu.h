@@ -1,6 +1,7 @@
 // The CPU's loop over elements: widen, call a functor, narrow. It knows memory; not Adam.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "streams.h"
@@ -19,10 +20,15 @@ struct Span {  // some elements of one row
   const TensorRow& row;
   void* grad;
   int64_t begin, count;
+  int64_t after;  // how many the same thread is about to work on next
 
   template <typename T>
   T* at(void* data) const {
     return static_cast<T*>(data) + begin;
+  }
+
+  Span part(int64_t first, int64_t size) const {
+    return {row, grad, begin + first, size, after + count - first - size};
   }
 };
 
@@ -38,11 +44,68 @@ struct Slot {
   HOST_DEVICE T& element() { return value; }
 };
 
-template <typename F, typename... Streams>
-HOST_DEVICE void for_each_element(int64_t count, F f, Streams... streams) {
+// A turn of a loop, and how far ahead of it memory is asked for. The hardware's own foresight ends
+// with every page, and the processor's when it has too much else to do.
+constexpr int kStripSize = 16, kPrefetchAhead = 256;
+
+template <typename Stream>
+HOST_DEVICE void prefetch(const Stream& stream, int64_t first) {
+  const auto* strip = reinterpret_cast<const char*>(stream.data + first);
+  const int bytes = kStripSize * sizeof(typename Stream::Element);
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(strip + at);
+}
+
+template <typename Storage>
+HOST_DEVICE void prefetch(const Write<Storage>&, int64_t) {}
+
+// The same, its address in a register: added up in every instruction, it takes a second slot of each.
+template <typename Stream>
+HOST_DEVICE Stream in_register(Stream stream) {
+  asm("" : "+r"(stream.data));
+  return stream;
+}
+
+template <int kSize, typename F, typename... Streams>
+HOST_DEVICE void for_each_of(int64_t first, F f, Streams... streams) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) {
-    f(Slot<Streams>(streams, i).element()...);
+  for (int64_t i = first; i < first + kSize; ++i) f(Slot<Streams>(streams, i).element()...);
+}
+
+template <typename F, typename... Streams>
+HOST_DEVICE void for_each_of_strip(int64_t first, bool ahead, F f, Streams... streams) {
+  if (ahead) (prefetch(streams, first + kPrefetchAhead), ...);
+  for_each_of<kStripSize>(first, f, streams...);
+}
+
+// What is less than a strip, in a strip of its own: nobody has to compile a loop for it.
+template <typename Stream>
+class Rest {
+ public:
+  HOST_DEVICE Rest(const Stream& stream, int64_t first, int64_t count)
+      : data_(stream.data + first), count_(count) {
+    std::copy(data_, data_ + count, strip_);
+  }
+  HOST_DEVICE ~Rest() {
+    if constexpr (Stream::kWritten) std::copy(strip_, strip_ + count_, data_);
+  }
+  HOST_DEVICE Stream stream() { return {strip_}; }
+
+ private:
+  decltype(Stream::data) data_;
+  int64_t count_;
+  typename Stream::Element strip_[kStripSize] = {};
+};
+
+template <typename F, typename... Streams>
+HOST_DEVICE void for_each_element(const Span& span, F f, Streams... streams) {
+  const int64_t known = span.count + span.after;
+  int64_t first = 0;
+  for (; first + kStripSize <= span.count; first += kStripSize) {
+    for_each_of_strip(first, first + kPrefetchAhead < known, f, streams...);
+  }
+  const int64_t rest = span.count - first;
+  if (rest > 0) {
+    for_each_of<kStripSize>(0, f, Rest<Streams>(streams, first, rest).stream()...);
   }
 }
 

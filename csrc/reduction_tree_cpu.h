@@ -58,24 +58,24 @@ inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, i
   return i / 4;
 }
 
-// Of a block, or less, but at least one value.
-template <typename Storage>
-inline __attribute__((always_inline)) double sum_of_block(const Storage* values, int64_t count) {
-  double sums[kBlockSize / 4];
-  count = add_fours<Squares>(values, count, sums);
+// What is left to do when add_fours has taken all of a block's values.
+inline __attribute__((always_inline)) double sum_of_fours(double* sums, int64_t count) {
   while (count > 4) count = add_fours<Sums>(sums, count, sums);
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// The sum of squares of blocks, or of chunks, that come one after another.
+// The sum of squares of a chunk's blocks, one after another.
 class BlockSums {
  public:
-  void add(double sum) { waiting_.add(blocks_++, sum); }
-  double total() const { return waiting_.total(blocks_); }
+  void add(double sum) { sums_[count_++] = sum; }
+  double total() {
+    while (count_ % 4 != 0) add(0);
+    return sum_of_fours(sums_, count_);
+  }
 
  private:
-  WaitingSums<> waiting_;
-  uint64_t blocks_ = 0;
+  double sums_[kChunkSize / kBlockSize];
+  int64_t count_ = 0;
 };
 
 }  // namespace adamprox

@@ -1,4 +1,5 @@
-// A tracked step on the CPU notes updates and params block by block, while they are in the cache.
+// A tracked step on the CPU: what is noted of an element lies in the first cache until its block is
+// complete.
 #pragma once
 
 #include <algorithm>
@@ -12,20 +13,47 @@
 
 namespace adamprox {
 
-// How often bins were seen, in binary and in several lanes: bit b of the word at[k][i] is bit k of
-// lane i's count of bin b. So one operation counts all bins of several lanes.
-struct BitPlanes {
-  static constexpr int kPlanes = 11, kLanes = 16, kOfBlock = 4;
-  static_assert(kLanes << kOfBlock == kBlockSize && kChunkSize / kLanes < 1 << kPlanes);
-  alignas(64) uint32_t at[kPlanes][kLanes] = {};
-  // Of a block there is one carry out of the first planes. In these, every other one has to wait.
-  uint32_t waiting[kPlanes][kLanes];
-  uint32_t blocks = 0;
-
-  bool waits(int plane) const { return plane >= kOfBlock && blocks >> (plane - kOfBlock) & 1; }
+// Of each element of a block: where it counts, bit c for Record::counts[c], and two squares.
+template <typename T>
+struct BlockNotes {
+  alignas(64) uint32_t classes[kBlockSize];
+  alignas(64) T update_squares[kBlockSize];
+  alignas(64) T param_squares[kBlockSize];
 };
 
-// Adds bits of each bin to a sum; returns the carries.
+template <typename T>
+class Note {
+ public:
+  explicit Note(double alpha) : magnitudes_(alpha) {}
+
+  HOST_DEVICE void operator()(uint32_t& classes, T& update_square, T& param_square, T update,
+                              T param) const {
+    classes |= uint32_t{1} << magnitudes_.bin(update);
+    update_square = update * update;
+    note_param(classes, param_square, param);
+  }
+
+  static HOST_DEVICE void note_param(uint32_t& classes, T& square, T param) {
+    classes |= param == 0 ? uint32_t{1} << kZeros : 0;
+    square = param * param;
+  }
+
+ private:
+  MagnitudeClasses<T> magnitudes_;
+};
+
+// How often classes were seen, in binary and in several lanes: bit c of the word at[k][i] is bit k of
+// lane i's count of class c. So one operation counts all classes of several lanes. Of each block there
+// is a carry.
+struct BitPlanes {
+  static constexpr int kLanes = 16, kOfBlock = 4, kOfBlocks = 6;
+  static_assert(kLanes << kOfBlock == kBlockSize && kBlockSize << kOfBlocks == kChunkSize);
+  alignas(64) uint32_t at[kOfBlock][kLanes] = {};
+  alignas(64) uint32_t carries[1 << kOfBlocks][kLanes] = {};
+  int blocks = 0;
+};
+
+// Adds bits of each class to a sum; returns the carries.
 inline __attribute__((always_inline)) uint32_t add(uint32_t& sum, uint32_t a, uint32_t b) {
   const uint32_t differ = a ^ b, carry = (differ & sum) | (~differ & a);
   sum ^= differ;
@@ -34,7 +62,7 @@ inline __attribute__((always_inline)) uint32_t add(uint32_t& sum, uint32_t a, ui
 
 // Adds 2^Planes words to as many planes; returns the carry.
 template <int Planes, typename F>
-inline __attribute__((always_inline)) uint32_t add_words(uint32_t* planes, F word, int first = 0) {
+HOST_DEVICE uint32_t add_words(uint32_t* planes, F word, int first = 0) {
   if constexpr (Planes == 0) {
     return word(first);
   } else {
@@ -44,57 +72,41 @@ inline __attribute__((always_inline)) uint32_t add_words(uint32_t* planes, F wor
   }
 }
 
-// The bins of a block.
-template <typename T>
-MULTIVERSION void add(BitPlanes& planes, const T* values, const MagnitudeClasses<T>& classes) {
-  constexpr int kLanes = BitPlanes::kLanes, kOfBlock = BitPlanes::kOfBlock;
-  uint32_t carries[kLanes];
+// The same in every lane: word(k, i).
+template <int Planes, typename F>
+HOST_DEVICE void add_words(uint32_t (*planes)[BitPlanes::kLanes], F word, uint32_t* carries) {
 #pragma GCC ivdep
-  for (int i = 0; i < kLanes; ++i) {
-    uint32_t sums[kOfBlock];
-    for (int k = 0; k < kOfBlock; ++k) sums[k] = planes.at[k][i];
-    carries[i] = add_words<kOfBlock>(
-        sums, [=](int k) { return uint32_t{1} << classes.bin(values[k * kLanes + i]); });
-    for (int k = 0; k < kOfBlock; ++k) planes.at[k][i] = sums[k];
+  for (int i = 0; i < BitPlanes::kLanes; ++i) {
+    uint32_t sums[Planes];
+    for (int k = 0; k < Planes; ++k) sums[k] = planes[k][i];
+    carries[i] = add_words<Planes>(sums, [=](int k) { return word(k, i); });
+    for (int k = 0; k < Planes; ++k) planes[k][i] = sums[k];
   }
-  int plane = kOfBlock;
-  for (; planes.waits(plane); ++plane) {
-#pragma GCC ivdep
-#pragma GCC unroll 1  // or it would be unrolled before it is vectorised
-    for (int i = 0; i < kLanes; ++i) {
-      carries[i] = add(planes.at[plane][i], planes.waiting[plane][i], carries[i]);
-    }
-  }
-  std::copy(carries, carries + kLanes, planes.waiting[plane]);
-  ++planes.blocks;
+}
+
+// The classes of a block.
+HOST_DEVICE void add(BitPlanes& planes, const uint32_t* classes) {
+  constexpr int kLanes = BitPlanes::kLanes;
+  add_words<BitPlanes::kOfBlock>(
+      planes.at, [=](int k, int i) { return classes[k * kLanes + i]; },
+      planes.carries[planes.blocks++]);
 }
 
 MULTIVERSION inline void count(const BitPlanes& planes, uint32_t* counts) {
-  uint32_t all[32] = {};
+  constexpr int kLanes = BitPlanes::kLanes, kOfBlock = BitPlanes::kOfBlock;
+  uint32_t above[BitPlanes::kOfBlocks + 1][kLanes] = {};
+  add_words<BitPlanes::kOfBlocks>(
+      above, [&](int k, int i) { return planes.carries[k][i]; }, above[BitPlanes::kOfBlocks]);
+  uint32_t all[kCounts] = {};
   const auto add = [&](const uint32_t* words, int plane) __attribute__((always_inline)) {
-    for (int i = 0; i < BitPlanes::kLanes; ++i) {
-      for (int b = 0; b < 32; ++b) all[b] += (words[i] >> b & 1) << plane;
+    for (int i = 0; i < kLanes; ++i) {
+      for (int c = 0; c < kCounts; ++c) all[c] += (words[i] >> c & 1) << plane;
     }
   };
-  for (int k = 0; k < BitPlanes::kPlanes; ++k) {
-    add(planes.at[k], k);
-    if (planes.waits(k)) add(planes.waiting[k], k);
-  }
-  std::copy(all, all + kBins, counts);
+  for (int k = 0; k < kOfBlock; ++k) add(planes.at[k], k);
+  for (int k = 0; k <= BitPlanes::kOfBlocks; ++k) add(above[k], kOfBlock + k);
+  std::copy(all, all + kCounts, counts);
 }
-
-// A block of values, with zeros up to its size.
-template <typename Storage>
-struct FullBlock {
-  Storage rest[kBlockSize];
-  const Storage* values;
-
-  inline __attribute__((always_inline)) FullBlock(const Storage* data, int64_t count)
-      : values(count == kBlockSize ? data : rest) {
-    if (count == kBlockSize) return;
-    std::fill(std::copy(data, data + count, rest), rest + kBlockSize, Storage{});
-  }
-};
 
 // The sum of number(first), number(first + Step), ..., below Count, by halves.
 template <int Step, int Count, typename F>
@@ -107,18 +119,14 @@ inline __attribute__((always_inline)) auto add_halves(F number, int first = 0) {
   }
 }
 
-template <typename Storage>
-inline __attribute__((always_inline)) Compute<Storage> sum_by_halves(const Storage* values) {
-  using T = Compute<Storage>;
+template <typename T>
+inline __attribute__((always_inline)) T sum_by_halves(const T* values) {
   constexpr int kLanes = 16, kSmall = 16 / sizeof(T);
   typedef T Small __attribute__((vector_size(kSmall * sizeof(T))));
   T sums[kLanes];
 #pragma GCC ivdep
   for (int i = 0; i < kLanes; ++i) {
-    sums[i] = add_halves<1, kBlockSize / kLanes>([=](int k) {
-      const T value = Convert<Storage>::widen(values[k * kLanes + i]);
-      return value * value;
-    });
+    sums[i] = add_halves<1, kBlockSize / kLanes>([=](int k) { return values[k * kLanes + i]; });
   }
   // Left alone, the compiler would shuffle every number to its place.
   const Small sum = add_halves<1, kLanes / kSmall>([&](int k) {
@@ -129,58 +137,43 @@ inline __attribute__((always_inline)) Compute<Storage> sum_by_halves(const Stora
   return add_halves<1, kSmall>([&](int i) { return sum[i]; });
 }
 
-struct UpdateNotes {
-  BlockSums squares;
-  BitPlanes magnitudes;
-  uint32_t added = 0;  // zeros that filled blocks, in the first bin
-  uint32_t nans = 0;   // in the last one
+struct ChunkNotes {
+  BlockSums update_squares, param_squares;
+  BitPlanes planes;
 
-  void write(Record& record) const {
-    record.update_squares = squares.total();
-    count(magnitudes, record.counts);
-    record.counts[0] -= added;
-    record.counts[kBins - 1] -= nans;
+  void write(Record& record) {
+    record.update_squares = update_squares.total();
+    record.param_squares = param_squares.total();
+    count(planes, record.counts);
   }
 };
 
-// Of a block.
-template <typename T>
-MULTIVERSION void note_updates(const T* updates, int64_t count, double alpha, UpdateNotes& notes) {
-  const FullBlock<T> block(updates, count);
-  const MagnitudeClasses<T> classes(alpha);
-  add(notes.magnitudes, block.values, classes);
-  notes.added += kBlockSize - count;
-  const T sum = sum_by_halves(block.values);
-  notes.squares.add(sum);
-  if (sum == sum) return;
-  for (int64_t i = 0; i < count; ++i) notes.nans += updates[i] != updates[i];
+// Of a chunk's params, NaNs and infinities: if there are any, their squares tell.
+template <typename Param>
+void count_special(const Param* params, int64_t size, Record& record) {
+  if (record.param_squares <= std::numeric_limits<double>::max()) return;
+  for (int64_t i = 0; i < size; ++i) {
+    const int c = special_class(Convert<Param>::widen(params[i]));
+    if (c > kZeros) ++record.counts[c];
+  }
 }
 
-struct ParamNotes {
-  BlockSums squares;
-  uint32_t zeros = 0;
-
-  template <typename Param>
-  void write(const Param* params, int64_t count, Record& record) const {
-    record.param_squares = squares.total();
-    record.counts[kZeros] = zeros;
-    record.counts[kNaNs] = record.counts[kInfinities] = 0;
-    if (record.param_squares <= std::numeric_limits<double>::max()) return;  // then there are none
-    for (int64_t i = 0; i < count; ++i) {
-      const int c = special_class(Convert<Param>::widen(params[i]));
-      if (c > kZeros) ++record.counts[c];
+template <typename T>
+HOST_DEVICE void add_block(BlockNotes<T>& block, int64_t size, ChunkNotes& notes) {
+  for (int64_t i = size; i < kBlockSize; ++i) {
+    block.classes[i] = 0;
+    block.update_squares[i] = block.param_squares[i] = 0;
+  }
+  const T sum = sum_by_halves(block.update_squares);
+  if (sum != sum) {  // no bin counts a NaN
+    for (int i = 0; i < kBlockSize; ++i) {
+      const T square = block.update_squares[i];
+      if (square != square) block.classes[i] &= uint32_t{1} << kZeros;
     }
   }
-};
-
-// Of a block.
-template <typename Param>
-MULTIVERSION void note_params(const Param* params, int64_t count, ParamNotes& notes) {
-  const FullBlock<Param> block(params, count);
-  uint32_t zeros = 0;
-  for (int i = 0; i < kBlockSize; ++i) zeros += Convert<Param>::widen(block.values[i]) == 0;
-  notes.zeros += zeros - static_cast<uint32_t>(kBlockSize - count);
-  notes.squares.add(sum_by_halves(block.values));
+  add(notes.planes, block.classes);
+  notes.update_squares.add(sum);
+  notes.param_squares.add(sum_by_halves(block.param_squares));
 }
 
 }  // namespace adamprox

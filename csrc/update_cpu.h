@@ -12,118 +12,173 @@
 
 namespace adamprox {
 
-// `first...` are streams that `update` takes before the others.
-template <typename Param, typename State, typename F, typename... First>
-inline __attribute__((always_inline)) void update_elements(const Span& span, F update,
-                                                           First... first) {
+// Calls f with the streams of a step: with a fifth one for amsgrad.
+template <typename Param, typename State, typename F>
+HOST_DEVICE void with_streams(const Span& span, F f) {
   const TensorRow& row = span.row;
-  const ReadWrite<Param> param{span.at<Param>(row.param)};
-  const Read<Param> grad{span.at<Param>(span.grad)};
-  const ReadWrite<State> exp_avg{span.at<State>(row.exp_avg)};
-  const ReadWrite<State> exp_avg_sq{span.at<State>(row.exp_avg_sq)};
+  const auto call = [&](auto... max_exp_avg_sq) __attribute__((always_inline)) {
+    f(ReadWrite<Param>{span.at<Param>(row.param)}, Read<Param>{span.at<Param>(span.grad)},
+      ReadWrite<State>{span.at<State>(row.exp_avg)},
+      ReadWrite<State>{span.at<State>(row.exp_avg_sq)}, max_exp_avg_sq...);
+  };
   if (row.max_exp_avg_sq == nullptr) {
-    for_each_element(span.count, update, first..., param, grad, exp_avg, exp_avg_sq);
+    call();
   } else {
-    const ReadWrite<State> max_exp_avg_sq{span.at<State>(row.max_exp_avg_sq)};
-    for_each_element(span.count, update, first..., param, grad, exp_avg, exp_avg_sq,
-                     max_exp_avg_sq);
+    call(ReadWrite<State>{span.at<State>(row.max_exp_avg_sq)});
   }
 }
 
 template <typename Rule, typename Param, typename State>
 MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
-  update_elements<Param, State>(span, Update<Rule, Compute<Param>>(scalars));
-}
-
-// Keeps the updates.
-template <typename Rule, typename Param, typename State>
-MULTIVERSION void update_and_keep(const Span& span, const Scalars& scalars,
-                                  Compute<Param>* updates) {
-  using T = Compute<Param>;
-  const Update<Rule, T> update(scalars);
-  const auto step = [=](T& kept, auto&... elements) { kept = update(elements...); };
-  update_elements<Param, State>(span, step, Write<T>{updates});
-}
-
-// The updates from the moments as they have been stored.
-template <typename State>
-MULTIVERSION void update_again(const Span& span, const Scalars& scalars, Compute<State>* updates) {
-  using T = Compute<State>;
-  const auto step_size = static_cast<T>(scalars.step_size), eps = static_cast<T>(scalars.eps);
-  const TensorRow& row = span.row;
-  void* exp_avg_sq = row.max_exp_avg_sq != nullptr ? row.max_exp_avg_sq : row.exp_avg_sq;
-  const auto step = [=](T& update, T& m, T& v) { update = adam_update(m, v, step_size, eps); };
-  for_each_element(span.count, step, Write<T>{updates}, Read<State>{span.at<State>(row.exp_avg)},
-                   Read<State>{span.at<State>(exp_avg_sq)});
+  const Update<Rule, Compute<Param>> update(scalars);
+  with_streams<Param, State>(span, [&](auto... streams) __attribute__((always_inline)) {
+    for_each_element(span, update, streams...);
+  });
 }
 
 // Calls f(block) for what is so little that it is in the first cache when it is looked at again.
 template <typename F>
-inline __attribute__((always_inline)) void for_each_block(const Span& span, F f) {
+HOST_DEVICE void for_each_block(const Span& span, F f) {
   for (int64_t i = 0; i < span.count; i += kBlockSize) {
-    f(Span{span.row, span.grad, span.begin + i, std::min<int64_t>(span.count - i, kBlockSize)});
+    f(span.part(i, std::min<int64_t>(span.count - i, kBlockSize)));
   }
 }
 
-// AdamProxL2's: returns the sum of the squares of what is stored. One function, whose blocks overlap.
+// AdamProxL2's: returns the sum of the squares of what is stored. They are taken strip by strip, so
+// that memory is asked for all the time.
 template <typename Param, typename State>
 MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
+  const Update<ProxL2, Compute<Param>> update(scalars);
   BlockSums squares;
   for_each_block(span, [&](const Span& block) __attribute__((always_inline)) {
-    update_elements<Param, State>(block, Update<ProxL2, Compute<Param>>(scalars));
-    squares.add(sum_of_block(block.at<Param>(span.row.param), block.count));
+    double sums[kBlockSize / 4];
+    int64_t fours = 0;
+    const auto take = [&](const Span& strip) __attribute__((always_inline)) {
+      with_streams<Param, State>(strip, [&](auto... streams) __attribute__((always_inline)) {
+        for_each_element(strip, update, streams...);
+      });
+      fours += add_fours<Squares>(strip.at<Param>(span.row.param), strip.count, sums + fours);
+    };
+    int64_t i = 0;
+    for (; i + kStripSize <= block.count; i += kStripSize) take(block.part(i, kStripSize));
+    if (i < block.count) take(block.part(i, (block.count - i) % kStripSize));
+    squares.add(sum_of_fours(sums, fours));
   });
   return squares.total();
 }
 
-// Asks for some lines of the next block, a few at a time, since few can be under way: what notes looks
-// too seldom at memory for the hardware to see it coming.
+// Whole blocks of float32: what some strips have been updated by is noted while the next ones are.
+template <typename Rule, typename Param, typename State>
+MULTIVERSION void update_and_note(const Span& span, const Scalars& scalars, ChunkNotes& notes) {
+  using T = Compute<Param>;
+  constexpr int kKept = 4 * kStripSize;
+  const Update<Rule, T> update(scalars);
+  const Note<T> note(scalars.alpha);
+  const auto keep = [=](T& kept, auto&... elements) { kept = update(elements...); };
+  BlockNotes<T> of_block;
+  for (int64_t first = 0; first < span.count; first += kBlockSize) {
+    for (int at = 0; at < kBlockSize; at += kKept) {
+      const Span some = span.part(first + at, kKept);
+      alignas(64) T updates[kKept];
+      const auto take = [&](auto... streams) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kKept; i += kStripSize) {
+          for_each_of_strip(i, some.after >= kPrefetchAhead, keep, Write<T>{updates}, streams...);
+        }
+      };
+      with_streams<Param, State>(some, [&](auto... streams) __attribute__((always_inline)) {
+        take(in_register(streams)...);
+      });
+      for_each_of<kKept>(0, note, Write<uint32_t>{of_block.classes + at},
+                         Write<T>{of_block.update_squares + at},
+                         Write<T>{of_block.param_squares + at}, Read<T>{updates},
+                         Read<Param>{some.at<Param>(span.row.param)});
+    }
+    add_block(of_block, kBlockSize, notes);
+  }
+}
+
+// Anything else, which is less to compile: a block, from what has been stored.
 template <typename Param, typename State>
-inline __attribute__((always_inline)) void prefetch_next(const Span& block, int from, int to) {
-  const auto prefetch = [&](const void* data) {
-    for (int i = from; i < to; ++i) __builtin_prefetch(static_cast<const char*>(data) + 64 * i);
+MULTIVERSION void note_block(const Span& block, const Scalars& scalars, ChunkNotes& notes) {
+  using T = Compute<Param>;
+  const auto step_size = static_cast<T>(scalars.step_size), eps = static_cast<T>(scalars.eps);
+  const Note<T> note(scalars.alpha);
+  const TensorRow& row = block.row;
+  void* exp_avg_sq = row.max_exp_avg_sq != nullptr ? row.max_exp_avg_sq : row.exp_avg_sq;
+  const auto step = [=](uint32_t& classes, T& update_square, T& param_square, T& param, T& m,
+                        T& v) {
+    note(classes, update_square, param_square, adam_update(m, v, step_size, eps), param);
   };
-  prefetch(block.at<Param>(block.row.param) + kBlockSize);
-  prefetch(block.at<Param>(block.grad) + kBlockSize);
-  prefetch(block.at<State>(block.row.exp_avg) + kBlockSize);
-  prefetch(block.at<State>(block.row.exp_avg_sq) + kBlockSize);
+  BlockNotes<T> of_block;
+  for_each_element(
+      block, step, Write<uint32_t>{of_block.classes}, Write<T>{of_block.update_squares},
+      Write<T>{of_block.param_squares}, Read<Param>{block.at<Param>(row.param)},
+      Read<State>{block.at<State>(row.exp_avg)}, Read<State>{block.at<State>(exp_avg_sq)});
+  add_block(of_block, block.count, notes);
 }
 
 // A tracked step's; returns the same for AdamProxL2, whose params are noted once they have shrunk.
 template <typename Rule, typename Param, typename State>
 double update_and_note(const Span& span, const Scalars& scalars, Record& record) {
   constexpr bool kFinal = !std::is_same_v<Rule, ProxL2>;
-  const TensorRow& row = span.row;
   BlockSums squares;
-  UpdateNotes of_updates;
-  ParamNotes of_params;
-  for_each_block(span, [&](const Span& block) {
-    Compute<Param> updates[kBlockSize];
-    if constexpr (kFinal && std::is_same_v<Param, float>) {
-      update_and_keep<Rule, Param, State>(block, scalars, updates);
-    } else {  // less to compile
-      if constexpr (kFinal) {
-        update_span<Rule, Param, State>(block, scalars);
-      } else {
-        squares.add(update_and_sum<Param, State>(block, scalars));
-      }
-      update_again<State>(block, scalars, updates);
+  ChunkNotes notes;
+  int64_t done = 0;
+  if constexpr (kFinal && std::is_same_v<Param, float>) {
+    done = span.count - span.count % kBlockSize;
+    update_and_note<Rule, Param, State>(span.part(0, done), scalars, notes);
+  }
+  for_each_block(span.part(done, span.count - done), [&](const Span& block) {
+    if constexpr (kFinal) {
+      update_span<Rule, Param, State>(block, scalars);
+    } else {
+      squares.add(update_and_sum<Param, State>(block, scalars));
     }
-    prefetch_next<Param, State>(block, 0, 6);
-    note_updates(updates, block.count, scalars.alpha, of_updates);
-    prefetch_next<Param, State>(block, 6, 12);
-    if (kFinal) note_params(block.at<Param>(row.param), block.count, of_params);
+    note_block<Param, State>(block, scalars, notes);
   });
   record.step = scalars.step;
-  of_updates.write(record);
-  if (kFinal) of_params.write(span.at<Param>(row.param), span.count, record);
+  notes.write(record);
+  if (kFinal) count_special(span.at<Param>(span.row.param), span.count, record);
   return squares.total();
 }
 
+// Four places at a time, as many as there are streams in a step: one stream would leave memory idle.
 template <typename Param>
 MULTIVERSION void shrink_span(const Span& span, double shrinkage) {
   const Shrink<Compute<Param>> shrink{static_cast<Compute<Param>>(shrinkage)};
-  for_each_element(span.count, shrink, ReadWrite<Param>{span.at<Param>(span.row.param)});
+  auto* param = span.at<Param>(span.row.param);
+  const int64_t part = span.count / 4;
+  const Span quarter{span.row, span.grad, span.begin, part, 0};
+  const auto shrink_all = [=](auto&... params) { (shrink(params), ...); };
+  for_each_element(quarter, shrink_all, ReadWrite<Param>{param}, ReadWrite<Param>{param + part},
+                   ReadWrite<Param>{param + 2 * part}, ReadWrite<Param>{param + 3 * part});
+  for_each_element(span.part(4 * part, span.count % 4), shrink, ReadWrite<Param>{param + 4 * part});
+}
+
+template <typename Param>
+MULTIVERSION void note_params(const Span& span, ChunkNotes& notes) {
+  using T = Compute<Param>;
+  const auto note = [](auto&... elements) { Note<T>::note_param(elements...); };
+  BlockNotes<T> of_block{};
+  for_each_block(span, [&](const Span& block) __attribute__((always_inline)) {
+    for_each_element(block, note, Write<uint32_t>{of_block.classes},
+                     Write<T>{of_block.param_squares},
+                     Read<Param>{block.at<Param>(span.row.param)});
+    add_block(of_block, block.count, notes);
+  });
+}
+
+// AdamProxL2's params, once they have shrunk.
+template <typename Param>
+void note_params(const Span& span, Record& record) {
+  ChunkNotes notes;
+  note_params<Param>(span, notes);
+  Record of_params;
+  notes.write(of_params);
+  record.param_squares = of_params.param_squares;
+  std::copy(of_params.counts + kZeros, of_params.counts + kCounts, record.counts + kZeros);
+  count_special(span.at<Param>(span.row.param), span.count, record);
 }
 
 }  // namespace adamprox
