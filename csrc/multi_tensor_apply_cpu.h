@@ -58,13 +58,6 @@ HOST_DEVICE void prefetch(const Stream& stream, int64_t first) {
 template <typename Storage>
 HOST_DEVICE void prefetch(const Write<Storage>&, int64_t) {}
 
-// The same, its address in a register: added up in every instruction, it takes a second slot of each.
-template <typename Stream>
-HOST_DEVICE Stream in_register(Stream stream) {
-  asm("" : "+r"(stream.data));
-  return stream;
-}
-
 template <int kSize, typename F, typename... Streams>
 HOST_DEVICE void for_each_of(int64_t first, F f, Streams... streams) {
 #pragma GCC ivdep
@@ -77,35 +70,30 @@ HOST_DEVICE void for_each_of_strip(int64_t first, bool ahead, F f, Streams... st
   for_each_of<kStripSize>(first, f, streams...);
 }
 
-// What is less than a strip, in a strip of its own: nobody has to compile a loop for it.
-template <typename Stream>
-class Rest {
- public:
-  HOST_DEVICE Rest(const Stream& stream, int64_t first, int64_t count)
-      : data_(stream.data + first), count_(count) {
-    std::copy(data_, data_ + count, strip_);
-  }
-  HOST_DEVICE ~Rest() {
-    if constexpr (Stream::kWritten) std::copy(strip_, strip_ + count_, data_);
-  }
-  HOST_DEVICE Stream stream() { return {strip_}; }
+// A few strips, for what is done with them while they are in registers' reach. Addresses are kept in
+// registers: as a sum, in each instruction, they would take a second slot of it.
+constexpr int kFewSize = 4 * kStripSize;
 
- private:
-  decltype(Stream::data) data_;
-  int64_t count_;
-  typename Stream::Element strip_[kStripSize] = {};
-};
+template <typename F, typename... Streams>
+HOST_DEVICE void for_each_of_few(bool ahead, F f, Streams... streams) {
+  const auto in_register = [](auto& data) __attribute__((always_inline)) { asm("" : "+r"(data)); };
+  (in_register(streams.data), ...);
+#pragma GCC unroll 4
+  for (int first = 0; first < kFewSize; first += kStripSize) {
+    for_each_of_strip(first, ahead, f, streams...);
+  }
+}
 
 template <typename F, typename... Streams>
 HOST_DEVICE void for_each_element(const Span& span, F f, Streams... streams) {
   const int64_t known = span.count + span.after;
-  int64_t first = 0;
-  for (; first + kStripSize <= span.count; first += kStripSize) {
-    for_each_of_strip(first, first + kPrefetchAhead < known, f, streams...);
+  int64_t i = 0;
+  for (; i + kStripSize <= span.count; i += kStripSize) {
+    for_each_of_strip(i, i + kPrefetchAhead < known, f, streams...);
   }
-  const int64_t rest = span.count - first;
-  if (rest > 0) {
-    for_each_of<kStripSize>(0, f, Rest<Streams>(streams, first, rest).stream()...);
+  for (; i < span.count; ++i) {
+    asm volatile("");  // or the compiler would make vectors of so few
+    f(Slot<Streams>(streams, i).element()...);
   }
 }
 

@@ -69,7 +69,7 @@ class BlockSums {
  public:
   void add(double sum) { sums_[count_++] = sum; }
   double total() {
-    while (count_ % 4 != 0) add(0);
+    while (count_ == 0 || count_ % 4 != 0) add(0);
     return sum_of_fours(sums_, count_);
   }
 

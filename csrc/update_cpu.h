@@ -44,8 +44,8 @@ HOST_DEVICE void for_each_block(const Span& span, F f) {
   }
 }
 
-// AdamProxL2's: returns the sum of the squares of what is stored. They are taken strip by strip, so
-// that memory is asked for all the time.
+// AdamProxL2's: returns the sum of the squares of what is stored. They are taken after a few strips,
+// so that memory is asked for all the time.
 template <typename Param, typename State>
 MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
   const Update<ProxL2, Compute<Param>> update(scalars);
@@ -53,48 +53,52 @@ MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
   for_each_block(span, [&](const Span& block) __attribute__((always_inline)) {
     double sums[kBlockSize / 4];
     int64_t fours = 0;
-    const auto take = [&](const Span& strip) __attribute__((always_inline)) {
-      with_streams<Param, State>(strip, [&](auto... streams) __attribute__((always_inline)) {
-        for_each_element(strip, update, streams...);
-      });
-      fours += add_fours<Squares>(strip.at<Param>(span.row.param), strip.count, sums + fours);
-    };
     int64_t i = 0;
-    for (; i + kStripSize <= block.count; i += kStripSize) take(block.part(i, kStripSize));
-    if (i < block.count) take(block.part(i, (block.count - i) % kStripSize));
+    const auto add = [&](const Span& some) __attribute__((always_inline)) {
+      fours += add_fours<Squares>(some.at<Param>(span.row.param), some.count, sums + fours);
+    };
+    if constexpr (std::is_same_v<Param, float>) {
+      for (; i + kFewSize <= block.count; i += kFewSize) {
+        const Span few = block.part(i, kFewSize);
+        with_streams<Param, State>(few, [&](auto... streams) __attribute__((always_inline)) {
+          for_each_of_few(few.after >= kPrefetchAhead, update, streams...);
+        });
+        add(few);
+      }
+    }
+    for (; i < block.count; i += kFewSize) {
+      const Span some = block.part(i, std::min<int64_t>(kFewSize, block.count - i));
+      with_streams<Param, State>(some, [&](auto... streams) __attribute__((always_inline)) {
+        for_each_element(some, update, streams...);
+      });
+      add(some);
+    }
     squares.add(sum_of_fours(sums, fours));
   });
   return squares.total();
 }
 
-// Whole blocks of float32: what some strips have been updated by is noted while the next ones are.
+// Whole blocks of float32: what a few strips have been updated by is noted while the next are.
 template <typename Rule, typename Param, typename State>
 MULTIVERSION void update_and_note(const Span& span, const Scalars& scalars, ChunkNotes& notes) {
   using T = Compute<Param>;
-  constexpr int kKept = 4 * kStripSize;
   const Update<Rule, T> update(scalars);
   const Note<T> note(scalars.alpha);
   const auto keep = [=](T& kept, auto&... elements) { kept = update(elements...); };
   BlockNotes<T> of_block;
   for (int64_t first = 0; first < span.count; first += kBlockSize) {
-    for (int at = 0; at < kBlockSize; at += kKept) {
-      const Span some = span.part(first + at, kKept);
-      alignas(64) T updates[kKept];
-      const auto take = [&](auto... streams) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kKept; i += kStripSize) {
-          for_each_of_strip(i, some.after >= kPrefetchAhead, keep, Write<T>{updates}, streams...);
-        }
-      };
-      with_streams<Param, State>(some, [&](auto... streams) __attribute__((always_inline)) {
-        take(in_register(streams)...);
+    for (int at = 0; at < kBlockSize; at += kFewSize) {
+      const Span few = span.part(first + at, kFewSize);
+      alignas(64) T updates[kFewSize];
+      with_streams<Param, State>(few, [&](auto... streams) __attribute__((always_inline)) {
+        for_each_of_few(few.after >= kPrefetchAhead, keep, Write<T>{updates}, streams...);
       });
-      for_each_of<kKept>(0, note, Write<uint32_t>{of_block.classes + at},
-                         Write<T>{of_block.update_squares + at},
-                         Write<T>{of_block.param_squares + at}, Read<T>{updates},
-                         Read<Param>{some.at<Param>(span.row.param)});
+      for_each_of<kFewSize>(0, note, Write<uint32_t>{of_block.classes + at},
+                            Write<T>{of_block.update_squares + at},
+                            Write<T>{of_block.param_squares + at}, Read<T>{updates},
+                            Read<Param>{few.at<Param>(span.row.param)});
     }
-    add_block(of_block, kBlockSize, notes);
+    add_here(of_block, kBlockSize, notes);
   }
 }
 
