@@ -70,8 +70,8 @@ HOST_DEVICE void for_each_of_strip(int64_t first, bool ahead, F f, Streams... st
   for_each_of<kStripSize>(first, f, streams...);
 }
 
-// A few strips, for what is done with them while they are in registers' reach. Addresses are kept in
-// registers: as a sum, in each instruction, they would take a second slot of it.
+// A few strips, for what is looked at again at once. Their addresses are in registers: as a sum, in
+// each instruction, they would take a second slot of the processor's.
 constexpr int kFewSize = 4 * kStripSize;
 
 template <typename F, typename... Streams>

@@ -159,7 +159,7 @@ void count_special(const Param* params, int64_t size, Record& record) {
 }
 
 template <typename T>
-HOST_DEVICE void add_here(BlockNotes<T>& block, int64_t size, ChunkNotes& notes) {
+HOST_DEVICE void add_block(BlockNotes<T>& block, int64_t size, ChunkNotes& notes) {
   for (int64_t i = size; i < kBlockSize; ++i) {
     block.classes[i] = 0;
     block.update_squares[i] = block.param_squares[i] = 0;
@@ -176,10 +176,10 @@ HOST_DEVICE void add_here(BlockNotes<T>& block, int64_t size, ChunkNotes& notes)
   notes.param_squares.add(sum_by_halves(block.param_squares));
 }
 
-// For those for whom a call costs too little to have it all compiled once more.
+// As a call, where it is not worth compiling it once more.
 template <typename T>
-MULTIVERSION void add_block(BlockNotes<T>& block, int64_t size, ChunkNotes& notes) {
-  add_here(block, size, notes);
+MULTIVERSION void call_add_block(BlockNotes<T>& block, int64_t size, ChunkNotes& notes) {
+  add_block(block, size, notes);
 }
 
 }  // namespace adamprox

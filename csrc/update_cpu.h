@@ -98,7 +98,7 @@ MULTIVERSION void update_and_note(const Span& span, const Scalars& scalars, Chun
                             Write<T>{of_block.param_squares + at}, Read<T>{updates},
                             Read<Param>{few.at<Param>(span.row.param)});
     }
-    add_here(of_block, kBlockSize, notes);
+    add_block(of_block, kBlockSize, notes);
   }
 }
 
@@ -119,7 +119,7 @@ MULTIVERSION void note_block(const Span& block, const Scalars& scalars, ChunkNot
       block, step, Write<uint32_t>{of_block.classes}, Write<T>{of_block.update_squares},
       Write<T>{of_block.param_squares}, Read<Param>{block.at<Param>(row.param)},
       Read<State>{block.at<State>(row.exp_avg)}, Read<State>{block.at<State>(exp_avg_sq)});
-  add_block(of_block, block.count, notes);
+  call_add_block(of_block, block.count, notes);
 }
 
 // A tracked step's; returns the same for AdamProxL2, whose params are noted once they have shrunk.
@@ -169,7 +169,7 @@ MULTIVERSION void note_params(const Span& span, ChunkNotes& notes) {
     for_each_element(block, note, Write<uint32_t>{of_block.classes},
                      Write<T>{of_block.param_squares},
                      Read<Param>{block.at<Param>(span.row.param)});
-    add_block(of_block, block.count, notes);
+    call_add_block(of_block, block.count, notes);
   });
 }
 
