@@ -34,13 +34,13 @@ class Step {
     std::vector<double> sums(table_.chunks.size());
     std::vector<RowProgress> progress(table_.rows.size());
     share_out(static_cast<int64_t>(items.size()), [&](int64_t i) {
-      const auto [chunk, sweep] = items[i];
+      const int64_t chunk = items[i].chunk;
       const int32_t index = table_.chunks[chunk].row;
       const TensorRow& row = table_.rows[index];
       const int64_t chunks = TensorTable::num_chunks(row.numel);
       const Span span = span_of(chunk);
       RowProgress& p = progress[index];
-      if (sweep == Sweep::kUpdate) {
+      if (!items[i].shrinks) {
         sums[chunk] = update_chunk<ProxL2>(span, chunk);
         if (p.updated.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks) return;
         WaitingSums<> squares;
@@ -57,11 +57,8 @@ class Step {
   }
 
  private:
-  enum class Sweep { kUpdate, kShrink };
-
-  struct Item {
-    int64_t chunk;
-    Sweep sweep;
+  struct Item {  // what there is to do: one of a chunk's two sweeps
+    uint32_t chunk : 31, shrinks : 1;
   };
 
   struct RowProgress {
@@ -74,18 +71,19 @@ class Step {
   // into the next tensor, so that nobody waits for the last of its updates.
   std::vector<Item> items_in_order() const {
     std::vector<Item> items;
+    items.reserve(2 * table_.chunks.size());
     const TensorRow* previous = nullptr;
     const auto shrink_previous = [&] {
       if (previous == nullptr) return;
       for (int64_t i = TensorTable::num_chunks(previous->numel); i-- > 0;) {
-        items.push_back({previous->first_chunk + i, Sweep::kShrink});
+        items.push_back({static_cast<uint32_t>(previous->first_chunk + i), 1});
       }
       previous = nullptr;
     };
     for (const TensorRow& row : table_.rows) {
       const int64_t chunks = TensorTable::num_chunks(row.numel);
       for (int64_t i = 0; i < chunks; ++i) {
-        items.push_back({row.first_chunk + i, Sweep::kUpdate});
+        items.push_back({static_cast<uint32_t>(row.first_chunk + i), 0});
         if (i + 1 == threads_) shrink_previous();
       }
       if (chunks > 1) {
