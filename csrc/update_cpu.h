@@ -102,7 +102,7 @@ MULTIVERSION void update_and_note(const Span& span, const Scalars& scalars, Chun
   }
 }
 
-// Anything else, which is less to compile: a block, from what has been stored.
+// Anything else, which is less to compile: a block, from what has been stored and is in the cache.
 template <typename Param, typename State>
 MULTIVERSION void note_block(const Span& block, const Scalars& scalars, ChunkNotes& notes) {
   using T = Compute<Param>;
@@ -116,7 +116,7 @@ MULTIVERSION void note_block(const Span& block, const Scalars& scalars, ChunkNot
   };
   BlockNotes<T> of_block;
   for_each_element(
-      block, step, Write<uint32_t>{of_block.classes}, Write<T>{of_block.update_squares},
+      block.alone(), step, Write<uint32_t>{of_block.classes}, Write<T>{of_block.update_squares},
       Write<T>{of_block.param_squares}, Read<Param>{block.at<Param>(row.param)},
       Read<State>{block.at<State>(row.exp_avg)}, Read<State>{block.at<State>(exp_avg_sq)});
   call_add_block(of_block, block.count, notes);
@@ -153,10 +153,10 @@ MULTIVERSION void shrink_span(const Span& span, double shrinkage) {
   const Shrink<Compute<Param>> shrink{static_cast<Compute<Param>>(shrinkage)};
   auto* param = span.at<Param>(span.row.param);
   const int64_t part = span.count / 4;
-  const Span quarter{span.row, span.grad, span.begin, part, 0};
   const auto shrink_all = [=](auto&... params) { (shrink(params), ...); };
-  for_each_element(quarter, shrink_all, ReadWrite<Param>{param}, ReadWrite<Param>{param + part},
-                   ReadWrite<Param>{param + 2 * part}, ReadWrite<Param>{param + 3 * part});
+  for_each_element(span.part(0, part).alone(), shrink_all, ReadWrite<Param>{param},
+                   ReadWrite<Param>{param + part}, ReadWrite<Param>{param + 2 * part},
+                   ReadWrite<Param>{param + 3 * part});
   for_each_element(span.part(4 * part, span.count % 4), shrink, ReadWrite<Param>{param + 4 * part});
 }
 
