@@ -47,7 +47,7 @@ void Gather::read_group(int index, PyObject* group, StateCursor& states, const p
   const auto place = static_cast<size_t>(index);
   if (place == group_readers_.size()) group_readers_.emplace_back();
   const GroupValues& values = group_readers_[place].read(group);
-  for (DeviceTable& t : tables) t.scalars_of_cohort.clear();
+  if (place == 0 || !share_scalars(group_readers_[place - 1].values(), values)) ++run_;
   if (!PyList_Check(values.params)) {
     throw py::type_error("param_groups[...]['params'] must be a list");
   }
@@ -86,25 +86,26 @@ void Gather::read_param(int group, PyObject* param, const GroupValues& values, S
   if (state == nullptr || !PyDict_Check(state) || PyDict_GET_SIZE(state) == 0) {
     return report(group, param, "state");
   }
-  const StateValues found = state_values(state, amsgrad);
+  const size_t place = members.size();
+  if (place == known_.size()) known_.emplace_back();
+  if (place + kAhead < known_.size()) known_[place + kAhead].fetch();
+  KnownParam& known = known_[place];
+  const StateValues found = known.state_reader.read(state, amsgrad);
   member.state = state;
   member.param = pick(k.param, param);
   member.exp_avg = pick(k.exp_avg, found.exp_avg);
   member.exp_avg_sq = pick(k.exp_avg_sq, found.exp_avg_sq);
   member.max_exp_avg_sq = amsgrad ? pick(k.max_exp_avg_sq, found.max_exp_avg_sq) : nullptr;
 
-  const size_t place = members.size();
-  if (place == known_.size()) known_.emplace_back();
-  if (place + kAhead < known_.size()) known_[place + kAhead].fetch();
   Data data{};
-  const bool usable = recognise(known_[place], member, amsgrad, data) ||
-                      understand(known_[place], member, amsgrad, data);
+  const bool usable =
+      recognise(known, member, amsgrad, data) || understand(known, member, amsgrad, data);
   if (!usable) return;
   member.cohort = found.step != nullptr ? cohort_of(found.step) : -1;
-  if (const char* where = misplaced_count(known_[place].device, member.cohort, values)) {
+  if (const char* where = misplaced_count(known.device, member.cohort, values)) {
     return report(group, param, where);
   }
-  append(known_[place], member, values, data);
+  append(known, member, values, data);
 }
 
 // Whether nothing but addresses has changed since a step that found it good.
@@ -302,7 +303,6 @@ void Gather::release() {
   for (DeviceTable& t : tables) {
     t.table.clear();
     t.members.clear();
-    t.scalars_of_cohort.clear();
     t.records = {};
   }
   members.clear();

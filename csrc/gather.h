@@ -39,8 +39,8 @@ struct DeviceTable {
   dlpack::Device device;
   TensorTable table;
   std::vector<int> members;  // one a row
-  // Which scalars the cohorts of the group that is being read have.
-  std::vector<std::pair<int, int32_t>> scalars_of_cohort;
+  // By cohort: which scalars it has, and in which run of groups that share them.
+  std::vector<std::pair<int64_t, int32_t>> scalars_of_cohort;
   // The rows as they were last copied to the device, with the chunks, which follow from them; the
   // copy, and the stream whose steps work in the memory behind it.
   std::vector<TensorRow> uploaded_rows;
@@ -165,6 +165,7 @@ class Gather {
   std::unordered_map<PyObject*, int> cohort_index_;
   std::vector<Skipped> skipped_;
   Recipes recipes_;
+  int64_t run_ = 0;  // of groups with the same hyper-parameters, one after the other
   BiasCorrections bias_;
   std::vector<py::object> held_;
   std::vector<GroupReader> group_readers_;

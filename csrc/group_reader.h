@@ -17,6 +17,11 @@ struct GroupValues {
   bool has_tensors, amsgrad, capturable;
 };
 
+// Whether params at the same step have the same scalars in both groups.
+inline bool share_scalars(const GroupValues& a, const GroupValues& b) {
+  return !a.has_tensors && !b.has_tensors && a.capturable == b.capturable && a.hyper == b.hyper;
+}
+
 // For the host's arithmetic: waits for tensors on a GPU.
 inline HyperParameters on_host(const GroupValues& v) {
   if (!v.has_tensors) return v.hyper;
@@ -27,11 +32,16 @@ inline HyperParameters on_host(const GroupValues& v) {
 
 class GroupReader {
  public:
+  const GroupValues& values() const { return values_; }
+
   const GroupValues& read(PyObject* group) {
+    const uint64_t version = version_of(group);
+    if (kDictsHaveVersions && version == version_) return values_;
     if (!find_objects(group)) {
       learn(group);
       find_objects(group);
     }
+    version_ = constant_ ? version : 0;
     return values_;
   }
 
@@ -79,12 +89,15 @@ class GroupReader {
     if (PyDict_GET_SIZE(group) != static_cast<Py_ssize_t>(entries_.size())) return false;
     PyObject *key, *value;
     Py_ssize_t position = 0;
+    constant_ = true;
     for (Entry& entry : entries_) {
       if (!PyDict_Next(group, &position, &key, &value) || key != entry.key.ptr()) return false;
       objects_[entry.which] = value;
       if (entry.which >= kParams || value == entry.value.ptr()) continue;
       parsed_ = false;
-      entry.value = is_constant(value) ? py::reinterpret_borrow<py::object>(value) : py::object();
+      const bool constant = is_constant(value);
+      entry.value = constant ? py::reinterpret_borrow<py::object>(value) : py::object();
+      constant_ &= constant;
     }
     if (!parsed_) parse();
     values_.params = required(kParams);
@@ -133,7 +146,9 @@ class GroupReader {
   std::vector<Entry> entries_;
   std::array<PyObject*, kOther + 1> objects_{};  // the values, borrowed
   GroupValues values_{};
-  bool parsed_ = false;  // whether values_ are those of objects_
+  bool parsed_ = false;    // whether values_ are those of objects_
+  bool constant_ = false;  // whether none of these can change by itself
+  uint64_t version_ = 0;   // the dict's when they were read, if so
 };
 
 }  // namespace adamprox

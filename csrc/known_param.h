@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "python_values.h"
 #include "tensor_reader.h"
 #include "tensor_table.h"
 
@@ -17,6 +18,7 @@ struct KnownParam {
   dlpack::Device device{};
   TensorRow row{};  // but for the pointers, scalars, first_chunk and aligned
   std::array<SeenTensor, kTensors> tensors{};
+  StateReader state_reader;
 
   // Only to be fetched, never read through: they may be gone.
   const void *state = nullptr, *state_keys = nullptr;
@@ -31,7 +33,7 @@ struct KnownParam {
       }
     };
     lines(state, 64);
-    lines(state_keys, 192);
+    if (!kDictsHaveVersions) lines(state_keys, 192);
     for (int i = 0; i < size(); ++i) {
       lines(objects[i], 64);
       lines(tensors[i].implementation, 192);

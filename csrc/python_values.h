@@ -27,6 +27,22 @@ inline const Keys& keys() {
   return instance;
 }
 
+// CPython up to 3.12 numbers whatever is done to any dict: where this dict's number is one that was
+// read before, it is that dict, with the same keys and the same objects. (3.13 no longer counts what
+// is done to an object's attributes, and 3.14 nothing.)
+#if PY_VERSION_HEX < 0x030D0000
+constexpr bool kDictsHaveVersions = true;
+inline uint64_t version_of(PyObject* dict) {
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+}
+#else
+constexpr bool kDictsHaveVersions = false;
+inline uint64_t version_of(PyObject*) { return 0; }
+#endif
+
 struct StateValues {  // borrowed; null where missing
   PyObject *step = nullptr, *exp_avg = nullptr, *exp_avg_sq = nullptr, *max_exp_avg_sq = nullptr;
 };
@@ -59,6 +75,25 @@ inline StateValues state_values(PyObject* state, bool amsgrad) {
   if (amsgrad) look_up(v.max_exp_avg_sq, k.max_exp_avg_sq);
   return v;
 }
+
+// The same of a state that is mostly the one read before.
+class StateReader {
+ public:
+  const StateValues& read(PyObject* state, bool amsgrad) {
+    const uint64_t version = version_of(state);
+    if (!kDictsHaveVersions || version != version_ || amsgrad != amsgrad_) {
+      values_ = state_values(state, amsgrad);
+      version_ = version;
+      amsgrad_ = amsgrad;
+    }
+    return values_;
+  }
+
+ private:
+  StateValues values_;
+  uint64_t version_ = 0;
+  bool amsgrad_ = false;
+};
 
 inline double as_double(PyObject* value) {  // a float, an int or a tensor of one element
   const double result = PyFloat_AsDouble(value);

@@ -30,15 +30,18 @@ int Gather::cohort_of(PyObject* counter) {
   return index;
 }
 
-// The scalars that the params of the group being read share where they are at the same step.
+// Those of the group being read, and of the groups before it with the same hyper-parameters, share
+// their scalars where they are at the same step.
 int32_t Gather::scalars_of(DeviceTable& device, int cohort, const GroupValues& values) {
-  for (const auto& [known, scalars] : device.scalars_of_cohort) {
-    if (known == cohort) return scalars;
-  }
+  auto& known = device.scalars_of_cohort;
+  if (cohort >= static_cast<int>(known.size())) known.resize(cohort + 1);
+  auto& [run, scalars] = known[cohort];
+  if (run == run_) return scalars;
+  run = run_;
   TensorTable& table = device.table;
-  const auto index = static_cast<int32_t>(table.scalars.size());
+  scalars = static_cast<int32_t>(table.scalars.size());
   if (needs_recipe(device.device, cohort, values)) {
-    table.recipes.resize(index);  // those before it are given
+    table.recipes.resize(scalars);  // those before it are given
     table.recipes.push_back(recipe(device.device, cohorts_[cohort], values));
     table.scalars.emplace_back();
   } else {
@@ -46,8 +49,7 @@ int32_t Gather::scalars_of(DeviceTable& device, int cohort, const GroupValues& v
     bias_.update(hyper, cohorts_[cohort].step + 1);
     table.scalars.push_back(step_scalars(decay_, hyper, bias_));
   }
-  device.scalars_of_cohort.emplace_back(cohort, index);
-  return index;
+  return scalars;
 }
 
 // Whether these scalars are made where the tensors are: so that the host need not wait.

@@ -19,6 +19,12 @@ struct HyperParameters {
   double initial_lr;  // decay_by="schedule": the decay follows lr / initial_lr; and for alpha()
   bool decay_by_schedule;
   bool maximize;
+
+  bool operator==(const HyperParameters& o) const {
+    return lr == o.lr && beta1 == o.beta1 && beta2 == o.beta2 && eps == o.eps &&
+           weight_decay == o.weight_decay && initial_lr == o.initial_lr &&
+           decay_by_schedule == o.decay_by_schedule && maximize == o.maximize;
+  }
 };
 
 // k of decay.h.

@@ -645,9 +645,18 @@ def resize_in_place(opt):
     opt.state[param].update(exp_avg=torch.ones(2, 2), exp_avg_sq=torch.ones(2, 2))
 
 
+def toggle_amsgrad(opt):
+    opt.param_groups[0]["amsgrad"] = True
+    for state in opt.state.values():
+        state["max_exp_avg_sq"] = state["exp_avg_sq"] * 2
+    opt.step()
+    opt.param_groups[0]["amsgrad"] = False
+
+
 CHANGES = (
     *(swap_data, replace_states, move_states_there_and_back, replace_state_dicts),
     *(change_hyper_parameters, change_hyper_parameters_in_place, replace_the_group),
+    toggle_amsgrad,
     *(reload_state_dict, clear_states, drop_one_state),
     *(set_a_counter, set_the_shared_counter_in_place, counter_of_another_type, counter_in_float64),
     *(reverse_params, replace_a_param, add_a_group, resize_in_place),
@@ -673,6 +682,35 @@ def test_nothing_stale_is_used(optimizer, change):
             assert same_bits(p.detach(), q.detach())
             for key, value in fresh.state[q].items():
                 assert same_bits(opt.state[p][key], value), key
+
+
+DIFFERENCES = (
+    *({"lr": 0.3}, {"betas": (0.5, 0.999)}, {"betas": (0.9, 0.5)}, {"eps": 0.1}),
+    *({"weight_decay": 0.3}, {"maximize": True}, {"amsgrad": True}, {"decay_by": "schedule"}),
+    *({"decay_by": "schedule", "initial_lr": 0.05}, {"lr": torch.tensor(0.01)}),
+)
+
+
+@every_optimizer
+@pytest.mark.parametrize("difference", DIFFERENCES, ids=str)
+def test_groups_with_one_difference_step_as_if_alone(optimizer, difference):
+    arguments = ({}, difference, {}, {}, difference)
+    together = [make_params(*SHAPES) for _ in arguments]
+    alone = [make_params(*SHAPES) for _ in arguments]
+    opts = [
+        make(optimizer, [{"params": params, **a}])
+        for params, a in zip(alone, arguments, strict=True)
+    ]
+    groups = [{**opt.param_groups[0], "params": p} for opt, p in zip(opts, together, strict=True)]
+    opts.append(make(optimizer, groups))
+    for seed in range(3):
+        for params in (*alone, *together):
+            set_grads(params, seed)
+        for opt in opts:
+            opt.step()
+    for params, twins in zip(together, alone, strict=True):
+        for p, q in zip(params, twins, strict=True):
+            assert same_bits(p.detach(), q.detach())
 
 
 def move_by_set(tensor):
