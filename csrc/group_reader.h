@@ -41,7 +41,7 @@ class GroupReader {
       learn(group);
       find_objects(group);
     }
-    version_ = constant_ ? version : 0;
+    version_ = parsed_ ? version : 0;
     return values_;
   }
 
@@ -89,18 +89,20 @@ class GroupReader {
     if (PyDict_GET_SIZE(group) != static_cast<Py_ssize_t>(entries_.size())) return false;
     PyObject *key, *value;
     Py_ssize_t position = 0;
-    constant_ = true;
+    bool same = parsed_, constant = true;
     for (Entry& entry : entries_) {
       if (!PyDict_Next(group, &position, &key, &value) || key != entry.key.ptr()) return false;
       objects_[entry.which] = value;
       if (entry.which >= kParams || value == entry.value.ptr()) continue;
-      parsed_ = false;
-      const bool constant = is_constant(value);
-      entry.value = constant ? py::reinterpret_borrow<py::object>(value) : py::object();
-      constant_ &= constant;
+      same = false;
+      const bool stays = is_constant(value);
+      entry.value = stays ? py::reinterpret_borrow<py::object>(value) : py::object();
+      constant &= stays;
     }
-    if (!parsed_) parse();
+    parsed_ = false;
+    if (!same) parse();
     values_.params = required(kParams);
+    parsed_ = constant;
     return true;
   }
 
@@ -140,15 +142,13 @@ class GroupReader {
     h.decay_by_schedule = PyUnicode_CompareWithASCIIString(required(kDecayBy), "schedule") == 0;
     const bool scheduled = h.decay_by_schedule || objects_[kInitialLr] != nullptr;
     v.initial_lr = number(scheduled ? required(kInitialLr) : v.lr, h.initial_lr);
-    parsed_ = true;
   }
 
   std::vector<Entry> entries_;
   std::array<PyObject*, kOther + 1> objects_{};  // the values, borrowed
   GroupValues values_{};
-  bool parsed_ = false;    // whether values_ are those of objects_
-  bool constant_ = false;  // whether none of these can change by itself
-  uint64_t version_ = 0;   // the dict's when they were read, if so
+  bool parsed_ = false;   // whether values_ are those of objects_, and none can change by itself
+  uint64_t version_ = 0;  // the dict's when they were read, if so
 };
 
 }  // namespace adamprox

@@ -713,6 +713,21 @@ def test_groups_with_one_difference_step_as_if_alone(optimizer, difference):
             assert same_bits(p.detach(), q.detach())
 
 
+def test_groups_that_are_alike_share_their_scalars():
+    params = make_params(*[(2,)] * 9)
+    opt = make("AdamW", [{"params": [param]} for param in params])
+    steps(opt, params, range(2))
+
+    def num_scalars() -> int:
+        assert not opt._gather.read(opt.param_groups, opt.state, {})
+        (table,) = opt._gather.tables()
+        return table.num_scalars
+
+    assert num_scalars() == 1
+    opt.param_groups[4]["lr"] = 0.3
+    assert num_scalars() == 3  # those before it, its own, those after it
+
+
 def move_by_set(tensor):
     tensor.set_(torch.stack((tensor, tensor * 2))[1])  # with an offset, too
 
