@@ -17,9 +17,10 @@ struct GroupValues {
   bool has_tensors, amsgrad, capturable;
 };
 
-// Whether params at the same step have the same scalars in both groups.
+// Whether params that share a step count have the same scalars in both groups. (`capturable` says only
+// where that count lies.)
 inline bool share_scalars(const GroupValues& a, const GroupValues& b) {
-  return !a.has_tensors && !b.has_tensors && a.capturable == b.capturable && a.hyper == b.hyper;
+  return !a.has_tensors && !b.has_tensors && a.hyper == b.hyper;
 }
 
 // For the host's arithmetic: waits for tensors on a GPU.

@@ -684,17 +684,19 @@ def test_nothing_stale_is_used(optimizer, change):
                 assert same_bits(opt.state[p][key], value), key
 
 
+ALIKE = ({}, {"lr": torch.tensor(0.01)}, {"decay_by": "schedule", "initial_lr": 0.02})
 DIFFERENCES = (
     *({"lr": 0.3}, {"betas": (0.5, 0.999)}, {"betas": (0.9, 0.5)}, {"eps": 0.1}),
-    *({"weight_decay": 0.3}, {"maximize": True}, {"amsgrad": True}, {"decay_by": "schedule"}),
-    *({"decay_by": "schedule", "initial_lr": 0.05}, {"lr": torch.tensor(0.01)}),
+    *({"weight_decay": 0.7}, {"maximize": True}, {"amsgrad": True}, {"decay_by": "schedule"}),
+    *({"initial_lr": 0.05}, {"lr": torch.tensor(0.3)}),
 )
 
 
 @every_optimizer
+@pytest.mark.parametrize("alike", ALIKE, ids=str)
 @pytest.mark.parametrize("difference", DIFFERENCES, ids=str)
-def test_groups_with_one_difference_step_as_if_alone(optimizer, difference):
-    arguments = ({}, difference, {}, {}, difference)
+def test_groups_with_one_difference_step_as_if_alone(optimizer, difference, alike):
+    arguments = [{**alike, **d} for d in ({}, difference, {}, {}, difference)]
     together = [make_params(*SHAPES) for _ in arguments]
     alone = [make_params(*SHAPES) for _ in arguments]
     opts = [
