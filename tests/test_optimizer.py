@@ -645,10 +645,15 @@ def resize_in_place(opt):
     opt.state[param].update(exp_avg=torch.ones(2, 2), exp_avg_sq=torch.ones(2, 2))
 
 
-def toggle_amsgrad(opt):
-    opt.param_groups[0]["amsgrad"] = True
+def turn_amsgrad_on(opt):
     for state in opt.state.values():
         state["max_exp_avg_sq"] = state["exp_avg_sq"] * 2
+    opt.step()
+    opt.param_groups[0]["amsgrad"] = True
+
+
+def turn_amsgrad_off(opt):
+    turn_amsgrad_on(opt)
     opt.step()
     opt.param_groups[0]["amsgrad"] = False
 
@@ -656,7 +661,7 @@ def toggle_amsgrad(opt):
 CHANGES = (
     *(swap_data, replace_states, move_states_there_and_back, replace_state_dicts),
     *(change_hyper_parameters, change_hyper_parameters_in_place, replace_the_group),
-    toggle_amsgrad,
+    *(turn_amsgrad_on, turn_amsgrad_off),
     *(reload_state_dict, clear_states, drop_one_state),
     *(set_a_counter, set_the_shared_counter_in_place, counter_of_another_type, counter_in_float64),
     *(reverse_params, replace_a_param, add_a_group, resize_in_place),
