@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from adamprox.command_line import fail, need, positive, usable_device
 
 from . import models, providers, records, suite, tables
 from .contenders import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(providers.SHORT),
         help="which to time, or all (default: a short selection; see --list)")  # fmt: skip
     add("--backends", nargs="+", choices=list(backends.BACKENDS), default=[], metavar="BACKEND",
-        help="what runs ours (default: the best that can run)")  # fmt: skip
+        help="what runs ours (default: ADAMPROX_BACKEND, or the best that can run)")  # fmt: skip
     add("--parts", nargs="+", choices=suite.PARTS, default=list(suite.PARTS), metavar="PART",
         help="what to do, see below (default: everything)")  # fmt: skip
     add("--device", type=usable_device, default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -67,8 +71,9 @@ def run(args: argparse.Namespace) -> int:
     if args.list or not args.json:
         need("bench", ("rich",))
     device: torch.device = args.device
+    ours = args.backends or _asked_for()
     if args.list:
-        _list(device)
+        _list(device, ours)
         return 0
     csv = args.out / f"{device.type}.csv"
     if args.markdown:
@@ -78,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             fail("bench", f"argument --out: {csv} has no rows of the short selection: {error!r}")
         return 0
     names = providers.NAMES if "all" in args.optimizers else args.optimizers
-    chosen, skipped = providers.providers(names, device, args.backends)
+    chosen, skipped = providers.providers(names, device, ours)
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         fail("bench", f"argument --optimizers: none can run: {reasons}")
@@ -92,6 +97,15 @@ def run(args: argparse.Namespace) -> int:
     # Last: an error there should cost nobody the results.
     _write(args.out, device, results, picture="picture" in args.parts)
     return 0
+
+
+def _asked_for() -> list[str]:
+    """The backend of ``ADAMPROX_BACKEND``, if any."""
+    try:
+        asked_for = backends.requested(None)
+    except (RuntimeError, ValueError) as error:
+        fail("bench", str(error))
+    return [asked_for] if asked_for else []
 
 
 def _write(out: Path, device: torch.device, results: suite.Results, picture: bool) -> None:
@@ -121,9 +135,11 @@ def _print(results: suite.Results) -> None:
         print(f"skipped {name}: {reason}")
 
 
-def _list(device: torch.device) -> None:
-    _, skipped = providers.providers(providers.NAMES, device)
+def _list(device: torch.device, our_backends: Sequence[str]) -> None:
+    here = {}
+    for name in providers.NAMES:
+        found, skipped = providers.providers([name], device, our_backends)
+        here[name] = "can run" if found else "; ".join(skipped.values())
     tables.print_names(
-        [(name, len(model.shapes), model.numel) for name, model in models.MODELS.items()],
-        {name: skipped.get(name, "can run") for name in providers.NAMES},
+        [(name, len(model.shapes), model.numel) for name, model in models.MODELS.items()], here
     )

@@ -317,6 +317,30 @@ def test_command_lists_what_there_is(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_backend_asked_for_runs_ours(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("ADAMPROX_BACKEND", "reference")
+    args = ["--parts", "steps", "--models", "400 x 16", "--optimizers", "AdamW", "--json"]
+    for backends, backend in (([], "reference"), (["--backends", "cpu"], "cpu")):
+        assert bench(tmp_path, *args, *backends) == 0
+        [row] = json.loads(capsys.readouterr().out)["steps"]
+        assert row["backend"] == backend
+
+
+def test_command_lists_what_the_backend_asked_for_can_run(tmp_path, capsys):
+    assert bench(tmp_path, "--list", "--backends", "cuda") == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, runs in (("torch fused ", True), ("AdamW ", False), ("AdamW, tracked ", False)):
+        [line] = [line for line in lines if line.strip().startswith(name)]
+        assert line.rstrip().endswith("can run") == runs
+
+
+@pytest.mark.parametrize("part", ["--list", "--json"])
+def test_command_names_a_wrong_backend_of_the_environment(part, monkeypatch, tmp_path):
+    monkeypatch.setenv("ADAMPROX_BACKEND", "abacus")
+    with pytest.raises(SystemExit, match="bench: error: Invalid ADAMPROX_BACKEND: 'abacus'"):
+        bench(tmp_path, part)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
