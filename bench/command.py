@@ -71,10 +71,6 @@ def run(args: argparse.Namespace) -> int:
     if args.list or not args.json:
         need("bench", ("rich",))
     device: torch.device = args.device
-    ours = args.backends or _asked_for()
-    if args.list:
-        _list(device, ours)
-        return 0
     csv = args.out / f"{device.type}.csv"
     if args.markdown:
         try:
@@ -82,8 +78,15 @@ def run(args: argparse.Namespace) -> int:
         except (OSError, KeyError) as error:
             fail("bench", f"argument --out: {csv} has no rows of the short selection: {error!r}")
         return 0
+    try:
+        backends.requested(None)
+    except (RuntimeError, ValueError) as error:
+        fail("bench", str(error))
+    if args.list:
+        _list(device, args.backends)
+        return 0
     names = providers.NAMES if "all" in args.optimizers else args.optimizers
-    chosen, skipped = providers.providers(names, device, ours)
+    chosen, skipped = providers.providers(names, device, args.backends)
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         fail("bench", f"argument --optimizers: none can run: {reasons}")
@@ -97,15 +100,6 @@ def run(args: argparse.Namespace) -> int:
     # Last: an error there should cost nobody the results.
     _write(args.out, device, results, picture="picture" in args.parts)
     return 0
-
-
-def _asked_for() -> list[str]:
-    """The backend of ``ADAMPROX_BACKEND``, if any."""
-    try:
-        asked_for = backends.requested(None)
-    except (RuntimeError, ValueError) as error:
-        fail("bench", str(error))
-    return [asked_for] if asked_for else []
 
 
 def _write(out: Path, device: torch.device, results: suite.Results, picture: bool) -> None:

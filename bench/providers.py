@@ -75,15 +75,19 @@ SHORT = (BASELINE, "AdamW", "AdamProx", "AdamProxL1", "AdamProxL2")
 def providers(
     names: Iterable[str], device: torch.device, our_backends: Sequence[str] = ()
 ) -> tuple[list[Provider], dict[str, str]]:
-    """The providers of these names (ours on each of the backends), and why others cannot run."""
+    """The providers of these names, and why others cannot run.
+
+    Ours are on each of the backends; if none are given, on ``ADAMPROX_BACKEND``'s or the best.
+    """
     found, skipped = [], {}
     default = default_backend(device)
+    our_backends = our_backends or (backends.requested(None) or default,)
     for name in names:
         rule, _, how = name.partition(", ")
         if how == "captured" and device.type != "cuda":
             skipped[name] = "a CUDA graph takes a GPU"
         elif rule in OURS:
-            for backend in our_backends or (default,):
+            for backend in our_backends:
                 label = name if backend == default else f"{name}, {backend}"
                 if reason := backends.BACKENDS[backend].why_not(device.type):
                     skipped[label] = reason
@@ -126,7 +130,7 @@ def _captured(make: Callable[..., Any], params: Any) -> Optimizer:
 
 
 def default_backend(device: torch.device) -> str:
-    """The one that ``backend=None`` chooses."""
+    """The best that can run."""
     chosen = backends.select(None, device.type)
     return next(name for name, backend in backends.BACKENDS.items() if backend is chosen)
 

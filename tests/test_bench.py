@@ -319,6 +319,7 @@ def test_command_lists_what_there_is(tmp_path, capsys):
 
 def test_the_backend_asked_for_runs_ours(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("ADAMPROX_BACKEND", "reference")
+    assert [p.backend for p in providers(["AdamW"], CPU)[0]] == ["reference"]  # in training, too
     args = ["--parts", "steps", "--models", "400 x 16", "--optimizers", "AdamW", "--json"]
     for backends, backend in (([], "reference"), (["--backends", "cpu"], "cpu")):
         assert bench(tmp_path, *args, *backends) == 0
