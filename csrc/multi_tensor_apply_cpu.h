@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
+#include "half_cpu.h"
 #include "streams.h"
 #include "tensor_table.h"
 
@@ -72,12 +74,47 @@ HOST_DEVICE void for_each_of_strip(int64_t first, bool ahead, F f, Streams... st
   for_each_of<kStripSize>(first, f, streams...);
 }
 
-// A few strips, for what is looked at again at once. Their addresses are in registers: as a sum, in
-// each instruction, they would take a second slot of the processor's.
+// A few strips, for what is looked at again at once.
 constexpr int kFewSize = 4 * kStripSize;
 
+// Of a stream, as a loop sees them: float16 as float32 on the stack, loaded and stored as by a Slot.
+template <typename Stream>
+struct Few {
+  Stream stream;
+  HOST_DEVICE Few(Stream s, bool) : stream(s) {}
+  HOST_DEVICE Stream seen() { return stream; }
+};
+
+template <template <typename> typename Stream>
+struct OnStack : Stream<float> {};
+
+template <template <typename> typename Stream>
+HOST_DEVICE void prefetch(const OnStack<Stream>&, int64_t) {}
+
+template <template <typename> typename Stream>
+struct Few<Stream<Half>> {
+  Stream<Half> stream;
+  alignas(64) float values[kFewSize];
+
+  HOST_DEVICE Few(Stream<Half> s, bool ahead) : stream(s) {
+    constexpr int kHalvesOfALine = 32;
+    for (int first = 0; ahead && first < kFewSize; first += kHalvesOfALine) {
+      prefetch(stream, first + kPrefetchAhead);
+    }
+    widen(stream.data, kFewSize, values);
+  }
+
+  HOST_DEVICE ~Few() {
+    if constexpr (Stream<Half>::kWritten) narrow(values, kFewSize, stream.data);
+  }
+
+  HOST_DEVICE OnStack<Stream> seen() { return {{values}}; }
+};
+
 template <typename F, typename... Streams>
-HOST_DEVICE void for_each_of_few(bool ahead, F f, Streams... streams) {
+HOST_DEVICE void for_each_of_strips(bool ahead, F f, Streams... streams) {
+  // Addresses in registers: as a sum, in each instruction, they would take a second slot of the
+  // processor's.
   const auto in_register = [](auto& data) __attribute__((always_inline)) { asm("" : "+r"(data)); };
   (in_register(streams.data), ...);
 #pragma GCC unroll 4
@@ -87,9 +124,22 @@ HOST_DEVICE void for_each_of_few(bool ahead, F f, Streams... streams) {
 }
 
 template <typename F, typename... Streams>
+HOST_DEVICE void for_each_of_few(bool ahead, F f, Streams... streams) {
+  const auto call = [&](auto&&... few) __attribute__((always_inline)) {
+    for_each_of_strips(ahead, f, few.seen()...);
+  };
+  call(Few<Streams>(streams, ahead)...);
+}
+
+template <typename F, typename... Streams>
 HOST_DEVICE void for_each_element(const Span& span, F f, Streams... streams) {
   const int64_t known = span.count + span.after;
   int64_t i = 0;
+  if constexpr ((std::is_same_v<typename Streams::Element, Half> || ...)) {
+    for (; i + kFewSize <= span.count; i += kFewSize) {
+      for_each_of_few(i + kFewSize + kPrefetchAhead <= known, f, Streams{streams.data + i}...);
+    }
+  }
   for (; i + kStripSize <= span.count; i += kStripSize) {
     for_each_of_strip(i, i + kPrefetchAhead < known, f, streams...);
   }

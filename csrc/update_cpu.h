@@ -44,8 +44,9 @@ HOST_DEVICE void for_each_block(const Span& span, F f) {
   }
 }
 
-// AdamProxL2's: returns the sum of the squares of what is stored. They are taken after a few strips,
-// so that memory is asked for all the time.
+// AdamProxL2's: returns the sum of the squares of what is stored. They are taken a few strips at a
+// time, of those before the ones that have just been stored, so that memory is asked for all the
+// time and nobody waits for a store.
 template <typename Param, typename State>
 MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
   const Update<ProxL2, Compute<Param>> update(scalars);
@@ -53,25 +54,28 @@ MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
   for_each_block(span, [&](const Span& block) __attribute__((always_inline)) {
     double sums[kBlockSize / 4];
     int64_t fours = 0;
-    int64_t i = 0;
-    const auto add = [&](const Span& some) __attribute__((always_inline)) {
-      fours += add_fours<Squares>(some.at<Param>(span.row.param), some.count, sums + fours);
+    const auto add = [&](const auto* stored, int64_t count) __attribute__((always_inline)) {
+      fours += add_fours<Squares>(stored, count, sums + fours);
     };
-    if constexpr (std::is_same_v<Param, float>) {
-      for (; i + kFewSize <= block.count; i += kFewSize) {
-        const Span few = block.part(i, kFewSize);
-        with_streams<Param, State>(few, [&](auto... streams) __attribute__((always_inline)) {
-          for_each_of_few(few.after >= kPrefetchAhead, update, streams...);
-        });
-        add(few);
-      }
-    }
-    for (; i < block.count; i += kFewSize) {
-      const Span some = block.part(i, std::min<int64_t>(kFewSize, block.count - i));
-      with_streams<Param, State>(some, [&](auto... streams) __attribute__((always_inline)) {
-        for_each_element(some, update, streams...);
+    const auto add_few = [&](int64_t first) __attribute__((always_inline)) {
+      Few few(Read<Param>{block.at<Param>(span.row.param) + first}, false);
+      add(few.seen().data, kFewSize);
+    };
+    int64_t i = 0;
+    for (; i + kFewSize <= block.count; i += kFewSize) {
+      const Span few = block.part(i, kFewSize);
+      with_streams<Param, State>(few, [&](auto... streams) __attribute__((always_inline)) {
+        for_each_of_few(few.after >= kPrefetchAhead, update, streams...);
       });
-      add(some);
+      if (i > 0) add_few(i - kFewSize);
+    }
+    if (i > 0) add_few(i - kFewSize);
+    if (i < block.count) {
+      const Span rest = block.part(i, block.count - i);
+      with_streams<Param, State>(rest, [&](auto... streams) __attribute__((always_inline)) {
+        for_each_element(rest, update, streams...);
+      });
+      add(rest.at<Param>(span.row.param), rest.count);
     }
     squares.add(sum_of_fours(sums, fours));
   });

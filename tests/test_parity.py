@@ -160,6 +160,15 @@ def test_parity_of_special_values(backend, optimizer, dtype, option):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_backend
+def test_parity_of_every_16_bit_number(backend, dtype):
+    """As a param and, in another order, as a grad; in the second step as an exp_avg, too."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    grads = numbers.roll(12345)
+    check(backend, "AdamProx", [numbers], grad=lambda step, index: grads, steps=2)
+
+
 @st.composite
 def laid_out(draw, values: Tensor) -> Tensor:
     """A tensor of these values with random strides and a random alignment."""
