@@ -28,6 +28,7 @@ DTYPES = {
     "float32": DTypes(torch.float32),
     "bfloat16": DTypes(torch.bfloat16),
     "bfloat16_float32": DTypes(torch.bfloat16, torch.float32),
+    "float16": DTypes(torch.float16),
 }
 
 

@@ -8,11 +8,11 @@ n elements moves
 AdamProxL2 reads and writes the param a second time, to shrink it once its norm is known, where the
 tensor is larger than one chunk; a smaller one is still in the cache (on a GPU, on the chip).
 
-| params and grads | states   | AdamW, AdamProx, AdamProxL1, Adam | AdamProxL2, large tensors |
-|------------------|----------|-----------------------------------|---------------------------|
-| float32          | float32  | 28                                | 36                        |
-| bfloat16         | bfloat16 | 14                                | 18                        |
-| bfloat16         | float32  | 22                                | 26                        |
+| params and grads  | states  | AdamW, AdamProx, AdamProxL1, Adam | AdamProxL2, large tensors |
+|-------------------|---------|-----------------------------------|---------------------------|
+| float32           | float32 | 28                                | 36                        |
+| bfloat16, float16 | same    | 14                                | 18                        |
+| bfloat16          | float32 | 22                                | 26                        |
 
 amsgrad adds two accesses of its state: 8 bytes in float32. A peer's bytes are counted as if it made
 one pass as well, so a bandwidth says how fast the work is done, however often it moves the data.
