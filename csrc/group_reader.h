@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <string>
 #include <vector>
 
 #include "python_values.h"
@@ -123,6 +124,10 @@ class GroupReader {
     GroupValues& v = values_;
     HyperParameters& h = v.hyper;
     const auto betas = py::reinterpret_borrow<py::sequence>(required(kBetas));
+    if (betas.size() != 2) {
+      throw py::type_error("Invalid betas: " + std::string(py::repr(betas)) +
+                           ", expected two numbers");
+    }
     v.has_tensors = false;
     const auto number = [&v](PyObject* object, double& value) {
       if (PyFloat_Check(object) || PyLong_Check(object)) {

@@ -143,6 +143,14 @@ INVALID_IN_TORCH = {
     "fused_and_differentiable": {"fused": True, "differentiable": True},
 }
 INVALID_HERE = {
+    "lr_type": ({"lr": "fast"}, TypeError, "lr: 'fast'"),
+    "eps_type": ({"eps": None}, TypeError, "eps: None"),
+    "weight_decay_type": ({"weight_decay": [0.1]}, TypeError, r"weight_decay: \[0.1\]"),
+    "weight_decay_size": ({"weight_decay": torch.ones(2)}, ValueError, "weight_decay must be 1-"),
+    "betas_type": ({"betas": 0.9}, TypeError, "betas: 0.9"),
+    "beta_type": ({"betas": (0.9, "0.9")}, TypeError, r"betas: \(0.9, '0.9'\)"),
+    "one_beta": ({"betas": (0.9,)}, TypeError, r"betas: \(0.9,\)"),
+    "three_betas": ({"betas": (0.9, 0.9, 0.9)}, TypeError, r"betas: \(0.9, 0.9, 0.9\)"),
     "differentiable": ({"differentiable": True}, RuntimeError, "differentiable=True"),
     "decay_by": ({"decay_by": "magic"}, ValueError, "decay_by: 'magic'"),
     "initial_lr": ({"decay_by": "schedule", "lr": 0.0}, ValueError, "initial learning rate.*0.0"),
@@ -248,11 +256,27 @@ def test_backend_by_argument_by_environment_and_by_default(monkeypatch):
 
 @every_optimizer
 def test_unknown_backend(optimizer, monkeypatch):
-    with pytest.raises(ValueError, match=r"Invalid backend: 'abacus', expected one of .*reference"):
-        make(optimizer, make_params((2,)), backend="abacus")
+    for name in ("abacus", ""):
+        match = f"Invalid backend: '{name}', expected one of .*reference"
+        with pytest.raises(ValueError, match=match):
+            make(optimizer, make_params((2,)), backend=name)
     monkeypatch.setenv("ADAMPROX_BACKEND", "abacus")
     with pytest.raises(ValueError, match="Invalid ADAMPROX_BACKEND: 'abacus'"):
         make(optimizer, make_params((2,)))
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.9, 0.9)])
+@every_optimizer
+def test_betas_are_two_at_each_step(optimizer, betas):
+    params = make_params((2,))
+    opt = make(optimizer, params)
+    steps(opt, params, [0])
+    before = params[0].detach().clone()
+    opt.param_groups[0]["betas"] = betas
+    for _ in range(2):
+        with pytest.raises(TypeError, match=rf"Invalid betas: {re.escape(repr(betas))}"):
+            steps(opt, params, [1])
+        assert torch.equal(params[0], before)
 
 
 @every_optimizer

@@ -365,6 +365,9 @@ def test_summaries():
     assert stats.quantile(0.0) == -4.0
     assert stats.quantile(0.5) == -4 + 2 / 3
     assert stats.quantile(1.0) == 0.0
+    for q in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=f"Invalid q: {q}"):
+            stats.quantile(q)
     scalars = stats.to_dict("train/")
     assert scalars["train/w/ratio"] == 0.25
     assert scalars["train/w/zeros"] == 2.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +35,8 @@ ARGUMENTS = """
             the environment's ``ADAMPROX_BACKEND`` or the best that can run. All give the same bits.
 
     Raises:
-        ValueError: an argument is out of its range; the message names it and its value.
+        ValueError, TypeError: an argument is out of its range or of a wrong type; the message names
+            it and its value.
         RuntimeError: ``differentiable=True``, or the backend asked for cannot run here.
 """
 
@@ -53,6 +55,12 @@ def document(weight_decay: str = "1e-2", decay_by: str = "") -> Callable[[type],
 def validate(group: dict[str, Any]) -> None:
     """Refuses what torch.optim.AdamW refuses, in its words, and what cannot be done here."""
     lr, betas, eps, weight_decay = (group[k] for k in ("lr", "betas", "eps", "weight_decay"))
+    for name in ("lr", "eps", "weight_decay"):
+        if not isinstance(group[name], Real | Tensor):
+            raise TypeError(f"Invalid {name}: {group[name]!r}, expected a number")
+    two = isinstance(betas, Iterable) and len(tuple(betas)) == 2
+    if not two or not all(isinstance(beta, Real | Tensor) for beta in betas):
+        raise TypeError(f"Invalid betas: {betas!r}, expected two numbers")
     host_only = group["foreach"] and not group["capturable"]
     if isinstance(lr, Tensor):
         if host_only:
@@ -61,6 +69,9 @@ def validate(group: dict[str, Any]) -> None:
             )
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
+    for name in ("eps", "weight_decay"):
+        if isinstance(group[name], Tensor) and group[name].numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
     if not 0.0 <= lr:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not 0.0 <= eps:

@@ -139,8 +139,8 @@ def requested(backend: str | None) -> str | None:
         ValueError: there is no backend of that name.
         RuntimeError: it cannot run here; the message says why.
     """
-    name = backend or os.environ.get("ADAMPROX_BACKEND") or None
-    source = "backend" if backend else "ADAMPROX_BACKEND"
+    name = os.environ.get("ADAMPROX_BACKEND") or None if backend is None else backend
+    source = "ADAMPROX_BACKEND" if backend is None else "backend"
     if name is None:
         return None
     if name not in BACKENDS:

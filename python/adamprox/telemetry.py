@@ -59,7 +59,11 @@ class UpdateStats:
         return self.update_norm / self.param_norm
 
     def quantile(self, q: float) -> float:
-        """The ``q``-quantile of ``log2(abs(update) / alpha)``; see :func:`quantile`."""
+        """The ``q``-quantile of ``log2(abs(update) / alpha)``; see :func:`quantile`.
+
+        Raises:
+            ValueError: ``q`` is not in [0, 1].
+        """
         return quantile(self.bins.tolist(), q)
 
     def to_dict(self, prefix: str = "") -> dict[str, float]:
@@ -106,7 +110,12 @@ def quantile(bins: Sequence[int], q: float) -> float:
     """The ``q``-quantile of ``log2(abs(update) / alpha)`` from the 29 counts, linear within a bin.
 
     The outer bins have no width: what they hold is at -27 and at 0. NaN if there is no update.
+
+    Raises:
+        ValueError: ``q`` is not in [0, 1].
     """
+    if not 0 <= q <= 1:
+        raise ValueError(f"Invalid q: {q}, expected a number from 0 to 1")
     wanted = q * sum(bins)
     below = 0
     for index, count in enumerate(bins):
