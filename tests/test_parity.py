@@ -160,6 +160,24 @@ def test_parity_of_special_values(backend, optimizer, dtype, option):
     )
 
 
+@pytest.mark.parametrize("flush", [False, True])
+@every_dtype
+@every_optimizer
+def test_parity_of_subnormals(optimizer, dtype, flush):
+    """Kept, or flushed to zero by the processor, where the user has asked torch for that."""
+    param_dtype, state = DTYPES[dtype]
+    generator = torch.Generator().manual_seed(5)
+    (value,) = values = [randn(generator, (100,), param_dtype)]
+    scale = torch.finfo(param_dtype).tiny ** torch.linspace(0.4, 1.05, 100, dtype=torch.float64)
+    grads = [(randn(generator, (100,), value.dtype) * scale).to(value.dtype) for _ in range(3)]
+    if not torch.set_flush_denormal(flush):
+        pytest.skip("this processor cannot flush them")
+    try:
+        check("cpu", optimizer, values, grad=lambda step, index: grads[step], state=state, steps=3)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_backend
 def test_parity_of_every_16_bit_number(backend, dtype):
