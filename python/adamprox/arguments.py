@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from numbers import Real
 from typing import Any
 
@@ -58,18 +58,13 @@ def validate(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         if not isinstance(group[name], Real | Tensor):
             raise TypeError(f"Invalid {name}: {group[name]!r}, expected a number")
-    two = isinstance(betas, Iterable) and len(tuple(betas)) == 2
+    two = isinstance(betas, Collection) and len(betas) == 2
     if not two or not all(isinstance(beta, Real | Tensor) for beta in betas):
         raise TypeError(f"Invalid betas: {betas!r}, expected two numbers")
     host_only = group["foreach"] and not group["capturable"]
-    if isinstance(lr, Tensor):
-        if host_only:
-            raise ValueError(
-                "lr as a Tensor is not supported for capturable=False and foreach=True"
-            )
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-    for name in ("eps", "weight_decay"):
+    if isinstance(lr, Tensor) and host_only:
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+    for name in ("lr", "eps", "weight_decay"):
         if isinstance(group[name], Tensor) and group[name].numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
     if not 0.0 <= lr:

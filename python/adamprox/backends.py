@@ -139,10 +139,11 @@ def requested(backend: str | None) -> str | None:
         ValueError: there is no backend of that name.
         RuntimeError: it cannot run here; the message says why.
     """
-    name = os.environ.get("ADAMPROX_BACKEND") or None if backend is None else backend
-    source = "ADAMPROX_BACKEND" if backend is None else "backend"
+    source, name = "backend", backend
     if name is None:
-        return None
+        source, name = "ADAMPROX_BACKEND", os.environ.get("ADAMPROX_BACKEND")
+        if not name:
+            return None
     if name not in BACKENDS:
         raise ValueError(f"Invalid {source}: {name!r}, expected one of {', '.join(BACKENDS)}")
     if reason := BACKENDS[name].why_not():
