@@ -18,6 +18,11 @@ def capture_steps(optimizer: Any) -> None:
     optimizer.step = _Replayed(optimizer.step)
 
 
+def is_captured(optimizer: Any) -> bool:
+    """Whether its steps are such replays, which read the grads where they were."""
+    return isinstance(optimizer.step, _Replayed)
+
+
 class _Replayed:
     def __init__(self, step: Callable[[], object]) -> None:
         self._step = step

@@ -39,18 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=positive(int), default=torch.get_num_threads(),
         help="of the CPU (default: PyTorch's, here %(default)s)")  # fmt: skip
     add("--seconds", type=positive(float), default=5.0,
-        help="to spend on each model; a slow one takes more (default: %(default)s)")  # fmt: skip
+        help="to spend on each model, and again with warm caches where it fits into them; a slow"
+        " one takes more (default: %(default)s)")  # fmt: skip
     add("--out", type=Path, default=Path("adamprox-bench"), metavar="DIR",
         help="where to append the rows and draw the picture (default: %(default)s)")  # fmt: skip
     add("--json", action="store_true", help="print the rows as JSON instead of tables")
     add("--list", action="store_true", help="print the names to choose from, and measure nothing")
     add("--markdown", action="store_true",
-        help="print README's table of the newest rows in DIR, and measure nothing")  # fmt: skip
+        help="print README's table of the newest rows in DIR that are not of warm caches, and"
+        " measure nothing")  # fmt: skip
 
 
 EPILOG = """\
 parts:
-  steps        each optimizer's step on each model, timed in turns
+  steps        each optimizer's step on each model, timed in turns: with cold caches and new
+               grads, as in training, and where the model fits into a cache, with warm ones too;
+               a model much larger than a cache as it comes
   sizes        the same on one tensor of 2^10 to 2^24 elements, on a GPU to 2^28
   memory       what those steps take beyond params, grads and states (for 2^26 elements and more);
                and what a training step takes with adamprox.step_in_backward and without
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(results._asdict(), indent=2))
     else:
         _print(results)
-    # Last: an error there should cost nobody the results.
+    # Last: after an error there, the results have been printed.
     _write(args.out, device, results, picture="picture" in args.parts)
     return 0
 

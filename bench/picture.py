@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from .steps import HOST_BUDGET_US, HOST_BUDGET_US_PER_TENSOR
+from .timing import WARM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ def draw(path: Path, sizes: Sequence[Row], steps: Sequence[Row]) -> None:
     names = dict.fromkeys(row["name"] for row in [*sizes, *small])
     map_of_colors = colormaps["tab10" if len(names) <= 10 else "tab20"]
     colors = {name: map_of_colors(index % map_of_colors.N) for index, name in enumerate(names)}
-    figure = Figure(figsize=(6.2 * len(panels), 4.8), layout="constrained")
+    figure = Figure(figsize=(6.2 * len(panels), 6.4), layout="constrained")
     every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (panel, rows) in zip(every_axes, panels, strict=True):
         panel(axes, rows, colors)
@@ -79,7 +80,7 @@ def _small_tensors(axes: Axes, rows: Sequence[Row], colors: Colors) -> None:
 
     ticks: list[tuple[float, str]] = []
     position = 0.0
-    for model, group in groupby(rows, key=lambda row: row["model"]):
+    for (model, caches), group in groupby(rows, key=lambda row: (row["model"], row["caches"])):
         top = position - 0.5
         for row in group:
             tensors = row["tensors"]
@@ -91,11 +92,12 @@ def _small_tensors(axes: Axes, rows: Sequence[Row], colors: Colors) -> None:
             axes.text(step, position, f" {step:.2f}", va="center", fontsize=8)
             ticks.append((position, row["name"]))
             position += 1
-        budget = HOST_BUDGET_US / tensors + HOST_BUDGET_US_PER_TENSOR
-        axes.vlines(budget, top, position - 0.5, color="black", linestyle="--", linewidth=1)
+        if caches == WARM:
+            budget = HOST_BUDGET_US / tensors + HOST_BUDGET_US_PER_TENSOR
+            axes.vlines(budget, top, position - 0.5, color="black", linestyle="--", linewidth=1)
         heading: Row = {"transform": axes.get_yaxis_transform(), "ha": "right", "weight": "bold"}
-        axes.text(1, top - 0.3, model, **heading)
-        position += 1.3  # a gap
+        axes.text(1, top - 0.3, f"{model}, {caches}", **heading)
+        position += 1.6  # a gap
     axes.set_yticks(*zip(*ticks, strict=True))
     axes.invert_yaxis()
     axes.margins(x=0.15)

@@ -15,6 +15,9 @@ import torch
 import adamprox
 from adamprox import _C
 
+from .steps import IN_CACHE
+from .timing import EITHER, WARM
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -37,37 +40,51 @@ def provenance(device: torch.device) -> Row:
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """Adds rows to a file, which is made if need be.
+    """Adds rows to a file, which is made if need be; columns that it lacks stay empty in it.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the file has columns that the rows lack.
     """
     if not rows:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(rows[0])
-    new = not path.exists()
-    if not new:
-        with path.open(newline="") as file:
-            if next(csv.reader(file), None) != columns:
-                raise ValueError(f"{path} has other columns than these rows: move it away")
-    with path.open("a", newline="") as file:
+    old = _read(path) if path.exists() else []
+    if old and not set(old[0]) <= set(columns):
+        raise ValueError(f"{path} has other columns than these rows: move it away")
+    new = path.with_suffix(".new")  # the file itself stays whole, whatever happens
+    with new.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+        writer.writeheader()
+        writer.writerows([*old, *rows])
+    new.replace(path)
 
 
 def newest(path: Path, dtype: str) -> dict[str, dict[str, Row]]:
-    """By model and optimizer's name, the rows of the last run of each model in a file."""
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["dtype"] == dtype]
+    """By model and optimizer's name, the rows of the last run of each model in a file.
+
+    Rows of warm caches are left out: training does not find the caches warm.
+    """
+    rows = [row for row in _read(path) if row["dtype"] == dtype and caches_of(row) != WARM]
     dates = {row["model"]: row["date"] for row in rows}  # the last one stays
     result: dict[str, dict[str, Row]] = {model: {} for model in dates}
     for row in rows:
         if row["date"] == dates[row["model"]]:
             result[row["model"]][row["name"]] = row
     return result
+
+
+def caches_of(row: Row) -> str:
+    """The state of the caches that a row of a file was timed in, also where it does not say."""
+    if caches := row.get("caches"):
+        return str(caches)
+    # Rows from before that column: float32, and warm where the model fitted into the cache.
+    return WARM if 28 * int(row["elements"]) < IN_CACHE else EITHER
+
+
+def _read(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _commit() -> str | None:

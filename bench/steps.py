@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .contenders import DTYPES, Contender, contenders
-from .cost import launches
+from .cost import bytes_per_element, launches
 from .memory import peak_extra_bytes, peak_extra_bytes_of
 from .providers import BASELINE
-from .timing import Copy, Step, measure
+from .timing import COLD, EITHER, WARM, Copy, Step, Timing, measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +26,10 @@ HOST_BUDGET_US = 15.0
 HOST_BUDGET_US_PER_TENSOR = 0.25
 
 HOST_SECONDS = 0.2  # on each model, for what the host takes by itself
-IN_CACHE = 1 << 25  # bytes a step may move for its tensors to count as fitting into a cache
+# Bytes that AdamW's step moves: below the first, a model counts as fitting into a cache, and above
+# the second, neither new grads nor the host's own data matter beside them.
+IN_CACHE = 1 << 25
+MEMORY = 1 << 27
 
 
 class Settings(NamedTuple):
@@ -39,41 +42,65 @@ class Settings(NamedTuple):
     advance: Callable[[float], object]  # of a progress bar, in seconds
 
 
+def caches_of(model: Model, dtype: str) -> tuple[str, ...]:
+    """The states of the caches in which the steps of a model are timed."""
+    param, state = DTYPES[dtype]
+    moved = model.numel * bytes_per_element(param, 2 * [state or param])
+    if moved < IN_CACHE:
+        return (COLD, WARM)
+    return (COLD,) if moved < MEMORY else (EITHER,)
+
+
 def rows_of(
-    name: str, model: Model, providers: Sequence[Provider], settings: Settings
+    name: str,
+    model: Model,
+    providers: Sequence[Provider],
+    settings: Settings,
+    every_caches: Sequence[str],
 ) -> tuple[list[Row], dict[str, str]]:
     """The rows of one model, timed in turns, and why some providers have none.
+
+    Args:
+        every_caches: the states of the caches to time it in, one after the other.
 
     Raises:
         MemoryError: the model does not fit.
     """
-    device = settings.device
-    made, skipped = contenders(model, providers, device, DTYPES[settings.dtype])
-    timing = measure(
-        [contender.optimizer for contender in made],
-        settings.copy,
-        settings.seconds,
-        in_cache=max((c.cost.bytes for c in made if c.cost), default=0) < IN_CACHE,
-        advance=settings.advance,
-    )
-    copied = statistics.median(timing.copies)
-    medians = [statistics.median(step.total for step in steps) for steps in timing.steps]
-    baseline = {c.provider.name: m for c, m in zip(made, medians, strict=True)}.get(BASELINE)
-    hosts = [_host_us(steps) for steps in timing.steps]
+    made, skipped = contenders(model, providers, settings.device, DTYPES[settings.dtype])
+    optimizers = [contender.optimizer for contender in made]
+    timings = {
+        caches: measure(optimizers, settings.copy, settings.seconds, caches, settings.advance)
+        for caches in every_caches
+    }
+    first = next(iter(timings.values()))
+    hosts = (_host_us(steps) for steps in first.steps)
     told = [c.provider for c, host in zip(made, hosts, strict=True) if host is not None]
     alone = _host_alone_us(model, told, settings)
     rows = []
-    for contender, steps, median, host in zip(made, timing.steps, medians, hosts, strict=True):
-        row = {"model": name, "dtype": settings.dtype, "tensors": len(model.shapes)}
-        row |= {"groups": model.groups, "elements": model.numel}
-        row |= _about(contender) | _times(steps) | _bandwidth(contender, median, copied)
+    for caches, timing in timings.items():
+        about: Row = {"model": name, "dtype": settings.dtype, "tensors": len(model.shapes)}
+        about |= {"groups": model.groups, "elements": model.numel, "caches": caches}
+        rows += [about | row for row in _rows(made, timing, alone, len(model.shapes))]
+    if settings.device.type != "cuda":
+        return [row | {"extra_bytes": None} for row in rows], skipped
+    extra = {c.provider.name: peak_extra_bytes(c.optimizer.step, settings.device) for c in made}
+    return [row | {"extra_bytes": extra[row["name"]]} for row in rows], skipped
+
+
+def _rows(
+    made: Sequence[Contender], timing: Timing, alone: dict[str, float], tensors: int
+) -> list[Row]:
+    """What a timing says of each contender."""
+    copied = statistics.median(timing.copies)
+    medians = [statistics.median(step.total for step in steps) for steps in timing.steps]
+    baseline = {c.provider.name: m for c, m in zip(made, medians, strict=True)}.get(BASELINE)
+    rows = []
+    for contender, steps, median in zip(made, timing.steps, medians, strict=True):
+        row = _about(contender) | _times(steps) | _bandwidth(contender, median, copied)
         row["times_as_fast_as_torch_fused"] = baseline and round(baseline / median, 3)
-        row |= _host(contender, alone.get(contender.provider.name), host, len(model.shapes))
-        row["extra_bytes"] = (
-            peak_extra_bytes(contender.optimizer.step, device) if device.type == "cuda" else None
-        )
+        row |= _host(contender, alone.get(contender.provider.name), _host_us(steps), tensors)
         rows.append(row)
-    return rows, skipped
+    return rows
 
 
 def add_extra_bytes(rows: Sequence[Row], providers: Sequence[Provider]) -> None:
@@ -128,7 +155,7 @@ def _host_alone_us(
     tiny = model._replace(shapes=[(1,)] * len(model.shapes))
     made, _ = contenders(tiny, providers, settings.device, DTYPES[settings.dtype])
     optimizers = [contender.optimizer for contender in made]
-    timing = measure(optimizers, settings.copy, HOST_SECONDS, in_cache=True)
+    timing = measure(optimizers, settings.copy, HOST_SECONDS, WARM)
     hosts = (_host_us(steps) for steps in timing.steps)
     return {c.provider.name: us for c, us in zip(made, hosts, strict=True) if us is not None}
 

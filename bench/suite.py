@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .end_to_end import NETWORKS, end_to_end
 from .memory import LAYER_BYTES, LAYERS, WAYS, peak_training_bytes, peak_training_bytes_of
-from .models import LARGEST_ON_CPU, MODELS, SIZES
+from .models import LARGEST_ON_CPU, MODELS, SIZES, Model
 from .records import provenance
-from .steps import Settings, add_extra_bytes, rows_of
+from .steps import Settings, add_extra_bytes, caches_of, rows_of
 from .timing import Copy
 
 if TYPE_CHECKING:
@@ -36,6 +36,16 @@ class Results(NamedTuple):
     skipped: dict[str, str]
 
 
+class Job(NamedTuple):
+    """A model to be timed, and the list that its rows go to."""
+
+    rows: list[Row]
+    name: str
+    model: Model
+    caches: tuple[str, ...]
+    seconds: float  # for each of its caches
+
+
 def measure(
     parts: Sequence[str],
     models: Sequence[str],
@@ -44,30 +54,19 @@ def measure(
     dtype: str,
     seconds: float,
 ) -> Results:
-    """Measures so many seconds for each model and network, and a quarter for each size."""
+    """Measures so many seconds for each model and state of its caches, and for each network.
+
+    A quarter for each size.
+    """
     from tqdm import tqdm
 
     where = provenance(device)
     results = Results([], [], [], [], {})
-    timed = {name: MODELS[name] for name in models if "steps" in parts}
-    largest = LARGEST_ON_CPU if device.type == "cpu" else max(m.numel for m in SIZES.values())
-    sizes = {n: m for n, m in SIZES.items() if "sizes" in parts and m.numel <= largest}
+    jobs = _jobs(parts, models, device, dtype, seconds, results)
     networks = NETWORKS if "end-to-end" in parts else {}
-    total = seconds * (len(timed) + len(sizes) / 4 + len(networks))
+    total = sum(job.seconds * len(job.caches) for job in jobs) + seconds * len(networks)
     with tqdm(total=total, disable=None, leave=False, bar_format=_BAR) as bar:
-        copy = Copy(device)
-        for rows, of_part, share in ((results.steps, timed, 1.0), (results.sizes, sizes, 0.25)):
-            settings = Settings(device, dtype, share * seconds, copy, bar.update)
-            for name, model in of_part.items():
-                bar.set_description_str(name)
-                try:
-                    new, skipped = rows_of(name, model, providers, settings)
-                except MemoryError as error:
-                    results.skipped[name] = str(error)
-                else:
-                    rows.extend(new)
-                    results.skipped.update(skipped)
-        del copy, settings  # its buffer is large
+        results.skipped.update(_time(jobs, providers, device, dtype, bar))
         if "memory" in parts:
             bar.set_description_str("memory")
             if device.type == "cpu":
@@ -79,6 +78,45 @@ def measure(
     for rows in (results.steps, results.sizes, results.end_to_end, results.memory):
         rows[:] = [row | where for row in rows]
     return results
+
+
+def _jobs(
+    parts: Sequence[str],
+    models: Sequence[str],
+    device: torch.device,
+    dtype: str,
+    seconds: float,
+    results: Results,
+) -> list[Job]:
+    """Models in each state of the caches that matters to them; sizes in the last one alone."""
+    jobs = []
+    for name in models if "steps" in parts else ():
+        caches = caches_of(MODELS[name], dtype)
+        jobs.append(Job(results.steps, name, MODELS[name], caches, seconds))
+    for name, model in SIZES.items() if "sizes" in parts else ():
+        if device.type != "cpu" or model.numel <= LARGEST_ON_CPU:
+            caches = caches_of(model, dtype)[-1:]
+            jobs.append(Job(results.sizes, name, model, caches, seconds / 4))
+    return jobs
+
+
+def _time(
+    jobs: Sequence[Job], providers: Sequence[Provider], device: torch.device, dtype: str, bar: Any
+) -> dict[str, str]:
+    """Appends the rows of each job, and says why some models or providers have none."""
+    copy = Copy(device)
+    skipped = {}
+    for job in jobs:
+        bar.set_description_str(job.name)
+        settings = Settings(device, dtype, job.seconds, copy, bar.update)
+        try:
+            rows, without = rows_of(job.name, job.model, providers, settings, job.caches)
+        except MemoryError as error:
+            skipped[job.name] = str(error)
+        else:
+            job.rows.extend(rows)
+            skipped.update(without)
+    return skipped
 
 
 def _memory_of_training(way: str, device: torch.device) -> Row:

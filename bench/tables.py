@@ -23,6 +23,7 @@ def print_steps(rows: Sequence[Row]) -> None:
         "Steps: median, and 20 and 80 in a hundred",
         (
             "",
+            "caches",
             "us",
             "p20",
             "p80",
@@ -34,8 +35,9 @@ def print_steps(rows: Sequence[Row]) -> None:
             "in step",
             "extra MB",
         ),
-        "copy: GB/s as a share of a copy's; fused: times as fast as torch fused; host: us without"
-        " the update, on as many tensors of one element, and a tensor, and in these steps, ! above"
+        "caches: cold, as in training, with new grads, or warm; copy: GB/s as a share of a copy's;"
+        " fused: times as fast as torch fused; host: us without the update, in warm caches on as"
+        " many tensors of one element, and a tensor, and in these steps, ! above"
         f" {HOST_BUDGET_US_PER_TENSOR} us a tensor + {HOST_BUDGET_US:.0f} us",
     )
     for model, group in groupby(rows, key=lambda row: row["model"]):
@@ -45,6 +47,7 @@ def print_steps(rows: Sequence[Row]) -> None:
             extra = row["extra_bytes"]
             table.add_row(
                 f" {row['name']}",
+                row["caches"],
                 _digits(row["p50_us"]),
                 _digits(row["p20_us"]),
                 _digits(row["p80_us"]),

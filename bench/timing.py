@@ -1,8 +1,12 @@
 """Steps timed in turns, in one process, beside a copy: what a shared machine does hits them alike.
 
-The turns are shuffled, so that what the one before left in the cache favours nobody. Where the
-tensors fit into the cache, each timed step follows a few of the same optimizer that are not timed:
-a small model is timed in the cache, on a GPU in its L2.
+The turns are shuffled, so that what the one before left in the cache favours none. A timed step
+starts from caches in one of three states:
+
+- "cold", as in a training loop: a backward pass makes new grads, and the caches are flushed.
+- "warm": the step follows a few of the same optimizer that are not timed. A small model is then in
+  the cache, on a GPU in its L2.
+- "-", for models much larger than a cache: nothing is done before the step.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from .captured import is_captured
+from .cold import FLUSH_NUMEL, ColdStart
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -24,7 +31,8 @@ WARM_UP = 2  # turns that do not count: threads start, kernels are compiled, cac
 UNTIMED = 4  # steps before a timed one in the cache: after one, much is not there yet
 COPY_EVERY = 0.25  # seconds
 # Far larger than a cache; on a GPU so that it takes much longer than its launch.
-COPY_NUMEL = {"cpu": 1 << 26, "cuda": 1 << 28}
+COPY_NUMEL = {"cpu": FLUSH_NUMEL, "cuda": 1 << 28}
+COLD, WARM, EITHER = "cold", "warm", "-"  # the states of the caches, as a row names them
 
 
 class Step(NamedTuple):
@@ -45,8 +53,8 @@ class Copy:
     """The bandwidth that a step could have: every element is read once and written once.
 
     On a CPU in place. From one buffer to another, it would also fetch the lines that it overwrites:
-    a third access, which nobody counts and an optimizer step does not have. A step may still be
-    faster where writing is what limits: it writes 3 times in 7 accesses, a copy once in 2.
+    a third access, which is not counted and which an optimizer step does not have. A step may still
+    be faster where writing is what limits: it writes 3 times in 7 accesses, a copy once in 2.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,7 +78,7 @@ def measure(
     optimizers: Sequence[Optimizer],
     copy: Copy,
     seconds: float,
-    in_cache: bool,
+    caches: str,
     advance: Callable[[float], object] = lambda seconds: None,
 ) -> Timing:
     """Times one step of each in turns for so long; ``advance`` hears of the seconds gone by.
@@ -79,10 +87,11 @@ def measure(
         optimizers: each has made its states already.
         copy: timed now and then between the turns.
         seconds: to spend, without the warm-up; up to three times as many for ``TURNS`` turns.
-        in_cache: whether the tensors fit into the cache.
+        caches: ``COLD``, ``WARM`` or ``EITHER``, at the start of each timed step.
         advance: of a progress bar of so many seconds.
     """
     timing = Timing([[] for _ in optimizers], [])
+    prepare = [_preparation(optimizer, copy, caches) for optimizer in optimizers]
     order = list(range(len(optimizers)))
     shuffle = random.Random(0).shuffle
     turn, shown = -WARM_UP, 0.0
@@ -95,8 +104,7 @@ def measure(
             copied = time.perf_counter()
         shuffle(order)
         for index in order:
-            for _ in range(UNTIMED if in_cache else 0):
-                optimizers[index].step()
+            prepare[index]()
             step = time_step(optimizers[index], copy.device)
             if turn >= 0:
                 timing.steps[index].append(step)
@@ -106,6 +114,14 @@ def measure(
             advance(elapsed - shown)
             shown = elapsed
     return timing
+
+
+def _preparation(optimizer: Optimizer, copy: Copy, caches: str) -> Callable[[], object]:
+    """What to call before each timed step of an optimizer, outside the time."""
+    if caches == COLD:
+        return ColdStart(optimizer, copy.buffer, new_grads=not is_captured(optimizer))
+    untimed = UNTIMED if caches == WARM else 0
+    return lambda: [optimizer.step() for _ in range(untimed)]
 
 
 def enough(turns: int, wanted: int, elapsed: float, seconds: float) -> bool:

@@ -2,200 +2,88 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <chrono>
-#include <map>
+#include <cstddef>
 #include <memory>
-#include <optional>
 #include <set>
-#include <stdexcept>
 #include <string>
+#include <tuple>
 
-#include "fused_adam.h"
-#include "gather.h"
+#include "cpu/step.h"
+#include "host/gather.h"
+#if defined(ADAMPROX_CUDA_ARCHITECTURES)
+#include "cuda/step.h"
+#endif
 
 namespace adamprox {
 namespace {
-
-Decay decay_from(const std::string& name) {
-  static const std::map<std::string, Decay> names = {
-      {"coupled", Decay::kCoupled},     {"decoupled", Decay::kDecoupled},
-      {"prox_sq_l2", Decay::kProxSqL2}, {"prox_l1", Decay::kProxL1},
-      {"prox_l2", Decay::kProxL2},
-  };
-  const auto found = names.find(name);
-  if (found == names.end()) throw py::value_error("Invalid decay: " + name);
-  return found->second;
-}
-
-const char* device_type_name(const dlpack::Device& device) {
-  switch (device.type) {
-    case dlpack::kCPU:
-      return "cpu";
-    case dlpack::kCUDA:
-    case dlpack::kROCm:
-      return "cuda";
-    default:
-      return "unsupported";
-  }
-}
 
 template <typename T>
 void append_bytes(std::string& out, const std::vector<T>& values) {
   out.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
 }
 
-void* pointer(const py::object& address) {
-  return reinterpret_cast<void*>(address.cast<uintptr_t>());
-}
-
-size_t payload_size(const TensorTable& t) {
-  const size_t scalars = t.recipes.empty()
-                             ? t.scalars.size() * sizeof(Scalars)
-                             : sizeof(RecipesHead) + t.recipes.size() * sizeof(Recipe);
-  return t.grads.size() * sizeof(void*) + scalars;
-}
-
-// What changes at each step: the grads' pointers, void*[num_rows], and then Scalars[], or
-// RecipesHead and Recipe[].
+// What changes at each step: the grads' pointers, void*[num_rows], and then Scalars[], or RecipesHead,
+// GroupRecipe[] and ScalarsRecipe[].
 std::string payload(const TensorTable& t) {
   std::string bytes;
-  bytes.reserve(payload_size(t));
   append_bytes(bytes, t.grads);
-  if (t.recipes.empty()) {
-    append_bytes(bytes, t.scalars);
+  if (t.has_recipes()) {
+    bytes.append(reinterpret_cast<const char*>(&t.head), sizeof(t.head));
+    append_bytes(bytes, t.group_recipes);
+    append_bytes(bytes, t.scalars_recipes);
   } else {
-    bytes.append(reinterpret_cast<const char*>(&t.recipes_head), sizeof(RecipesHead));
-    append_bytes(bytes, t.recipes);
+    append_bytes(bytes, t.scalars);
   }
   return bytes;
 }
 
-// Lets go of the tensors of a step, however it ends.
-struct Release {
-  Gather& gather;
-  ~Release() { gather.release(); }
-};
-
-// Steps of fewer elements keep the GIL: they are over before another thread would get it, and as
-// nothing else runs meanwhile, nothing needs to be kept alive.
-constexpr int64_t kBriefNumel = 1 << 15;
-
-void update_on_cpu(Gather& gather, const TensorTable& table, int threads) {
-  std::optional<py::gil_scoped_release> release;
-  if (table.numel > kBriefNumel) release.emplace();
-  const auto start = std::chrono::steady_clock::now();
-  fused_adam_cpu(table, threads);
-  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-  gather.update_seconds = elapsed.count();
-}
-
-// The usual step on the CPU, in one call. False: there is something to mend, or a tensor elsewhere
-// (if there was one the last time, it is not even looked for), and nothing was written.
-bool step_on_cpu(Gather& gather, const py::list& groups, const py::dict& state, int threads) {
-  if (!gather.only_on_cpu) return false;
-  const Release release{gather};
-  if (!gather.read(groups, state, py::dict(), Recipes{}).empty() || !gather.only_on_cpu ||
-      gather.norms_across_ranks()) {
-    return false;
-  }
-  const bool brief = std::all_of(gather.tables.begin(), gather.tables.end(),
-                                 [](const auto& t) { return t.table.numel <= kBriefNumel; });
-  if (!brief || !gather.reader().marks_without_python()) gather.hold();
-  gather.begin_step();
-  for (const DeviceTable& device : gather.tables) {
-    if (!device.table.rows.empty()) update_on_cpu(gather, device.table, threads);
-  }
-  gather.count_step();
-  return true;
-}
-
-#if defined(ADAMPROX_CUDA_ARCHITECTURES)
-bool payload_is_inline(const TensorTable& table) {
-  return static_cast<int64_t>(payload_size(table)) <= cuda_inline_payload();
-}
-
-// A payload that fits rides in the kernel's parameters; else it is put on the device, if it is not
-// there already.
-void launch_cuda(DeviceTable& device, void* stream, const void* on_device, void* prepared) {
-  const std::string bytes = on_device == nullptr ? payload(device.table) : std::string();
-  const py::gil_scoped_release release;
-  const bool upload = on_device == nullptr && !payload_is_inline(device.table);
-  if (upload) {
-    if (!device.uploads) device.uploads = std::make_shared<PayloadUploads>();
-    on_device = device.uploads->upload(device.device.id, stream, bytes.data(), bytes.size());
-  }
-  fused_adam_cuda(device.table, {device.device.id, stream, device.uploaded_at, on_device,
-                                 bytes.data(), bytes.size(), prepared});
-  if (upload) device.uploads->launched(stream);
-}
-
-// The usual step on NVIDIA GPUs, in one call, if the last one was CUDA's. False: there is something to
-// mend, to be put on a GPU, or to be said, and nothing was written.
-bool step_on_cuda(Gather& gather, const py::list& groups, const py::dict& state) {
-  if (!gather.by_cuda) return false;
-  gather.by_cuda = false;
-  const Release release{gather};
-  if (!gather.read(groups, state, py::dict(), Recipes{true, false, false}).empty() ||
-      gather.norms_across_ranks()) {
-    return false;
-  }
-  std::vector<std::pair<DeviceTable*, void*>> launches;
-  for (DeviceTable& device : gather.tables) {
-    if (device.table.rows.empty()) continue;
-    if (device.device.type != dlpack::kCUDA || !device.table.recipes.empty()) return false;
-    void* stream = gather.reader().current_stream(device.device);
-    if (stream != device.uploaded_for || !device.rows_are_uploaded() || cuda_captures(stream)) {
-      return false;
-    }
-    launches.emplace_back(&device, stream);
-  }
-  if (!gather.reader().marks_without_python()) gather.hold();
-  gather.hold_counters();
-  gather.begin_step();
-  for (const auto& [device, stream] : launches) launch_cuda(*device, stream, nullptr, nullptr);
-  gather.count_step();
-  gather.by_cuda = true;
-  return true;
-}
-#endif
-
-// What a backend sees of one device's share of a step.
+// What a backend sees of the rows on one device.
 class Table {
  public:
   Table(std::shared_ptr<Gather> gather, DeviceTable& device)
-      : gather_(std::move(gather)), device_(device) {}
+      : gather_(std::move(gather)), device_(device), table_(device.table) {}
 
   py::tuple device() const {
-    return py::make_tuple(device_type_name(device_.device), device_.device.id);
+    return py::make_tuple(device_.device.gpu ? "cuda" : "cpu", device_.device.id);
   }
 
-  // torch's current one; null on the CPU.
-  void* stream() const {
-    if (device_.device.type == dlpack::kCPU) return nullptr;
-    return gather_->reader().current_stream(device_.device);
-  }
-
-  // (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq or None, group's index, step) of each row.
+  // (param, grad, {key: state}, group's index, step, whether its decay is deferred) of each row.
   py::list rows() const {
     py::list result;
-    const auto object = [](PyObject* o) { return py::handle(o != nullptr ? o : Py_None); };
-    for (const int index : device_.members) {
-      const Member& m = gather_->members[index];
-      result.append(py::make_tuple(object(m.param), object(m.grad), object(m.exp_avg),
-                                   object(m.exp_avg_sq), object(m.max_exp_avg_sq), m.group,
-                                   gather_->step_of(m)));
+    for (size_t i = 0; i < device_.members.size(); ++i) {
+      const Member& m = gather_->members[device_.members[i]];
+      py::dict states;
+      for (int s = 0; s < kStates; ++s) {
+        if (m.states[s].object) states[kStateKeys[s].key] = py::handle(m.states[s].object);
+      }
+      const py::object grad = m.grad.object != nullptr
+                                  ? py::reinterpret_borrow<py::object>(m.grad.object)
+                                  : py::handle(m.owner).attr("grad");
+      result.append(py::make_tuple(py::handle(m.param.object), grad, states, m.group,
+                                   device_.counts[i].before + 1, gather_->is_deferred(m)));
     }
     return result;
   }
 
-  // (the param itself, group's index, its first chunk's index, numel) of each row.
+  // (group's index, index in the group, first chunk's index, numel) of each row.
   py::list tensors() const {
     py::list result;
     for (size_t i = 0; i < device_.members.size(); ++i) {
       const Member& m = gather_->members[device_.members[i]];
-      const TensorRow& row = device_.table.rows[i];
-      result.append(py::make_tuple(py::handle(m.owner), m.group, row.first_chunk, row.numel));
+      const TensorRow& row = table_.rows[i];
+      result.append(py::make_tuple(m.group, m.index, row.first_chunk, row.numel));
+    }
+    return result;
+  }
+
+  // (the param itself, its local tensor or stand-in, group's index) where other ranks have parts of a
+  // norm: their params are z after the step.
+  py::list deferred() const {
+    py::list result;
+    for (const int index : device_.members) {
+      const Member& m = gather_->members[index];
+      if (!gather_->is_deferred(m)) continue;
+      result.append(py::make_tuple(py::handle(m.owner), py::handle(m.param.object), m.group));
     }
     return result;
   }
@@ -203,108 +91,145 @@ class Table {
   // Has the step write Record[num_chunks] to this tensor on the device.
   void track(const py::object& records) const {
     const auto address = records.attr("data_ptr")().cast<uintptr_t>();
-    device_.table.records = reinterpret_cast<Record*>(address);
+    table_.records = reinterpret_cast<Record*>(address);
     device_.records = records;
   }
-
-  // What track() was given, or None.
   py::object records() const { return device_.records ? device_.records : py::none(); }
 
-  int64_t num_rows() const { return static_cast<int64_t>(device_.table.rows.size()); }
-  int64_t num_scalars() const { return static_cast<int64_t>(device_.table.scalars.size()); }
-  int64_t num_chunks() const { return static_cast<int64_t>(device_.table.chunks.size()); }
-  int64_t num_packed() const { return device_.table.num_packed; }
+  int64_t num_rows() const { return static_cast<int64_t>(table_.rows.size()); }
+  int64_t num_chunks() const { return static_cast<int64_t>(table_.chunks.size()); }
+  int64_t num_packed() const { return table_.num_packed; }
+  int64_t num_of_blocks() const { return table_.num_of_blocks; }
+  int64_t num_scalars() const { return static_cast<int64_t>(table_.scalars.size()); }
 
-  // The distinct (param's, state's) dtypes, by the numbers of DType.
-  std::set<std::pair<int, int>> dtypes() const {
-    std::set<std::pair<int, int>> result;
-    for (const TensorRow& row : device_.table.rows) {
-      result.emplace(static_cast<int>(row.param_dtype), static_cast<int>(row.state_dtype));
+  // The distinct (param's dtype, moments' dtype, rule, which states are there as bits) of the rows.
+  std::set<std::tuple<int, int, int, int>> variants() const {
+    std::set<std::tuple<int, int, int, int>> result;
+    for (const TensorRow& row : table_.rows) {
+      int states = 0;
+      for (int s = 0; s < kStates; ++s) states |= (row.states[s] != nullptr) << s;
+      result.emplace(static_cast<int>(row.param_dtype), static_cast<int>(row.state_dtype),
+                     static_cast<int>(row.rule), states);
     }
     return result;
   }
 
-  bool amsgrad() const {
-    const auto& rows = device_.table.rows;
-    return std::any_of(rows.begin(), rows.end(),
-                       [](const TensorRow& row) { return row.max_exp_avg_sq != nullptr; });
-  }
-
   // What seldom changes, TensorRow[num_rows] and Chunk[num_chunks], and a Workspace, as upload(bytes)
-  // put it on the device; called again only if the rows or the stream have changed since. So
-  // two streams never share a Workspace; but what is captured into a CUDA graph is better put there
-  // before (its replays are ordered with other steps by whoever needs the params in order).
-  py::object metadata(const py::function& upload, bool capturing) const {
-    void* stream = this->stream();
-    if (!device_.rows_are_uploaded() || (!capturing && stream != device_.uploaded_for)) {
-      std::string bytes;
-      append_bytes(bytes, device_.table.rows);
-      append_bytes(bytes, device_.table.chunks);
-      bytes.append(Workspace::bytes(device_.table.decay, num_chunks()), '\0');
-      device_.uploaded = upload(py::bytes(bytes));
-      device_.uploaded_at = pointer(device_.uploaded.attr("data_ptr")());
-      device_.uploaded_rows = device_.table.rows;
-      device_.uploaded_for = stream;
+  // puts it on the device. It is uploaded again if the rows or the stream have changed, so two streams
+  // never share a Workspace. A capture records its own upload, which only its replays carry out.
+  py::object metadata(const py::function& upload, uintptr_t stream, bool capturing) const {
+    const std::vector<TensorRow>& rows = table_.rows;
+    const std::vector<TensorRow>& known = device_.uploaded_rows;
+    void* const on = reinterpret_cast<void*>(stream);
+    const bool uploaded = device_.uploaded && !capturing && on == device_.uploaded_for &&
+                          rows.size() == known.size() &&
+                          std::memcmp(rows.data(), known.data(), rows.size() * sizeof(TensorRow)) == 0;
+    if (uploaded) return device_.uploaded;
+    std::string bytes;
+    append_bytes(bytes, rows);
+    append_bytes(bytes, table_.chunks);
+    bytes.append(Workspace::bytes(device_.blocks(), num_chunks()), '\0');
+    const py::object made = upload(py::bytes(bytes));
+    if (capturing) {
+      keep(made);
+    } else {
+      device_.uploaded = made;
+      device_.uploaded_rows = rows;
+      device_.uploaded_for = on;
     }
-    if (capturing) keep(device_.uploaded);
-    return device_.uploaded;
+    return made;
   }
 
   // For as long as the optimizer lives: a captured graph reads it.
   void keep(const py::object& object) const { gather_->captured.push_back(object); }
 
   // Whether the scalars are made where the tensors are.
-  bool has_recipes() const { return !device_.table.recipes.empty(); }
+  bool has_recipes() const { return device_.recipes; }
 
-  // The grads are those of loss_scale times the loss. The host's number, before rows() and payload();
-  void set_loss_scale(double loss_scale) {
-    for (Scalars& s : device_.table.scalars) s.grad_scale = s.grad_scale / loss_scale;
-    loss_scale_ = loss_scale;
-  }
-
+  // The grads are those of loss_scale times the loss; before begin(). The host's number,
+  void set_loss_scale(double loss_scale) const { device_.loss_scale = loss_scale; }
+  double loss_scale() const { return device_.loss_scale; }
   // or, for recipes, tensors that are there, or None.
-  void set_loss_scaling(const py::object& loss_scale, const py::object& found_inf) {
-    RecipesHead& head = device_.table.recipes_head;
-    if (!loss_scale.is_none()) head.loss_scale = gather_->number_at(device_, loss_scale);
-    if (!found_inf.is_none()) head.found_inf = gather_->number_at(device_, found_inf);
+  void set_loss_scaling(const py::object& loss_scale, const py::object& found_inf) const {
+    const auto value = [&](const py::object& o, double otherwise) {
+      return gather_->value_of(device_.device, o.is_none() ? nullptr : o.ptr(), otherwise);
+    };
+    table_.head.loss_scale = value(loss_scale, 1);
+    table_.head.found_inf = value(found_inf, 0);
   }
-
-  double loss_scale() const { return loss_scale_; }
 
   // The size of what the recipes become; 0 without them.
   int64_t prepared_size() const {
-    const auto count = static_cast<int64_t>(device_.table.recipes.size());
-    return has_recipes() ? sizeof(PreparedHead) + count * sizeof(Scalars) : 0;
+    return has_recipes() ? sizeof(PreparedHead) + num_scalars() * sizeof(Scalars) : 0;
   }
 
-  std::string payload() const { return adamprox::payload(device_.table); }
+  void begin() const { gather_->begin(device_); }
+  void undo() const { gather_->undo(device_); }
+  std::string payload() const { return adamprox::payload(table_); }
+  void step_cpu(int threads) const { gather_->step_on_cpu(device_, threads); }
 
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
-  // Addresses on the device: of a payload that is too long to be passed inline and stays there for
-  // the replays of a graph, else 0; and of prepared_size bytes.
-  bool payload_is_inline() const { return adamprox::payload_is_inline(device_.table); }
+  bool payload_is_inline() const {
+    return static_cast<int64_t>(payload().size()) <= cuda_inline_payload();
+  }
 
-  void step_cuda(uintptr_t payload, uintptr_t prepared) const {
-    launch_cuda(device_, stream(), reinterpret_cast<const void*>(payload),
-                reinterpret_cast<void*>(prepared));
-    gather_->by_cuda = !has_recipes();
+  // Addresses on the device: of what metadata() gave; of a payload that is too long to be passed inline
+  // or stays there for a graph's replays, else 0; and of prepared_size bytes. Then the step is launched,
+  // on a stream of torch's.
+  void launch_cuda(uintptr_t stream, uintptr_t metadata, uintptr_t payload, uintptr_t prepared) const {
+    const std::string bytes = payload == 0 ? this->payload() : std::string();
+    const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+    device_.launched = true;
+    const py::gil_scoped_release release;
+    step_on_cuda(table_, {device_.device.id, pointer(stream), pointer(metadata), pointer(payload),
+                          bytes.data(), bytes.size(), pointer(prepared)});
   }
 #endif
-
-  void step_cpu(int threads) const { update_on_cpu(*gather_, device_.table, threads); }
 
  private:
   std::shared_ptr<Gather> gather_;
   DeviceTable& device_;
-  double loss_scale_ = 1;
+  TensorTable& table_;
 };
 
 std::vector<Table> tables(const std::shared_ptr<Gather>& gather) {
   std::vector<Table> result;
-  for (DeviceTable& device : gather->tables) {
-    if (!device.table.rows.empty()) result.emplace_back(gather, device);
-  }
+  for (DeviceTable* device : gather->tables()) result.emplace_back(gather, *device);
   return result;
+}
+
+// Where things are, in words of 8 bytes unless it says otherwise: Triton's kernels read the same bytes.
+py::dict layout() {
+  py::dict words;
+  const auto add = [&](const std::string& name, size_t bytes) { words[name.c_str()] = bytes / 8; };
+#define FIELD(name, type, field) add(name "." #field, offsetof(type, field))
+  add("row", sizeof(TensorRow));
+  FIELD("row", TensorRow, param);
+  FIELD("row", TensorRow, states);
+  FIELD("row", TensorRow, numel);
+  FIELD("row", TensorRow, scalars);
+  add("row.types", offsetof(TensorRow, param_dtype));
+  add("scalars", sizeof(Scalars));
+  FIELD("scalars", Scalars, one_minus_beta1);
+  FIELD("scalars", Scalars, one_minus_beta2);
+  FIELD("scalars", Scalars, step_size);
+  FIELD("scalars", Scalars, eps);
+  FIELD("scalars", Scalars, grad_scale);
+  FIELD("scalars", Scalars, alpha);
+  FIELD("scalars", Scalars, step);
+  FIELD("scalars", Scalars, decay);
+#undef FIELD
+  add("value", sizeof(Value));
+  add("group_recipe", sizeof(GroupRecipe));
+  add("group_recipe.flags", offsetof(GroupRecipe, flag));
+  add("scalars_recipe", sizeof(ScalarsRecipe));
+  add("head", sizeof(RecipesHead));
+  add("record", sizeof(Record));
+  words["group_recipe.rule"] = offsetof(GroupRecipe, rule);  // in bytes
+  words["decay_constants"] = kDecayConstants;
+  words["chunk_size"] = kChunkSize;
+  words["tile_size"] = kTileSize;
+  return words;
 }
 
 }  // namespace
@@ -318,66 +243,69 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_architectures") = "";
 #endif
+  m.attr("torch_abi") = TorchAbi::get().fast() ? "fast" : "slow";
+  m.attr("layout") = layout();
+  py::list states, numbers, flags, rules;
+  for (const StateKey& s : kStateKeys) {
+    states.append(py::make_tuple(s.key, s.type == kMoment ? "moment" : "compute",
+                                 s.flag == kAlways ? nullptr : kFlagKeys[s.flag].key));
+  }
+  for (const NumberKey& n : kNumberKeys) {
+    const std::string key = n.key;
+    numbers.append(n.item < 0 ? key : key + "[" + std::to_string(n.item) + "]");
+  }
+  for (const FlagKey& f : kFlagKeys) flags.append(f.key);
+  for (const RuleKey& r : kRuleKeys) rules.append(py::make_tuple(r.name, r.decay, r.option));
+  m.attr("states") = states;
+  m.attr("numbers") = numbers;
+  m.attr("flags") = flags;
+  m.attr("rules") = rules;
+
   py::class_<Finding>(m, "Finding")
       .def_readonly("group", &Finding::group)
+      .def_readonly("index", &Finding::index)
       .def_readonly("param", &Finding::param)
       .def_readonly("key", &Finding::key);
   py::class_<Table>(m, "Table")
       .def_property_readonly("device", &Table::device)
       .def("rows", &Table::rows)
       .def("tensors", &Table::tensors)
+      .def("deferred", &Table::deferred)
       .def("track", &Table::track, py::arg("records"))
       .def_property_readonly("records", &Table::records)
       .def_property_readonly("num_rows", &Table::num_rows)
       .def_property_readonly("num_chunks", &Table::num_chunks)
       .def_property_readonly("num_packed", &Table::num_packed)
-      .def_property_readonly("dtypes", &Table::dtypes)
-      .def_property_readonly("amsgrad", &Table::amsgrad)
-      .def("metadata", &Table::metadata, py::arg("upload"), py::arg("capturing") = false)
+      .def_property_readonly("num_of_blocks", &Table::num_of_blocks)
+      .def_property_readonly("num_scalars", &Table::num_scalars)
+      .def_property_readonly("variants", &Table::variants)
+      .def("metadata", &Table::metadata, py::arg("upload"), py::arg("stream") = 0,
+           py::arg("capturing") = false)
       .def("keep", &Table::keep, py::arg("object"))
+      .def_property_readonly("has_recipes", &Table::has_recipes)
+      .def_property_readonly("prepared_size", &Table::prepared_size)
+      .def_property("loss_scale", &Table::loss_scale, &Table::set_loss_scale)
+      .def("set_loss_scaling", &Table::set_loss_scaling, py::arg("loss_scale"),
+           py::arg("found_inf"))
+      .def("begin", &Table::begin)
+      .def("undo", &Table::undo)
       .def("payload", [](const Table& table) { return py::bytes(table.payload()); })
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
       .def_property_readonly("payload_is_inline", &Table::payload_is_inline)
-#endif
-      .def_property_readonly("has_recipes", &Table::has_recipes)
-      .def_property_readonly("prepared_size", &Table::prepared_size)
-      .def_property_readonly("num_scalars", &Table::num_scalars)
-      .def("set_loss_scale", &Table::set_loss_scale, py::arg("loss_scale"))
-      .def("set_loss_scaling", &Table::set_loss_scaling, py::arg("loss_scale"),
-           py::arg("found_inf"))
-      .def_property_readonly("loss_scale", &Table::loss_scale)
-#if defined(ADAMPROX_CUDA_ARCHITECTURES)
-      .def("step_cuda", &Table::step_cuda, py::arg("payload"), py::arg("prepared"))
+      .def("launch_cuda", &Table::launch_cuda, py::arg("stream"), py::arg("metadata"),
+           py::arg("payload"), py::arg("prepared"))
 #endif
       .def("step_cpu", &Table::step_cpu, py::arg("threads"));
   py::class_<Gather, std::shared_ptr<Gather>>(m, "Gather")
-      .def(py::init([](const std::string& decay) {
-             return std::make_shared<Gather>(decay_from(decay));
-           }),
-           py::arg("decay"))
-      .def(
-          "read",
-          [](Gather& g, const py::list& groups, const py::dict& state, const py::dict& staged,
-             bool recipes_on_gpu, bool recipes_on_cpu, bool loss_scaling) {
-            return g.read(groups, state, staged, {recipes_on_gpu, recipes_on_cpu, loss_scaling});
-          },
-          py::arg("groups"), py::arg("state"), py::arg("staged"), py::arg("recipes_on_gpu") = false,
-          py::arg("recipes_on_cpu") = false, py::arg("loss_scaling") = false)
-      .def("step_on_cpu", &step_on_cpu, py::arg("groups"), py::arg("state"), py::arg("threads"))
-#if defined(ADAMPROX_CUDA_ARCHITECTURES)
-      .def("step_on_cuda", &step_on_cuda, py::arg("groups"), py::arg("state"))
-#else
-      .def("step_on_cuda", [](Gather&, const py::list&, const py::dict&) { return false; },
-           py::arg("groups"), py::arg("state"))
-#endif
+      .def(py::init<>())
+      .def("read",
+           [](Gather& g, const py::list& groups, const py::dict& state, const py::dict& stand_ins,
+              bool recipes_on_gpu, bool recipes_on_cpu, bool loss_scaling, int cpu_threads) {
+             return g.read(groups, state, stand_ins,
+                           {recipes_on_gpu, recipes_on_cpu, loss_scaling, cpu_threads});
+           })
+      .def_property_readonly("findings", &Gather::findings)
       .def("tables", &tables)
-      .def("hold", &Gather::hold)
-      .def("begin_step", &Gather::begin_step)
-      .def("count_step", &Gather::count_step)
       .def("release", &Gather::release)
-      .def_readonly("update_seconds", &Gather::update_seconds)
-      .def_property_readonly("norms_across_ranks", &Gather::norms_across_ranks)
-      .def_property_readonly("reader", [](const Gather& g) { return g.reader().interface(); })
-      .def_property_readonly("recognises_tensors",
-                             [](const Gather& g) { return g.reader().recognises(); });
+      .def_readonly("update_seconds", &Gather::update_seconds);
 }

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,20 +11,30 @@ import torch
 
 import adamprox
 from adamprox.__main__ import main
-from adamprox.bench import contenders, cost, records
+from adamprox.bench import contenders, cost, records, timing
+from adamprox.bench.captured import capture_steps
+from adamprox.bench.cold import ColdStart
 from adamprox.bench.end_to_end import NETWORKS
-from adamprox.bench.models import MODELS, SHORT, Model
+from adamprox.bench.models import MODELS, SHORT, SIZES, Model
 from adamprox.bench.providers import NAMES, OURS, PEERS, VALUES, providers
 from adamprox.bench.providers import SHORT as SHORT_PROVIDERS
 from adamprox.bench.small_gpt import SmallGPT
-from adamprox.bench.steps import Settings, rows_of
-from adamprox.bench.timing import Step, Timing
+from adamprox.bench.steps import Settings, caches_of, rows_of
+from adamprox.bench.timing import COLD, EITHER, WARM, Step, Timing
 from adamprox.resnet import ResNet
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 COLUMNS = (
-    *("p50_us", "p20_us", "p80_us", "gb_per_s", "share_of_copy", "times_as_fast_as_torch_fused"),
+    *(
+        "caches",
+        "p50_us",
+        "p20_us",
+        "p80_us",
+        "gb_per_s",
+        "share_of_copy",
+        "times_as_fast_as_torch_fused",
+    ),
     *("host_us", "host_us_per_tensor", "host_budget_us", "within_host_budget"),
     *("host_in_step_us", "extra_bytes"),
 )
@@ -198,28 +209,100 @@ def test_a_model_that_does_not_fit_is_refused(monkeypatch):
     assert contenders.available_bytes(CPU) > 0
 
 
+@pytest.mark.parametrize(
+    ("model", "dtype", "caches"),
+    [
+        ("400 x 16", "float32", (COLD, WARM)),
+        ("465 groups", "float32", (COLD, WARM)),
+        ("ResNet-218 without BN", "float32", (COLD,)),
+        ("one tensor of 16 M", "float32", (EITHER,)),
+        ("GPT-2 small", "bfloat16_float32", (EITHER,)),
+        ("one tensor of 2^20", "float32", (COLD, WARM)),
+        ("one tensor of 2^22", "float32", (COLD,)),
+        ("one tensor of 2^22", "bfloat16", (COLD,)),
+    ],
+)
+def test_caches_that_matter_to_a_model(model, dtype, caches):
+    assert caches_of((MODELS | SIZES)[model], dtype) == caches
+
+
+def small_optimizer():
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return torch.optim.SGD([{"params": [param]} for param in params], lr=0.0), params
+
+
+def test_a_cold_start_makes_new_grads_of_the_same_values_and_flushes():
+    optimizer, params = small_optimizer()
+    values = [param.grad.clone() for param in params]
+    olds = [param.grad for param in params]  # kept alive, so that no address is used again
+    buffer = torch.ones(2)
+    start = ColdStart(optimizer, buffer)
+    for flushed in (-1, 1):
+        start()
+        assert buffer.tolist() == 2 * [flushed]
+        for param, value, old in zip(params, values, olds, strict=True):
+            assert torch.equal(param.grad, value)
+            assert param.grad.is_contiguous()
+            assert param.grad.data_ptr() != old.data_ptr()
+        olds = [param.grad for param in params]
+
+
+def test_a_cold_start_leaves_the_grads_of_a_captured_step_where_they_are():
+    optimizer, params = small_optimizer()
+    grads = [param.grad for param in params]
+    buffer = torch.ones(2)
+    ColdStart(optimizer, buffer, new_grads=False)()
+    assert all(param.grad is grad for param, grad in zip(params, grads, strict=True))
+    assert buffer.tolist() == [-1, -1]
+    assert not timing.is_captured(optimizer)
+    capture_steps(optimizer)
+    assert timing.is_captured(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("caches", "before", "steps"),
+    [(COLD, ["cold"], 1), (WARM, [], 1 + timing.UNTIMED), (EITHER, [], 1)],
+)
+def test_what_happens_before_a_timed_step(caches, before, steps, monkeypatch):
+    happened = []
+    optimizer, _ = small_optimizer()
+    monkeypatch.setattr(optimizer, "step", lambda: happened.append("step"))
+    monkeypatch.setattr(timing, "ColdStart", lambda *_, **__: lambda: happened.append("cold"))
+    monkeypatch.setitem(timing.COPY_NUMEL, "cpu", 1)
+    measured = timing.measure([optimizer], timing.Copy(CPU), 1e-6, caches)
+    turns = len(measured.steps[0]) + timing.WARM_UP
+    assert happened == turns * (before + steps * ["step"])
+
+
 def test_rows_compute_what_they_say(monkeypatch):
     """From times made up: 2 ms for torch; 1 ms for ours, of which the host takes 300 us.
 
-    On tensors of one element, it takes 60 us, or 200.
+    On tensors of one element, it takes 60 us, or 200. In cold caches, all takes twice as long.
     """
 
-    def measure(optimizers, copy, seconds, in_cache, advance=None):
-        assert in_cache
+    def measure(optimizers, copy, seconds, caches, advance=None):
         numels = [[p.numel() for p in o.param_groups[0]["params"]] for o in optimizers]
         if len(optimizers) == 2:
+            assert caches == WARM
             assert numels == 2 * [[1] * 400]
             return Timing([4 * [Step(1e-3, 60e-6)], 4 * [Step(1e-3, 200e-6)]], [])
         assert numels == 3 * [[16] * 400]
-        steps = [Step(2e-3, None)], [Step(1e-3, 300e-6)], [Step(1e-3, 300e-6)]
+        k = 2 if caches == COLD else 1
+        steps = [Step(k * 2e-3, None)], *2 * ([Step(k * 1e-3, k * 300e-6)],)
         return Timing([4 * step for step in steps], [1e9, 2e9, 9e9])
 
     monkeypatch.setattr("adamprox.bench.steps.measure", measure)
     found, _ = providers(["torch fused", "AdamW", "AdamProx"], CPU)
     settings = Settings(CPU, "float32", seconds=1, copy=None, advance=None)
-    rows, skipped = rows_of("400 x 16", MODELS["400 x 16"], found, settings)
+    rows, skipped = rows_of("400 x 16", MODELS["400 x 16"], found, settings, (COLD, WARM))
     assert not skipped
-    torch_fused, adamw, adamprox_ = rows
+    assert [row["caches"] for row in rows] == [*3 * [COLD], *3 * [WARM]]
+    assert [row["p50_us"] for row in rows] == [4000, 2000, 2000, 2000, 1000, 1000]
+    assert rows[1]["host_in_step_us"] == 600
+    assert rows[1]["host_us"] == rows[4]["host_us"]
+    torch_fused, adamw, adamprox_ = rows[3:]
     assert torch_fused["times_as_fast_as_torch_fused"] == 1
     assert torch_fused["host_us"] is torch_fused["within_host_budget"] is None
     assert torch_fused["host_in_step_us"] is None
@@ -255,14 +338,16 @@ def test_command_writes_rows_and_a_picture(tmp_path, capsys):
     args = ["--models", "400 x 16", "--parts", "steps", "picture", "--json"]
     assert bench(tmp_path, *args) == 0
     results = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in results["steps"]] == list(SHORT_PROVIDERS)
+    assert [(row["caches"], row["name"]) for row in results["steps"]] == [
+        (caches, name) for caches in (COLD, WARM) for name in SHORT_PROVIDERS
+    ]
     for row in results["steps"]:
         assert {*COLUMNS, *records.provenance(CPU)} <= row.keys()
         assert row["steps"] >= 2
         assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
     assert bench(tmp_path, *args) == 0
     lines = (tmp_path / "cpu.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 * len(SHORT_PROVIDERS)
+    assert len(lines) == 1 + 2 * 2 * len(SHORT_PROVIDERS)
     assert lines[0].startswith("model,")
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
 
@@ -273,7 +358,15 @@ def test_command_prints_tables(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optimi", None)
     assert bench(tmp_path, *args, "--parts", "steps", "sizes", "memory", "picture") == 0
     out = capsys.readouterr().out
-    for text in ("400 x 16", "AdamProx", "elements of one tensor", "1,024", "step_in_backward"):
+    for text in (
+        "400 x 16",
+        "AdamProx",
+        "cold",
+        "warm",
+        "elements of one tensor",
+        "1,024",
+        "step_in_backward",
+    ):
         assert text in out
     assert "skipped optimi AdamW: not installed: " in out
     assert (tmp_path / "cpu.png").exists()
@@ -284,8 +377,8 @@ def test_command_measures_the_memory_of_large_models(tmp_path, capsys, monkeypat
     args = ["--models", "400 x 16", "--optimizers", "AdamW", "--parts", "steps", "memory"]
     assert bench(tmp_path, *args, "--json") == 0
     results = json.loads(capsys.readouterr().out)
-    [row] = results["steps"]
-    assert 0 <= row["extra_bytes"] < 1e6
+    for row in results["steps"]:
+        assert 0 <= row["extra_bytes"] < 1e6
     plain, in_backward = results["memory"]
     assert in_backward["peak_bytes"] < 0.5 * plain["grad_bytes"] < plain["peak_bytes"]
     with (tmp_path / "cpu-memory.csv").open() as file:
@@ -323,8 +416,8 @@ def test_the_backend_asked_for_runs_ours(monkeypatch, tmp_path, capsys):
     args = ["--parts", "steps", "--models", "400 x 16", "--optimizers", "AdamW", "--json"]
     for backends, backend in (([], "reference"), (["--backends", "cpu"], "cpu")):
         assert bench(tmp_path, *args, *backends) == 0
-        [row] = json.loads(capsys.readouterr().out)["steps"]
-        assert row["backend"] == backend
+        rows = json.loads(capsys.readouterr().out)["steps"]
+        assert [row["backend"] for row in rows] == [backend, backend]
 
 
 def test_command_lists_what_the_backend_asked_for_can_run(tmp_path, capsys):
@@ -373,6 +466,14 @@ def test_rows_with_other_columns_are_kept_apart(tmp_path):
     assert path.read_text().split() == ["a", "1"]
 
 
+def test_columns_that_a_file_lacks_are_added_to_it(tmp_path):
+    path = tmp_path / "rows.csv"
+    records.append(path, [{"a": 1}])
+    records.append(path, [{"b": 2, "a": 3}])
+    assert path.read_text().split() == ["b,a", ",1", "2,3"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("package", ["tqdm", "rich", "matplotlib"])
 def test_command_says_what_to_install(package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
@@ -380,13 +481,27 @@ def test_command_says_what_to_install(package, monkeypatch, tmp_path):
         bench(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("row", "caches"),
+    [
+        ({"caches": "cold", "elements": "6400"}, COLD),
+        ({"caches": "", "elements": "6400"}, WARM),
+        ({"elements": "6400"}, WARM),
+        ({"elements": "3469514"}, EITHER),
+    ],
+)
+def test_rows_from_before_the_column_have_a_state_of_the_caches(row, caches):
+    assert records.caches_of(row) == caches
+
+
 def test_newest_rows_are_of_one_run(tmp_path):
-    def row(model, name, date, dtype="float32"):
-        return {"model": model, "name": name, "date": date, "dtype": dtype}
+    def row(model, name, date, dtype="float32", caches=COLD):
+        return {"model": model, "name": name, "date": date, "dtype": dtype, "caches": caches}
 
     path = tmp_path / "rows.csv"
     old = [row("a", "x", "1"), row("a", "y", "1"), row("b", "x", "1")]
     records.append(path, [*old, row("a", "x", "2"), row("a", "x", "3", "bfloat16")])
+    records.append(path, [row("a", "x", "2", caches=WARM), row("b", "x", "4", caches=WARM)])
     newest = records.newest(path, "float32")
     dates = {(m, n): r["date"] for m, of_model in newest.items() for n, r in of_model.items()}
     assert dates == {("a", "x"): "2", ("b", "x"): "1"}
@@ -408,9 +523,34 @@ def test_readme_quotes_the_records(capsys):
     newest = records.newest(ROOT / "bench/results/cpu.csv", "float32")
     for (model, name), cell in quoted.items():
         row = newest[model][name]
+        assert records.caches_of(row) == caches_of(MODELS[model], "float32")[0], (model, name)
         median, _, ratio = cell.partition(" ")
         assert median == f"{float(row['p50_us']):,.0f}", (model, name)
         if name != "torch fused":
             assert ratio == f"({float(row['times_as_fast_as_torch_fused']):.2f})", (model, name)
     assert main(["bench", "--out", str(ROOT / "bench/results"), "--markdown"]) == 0
     assert capsys.readouterr().out == "\n".join(lines) + "\n"
+
+
+def test_builds_are_compared_in_turns():
+    site = Path(adamprox.__file__).parent.parent
+    command = [sys.executable, ROOT / "bench/builds.py", site, site, "--rounds", "1", "--turns"]
+    result = subprocess.run(
+        [*command, "1", "--models", "400 x 16", "465 groups", "--threads", "1"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    heading, *lines = result.stdout.splitlines()
+    assert heading.startswith("cold step")
+    assert [line[:24].strip() for line in lines] == ["400 x 16", "465 groups"]
+    for line in lines:
+        a, b, ratio, _, _, _, *as_fast = line[24:].replace(",", "").split()
+        assert float(a) > 0 < float(b)
+        assert float(ratio) > 0
+        assert len(as_fast) == 2
+
+
+def test_a_site_without_a_build_is_named(tmp_path):
+    command = [sys.executable, ROOT / "bench/builds.py", tmp_path, tmp_path, "--turns", "1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert f"{tmp_path} has no adamprox" in result.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from adamprox import _C
 from adamprox.reference import CHUNK_SIZE, TILE_SIZE
 from registry import DTYPES, OPTIMIZERS, OPTIONS, Option, assert_same_bits, build, params_of
 
@@ -22,6 +23,8 @@ pytestmark = [
 SIZES = (0, 1, TILE_SIZE - 1, TILE_SIZE, TILE_SIZE + 1, CHUNK_SIZE + 1, 5 * CHUNK_SIZE + 7)
 # A huge tensor, and thousands of tiny ones between some of a few chunks: AdamProxL2's blocks wait.
 MIXED_SIZES = (300 * CHUNK_SIZE + 5, *((1, 7, 64, 3 * CHUNK_SIZE) * 20), *((2,) * 4000))
+# A group for each rule.
+RULES = Option(groups=tuple({"decay": decay} for decay in dict.fromkeys(d for _, d, _ in _C.rules)))
 every_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
@@ -42,13 +45,14 @@ def on_cpu(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def run(optimizer, backend, device, *, dtype="float32", option="plain", sizes=SIZES, steps=10):
     param_dtype, state = DTYPES[dtype]
+    option = RULES if option == "rules" else OPTIONS[option]
     values = [value.to(device) for value in values_of(sizes, param_dtype)]
-    opt = build(optimizer, values, OPTIONS[option], backend, state)
+    opt = build(optimizer, values, option, backend, state)
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         for index, param in enumerate(params_of(opt)):
             grad = torch.randn(param.shape, generator=generator).to(param_dtype).to(device)
-            param.grad = OPTIONS[option].grad_layout(step, index)(grad)
+            param.grad = option.grad_layout(step, index)(grad)
         opt.step()
     return on_cpu(opt)
 
@@ -60,6 +64,14 @@ def run(optimizer, backend, device, *, dtype="float32", option="plain", sizes=SI
 def test_a_gpu_gives_the_bits_of_the_cpu(backend, optimizer, dtype, option):
     on_gpu = run(optimizer, backend, "cuda", dtype=dtype, option=option)
     assert_same_bits(on_gpu, run(optimizer, "cpu", "cpu", dtype=dtype, option=option))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_backend
+def test_rules_share_a_step(backend, dtype):
+    sizes = SIZES * len(RULES.groups) + (5,) * 100
+    on_gpu = run("AdamW", backend, "cuda", dtype=dtype, option="rules", sizes=sizes)
+    assert_same_bits(on_gpu, run("AdamW", "cpu", "cpu", dtype=dtype, option="rules", sizes=sizes))
 
 
 @every_optimizer
@@ -126,14 +138,13 @@ def test_a_step_on_another_stream_works_in_memory_of_its_own():
     assert_same_bits(on_cpu(opt), l2_stepped_on_cpu(MIXED_SIZES, 6))
 
 
-@every_optimizer
-@every_backend
-def test_a_step_is_one_launch(backend, optimizer):
+def kernels_of_a_step(optimizer: str, backend: str, option: Option) -> list[str]:
+    """What a step over 400 tensors of two dtypes launches."""
     values = [
         torch.ones(1 + i % 5, dtype=(torch.float32, torch.bfloat16)[i % 2], device="cuda")
         for i in range(400)
     ]
-    opt = build(optimizer, values, OPTIONS["groups"], backend, None)
+    opt = build(optimizer, values, option, backend, None)
     for param in params_of(opt):
         param.grad = torch.ones_like(param)
     opt.step()  # which also makes the states
@@ -142,9 +153,21 @@ def test_a_step_is_one_launch(backend, optimizer):
         opt.step()
         torch.cuda.synchronize()
     on_gpu = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [name for name in on_gpu if not name.startswith("Mem")]
+    return [name for name in on_gpu if not name.startswith("Mem")]
+
+
+@every_optimizer
+@every_backend
+def test_a_step_is_one_launch(backend, optimizer):
     twice = backend == "triton" and optimizer == "AdamProxL2"
+    kernels = kernels_of_a_step(optimizer, backend, OPTIONS["groups"])
     assert len(kernels) == (2 if twice else 1), kernels
+
+
+@every_backend
+def test_all_rules_are_two_launches(backend):
+    kernels = kernels_of_a_step("AdamW", backend, RULES)
+    assert len(kernels) == 2, kernels
 
 
 @every_backend
@@ -163,11 +186,11 @@ def test_the_step_runs_on_the_current_stream(backend):
     torch.testing.assert_close(param.detach(), torch.ones_like(param))
 
 
+# A payload that fits into a kernel's parameters, and one that does not.
+@pytest.mark.parametrize("sizes", [(1000,), (2,) * 6000], ids=["inline", "uploaded"])
 @every_backend
-def test_a_step_does_not_wait_for_the_gpu(backend):
-    param = torch.nn.Parameter(torch.zeros(1000, device="cuda"))
-    param.grad = torch.ones_like(param)
-    opt = OPTIMIZERS["AdamProxL2"].cls([param], backend=backend)
+def test_a_step_does_not_wait_for_the_gpu(backend, sizes):
+    opt = l2_with_grads(sizes, "cuda", backend)
     opt.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -187,16 +210,31 @@ def test_capture_without_capturable_is_refused_in_torchs_words(backend):
         opt.step()
 
 
-def test_capture_where_a_param_would_leave_its_cohort_is_refused():
+@every_backend
+def test_a_captured_step_may_skip_a_param(backend):
     params = [torch.nn.Parameter(torch.zeros(8, device="cuda")) for _ in range(2)]
     for param in params:
         param.grad = torch.ones_like(param)
-    opt = OPTIMIZERS["AdamW"].cls(params, capturable=True)
+    opt = OPTIMIZERS["AdamW"].cls(params, capturable=True, backend=backend)
     opt.step()
     params[0].grad = None
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="share its step count"), torch.cuda.graph(graph):
+    with torch.cuda.graph(graph):
         opt.step()
+    graph.replay()
+    graph.replay()
+    assert [opt.state[param]["step"].item() for param in params] == [1, 3]
+
+
+@every_backend
+def test_steps_of_empty_tensors_are_counted(backend):
+    """There is nothing to update, as on a rank of empty shards; the counts are on the GPU."""
+    param = torch.nn.Parameter(torch.ones(0, 3, device="cuda"))
+    param.grad = torch.ones_like(param)
+    opt = OPTIMIZERS["AdamW"].cls([param], capturable=True, backend=backend)
+    for _ in range(3):
+        opt.step()
+    assert opt.state[param]["step"].item() == 3
 
 
 # A payload that fits into a kernel's parameters, and one that does not.
@@ -308,9 +346,11 @@ def test_more_than_two_to_the_31_elements():
     assert param.count_nonzero().item() == 1
 
 
-@every_optimizer
-def test_short_run(optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "option"), [*((name, "groups") for name in OPTIMIZERS), ("AdamW", "rules")]
+)
+def test_short_run(optimizer, option):
     """What compute-sanitizer looks at: every rule, full and partial tiles, all dtypes."""
     sizes = (*SIZES, 40 * CHUNK_SIZE, 2 * CHUNK_SIZE)
     for dtype in DTYPES:
-        run(optimizer, "cuda", "cuda", dtype=dtype, option="groups", sizes=sizes, steps=2)
+        run(optimizer, "cuda", "cuda", dtype=dtype, option=option, sizes=sizes, steps=2)

@@ -1,4 +1,7 @@
-"""A step is one launch, and its blocks may run in any order, any number of them at a time."""
+"""A step is one launch for all elementwise rules and one for all blocks.
+
+The blocks of CUDA may run in any order, any number of them at a time.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,19 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from adamprox import backends
+from adamprox import _C, backends
 from adamprox.reference import CHUNK_SIZE, TILE_SIZE
-from registry import OPTIMIZERS, OPTIONS
+from registry import OPTIMIZERS, OPTIONS, Option
 from test_parity import check, randn
 from test_telemetry import check as check_stats
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cuda_on_host import CudaOnHostBackend
 
+DECAYS = list(dict.fromkeys(decay for _, decay, _ in _C.rules))
+RULES = Option(groups=tuple({"decay": decay} for decay in DECAYS))  # a group each
 # Tensors of one chunk and of several, of which some end while blocks work on the ones before.
 SIZES = (5 * CHUNK_SIZE + 7, 1, 2 * CHUNK_SIZE, TILE_SIZE, CHUNK_SIZE + 1, 3, 3 * CHUNK_SIZE - 1)
 
@@ -75,40 +82,92 @@ def test_tiny_tensors_are_packed(cuda, optimizer, dtype):
     check("cuda_on_host", optimizer, values, steps=2, option=OPTIONS["groups"])
 
 
-def step_of_400_tensors(optimizer: str, backend: str, tracked: bool) -> None:
-    """In 3 groups and 2 dtypes."""
+@pytest.mark.parametrize("tracked", [False, True], ids=["untracked", "tracked"])
+def test_both_launches_take_tickets_in_turn(cuda, tracked):
+    """Every rule has tensors of several chunks, of one, and tiny ones."""
+    cuda.blocks = cuda.resident = 4
+    generator = torch.Generator().manual_seed(8)
+    sizes = [2 * CHUNK_SIZE + 3] * len(DECAYS) + [2000] * len(DECAYS) + [5] * (20 * len(DECAYS))
+    values = [randn(generator, (size,), torch.float32) for size in sizes]
+    if tracked:
+        check_stats("cuda_on_host", "AdamW", values, steps=3, option=RULES)
+    else:
+        check("cuda_on_host", "AdamW", values, steps=3, option=RULES)
+    assert cuda.launches == ["update", "blocks"] * 3
+
+
+def step_of_400_tensors(
+    optimizer: str, backend: str, tracked: bool = False, decays: Sequence[str] = (), **options: bool
+) -> None:
+    """In 3 groups or one for each of ``decays``, and 2 dtypes."""
     params = [
         torch.nn.Parameter(torch.ones(1 + i % 5, dtype=(torch.float32, torch.bfloat16)[i % 2]))
         for i in range(400)
     ]
     for param in params:
         param.grad = torch.ones_like(param)
-    groups = [{"params": params[i::3], "lr": 0.1 * i} for i in range(3)]
-    opt = OPTIMIZERS[optimizer].cls(groups, backend=backend)
+    groups = [{"decay": decay} for decay in decays] or [{"lr": 0.1 * i} for i in range(3)]
+    groups = [{"params": params[i :: len(groups)], **group} for i, group in enumerate(groups)]
+    opt = OPTIMIZERS[optimizer].cls(groups, backend=backend, **options)
     opt.track_updates(tracked)
     opt.step()
+
+
+@pytest.fixture
+def triton_launches(monkeypatch):
+    """The launches with Triton, as (kernel, number of programs); none of them takes place."""
+    kernels = pytest.importorskip("adamprox.triton_kernels.fused_adam")
+    launches = []
+
+    class Counted:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            launches.append((self.name, *grid))
+            return lambda *args, **options: None
+
+    for name in ("prepare", "update", "shrink"):
+        monkeypatch.setattr(kernels, f"{name}_kernel", Counted(name))
+    return launches
 
 
 @pytest.mark.parametrize("tracked", [False, True], ids=["untracked", "tracked"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_step_is_one_launch_with_cuda(cuda, optimizer, tracked):
     step_of_400_tensors(optimizer, "cuda_on_host", tracked)
-    assert cuda.launches == 1
+    assert cuda.launches == ["blocks" if optimizer == "AdamProxL2" else "update"]
 
 
 @pytest.mark.parametrize("tracked", [False, True], ids=["untracked", "tracked"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_is_one_launch_with_triton(optimizer, tracked, monkeypatch):
+def test_a_step_is_one_launch_with_triton(triton_launches, optimizer, tracked):
     """Two for AdamProxL2, whose second sweep is a launch of its own."""
-    kernels = pytest.importorskip("adamprox.triton_kernels.fused_adam")
-    launches = []
-
-    class Counted:
-        def __getitem__(self, grid):
-            launches.append(grid)
-            return lambda *args, **options: None
-
-    for name in ("update_kernel", "shrink_kernel"):
-        monkeypatch.setattr(kernels, name, Counted())
     step_of_400_tensors(optimizer, "triton", tracked)
-    assert len(launches) == (2 if optimizer == "AdamProxL2" else 1)
+    second = [("shrink", 400)] if optimizer == "AdamProxL2" else []
+    assert triton_launches == [("update", 400), *second]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_rules_share_launches_with_cuda(cuda, capturable):
+    step_of_400_tensors("AdamW", "cuda_on_host", decays=DECAYS, capturable=capturable)
+    assert cuda.launches == ["prepare"] * capturable + ["update", "blocks"]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_rules_share_launches_with_triton(triton_launches, capturable):
+    step_of_400_tensors("AdamW", "triton", decays=DECAYS, capturable=capturable)
+    of_blocks = len(range(DECAYS.index("prox_l2"), 400, len(DECAYS)))
+    launches = [("update", 400), ("shrink", of_blocks)]
+    assert triton_launches == [("prepare", 2)] * capturable + launches
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda_on_host"], indirect=True)
+def test_steps_of_empty_tensors_are_counted(backend):
+    """There is nothing to update, as on a rank of empty shards; the counts are on the device."""
+    param = torch.nn.Parameter(torch.ones(0, 3))
+    opt = OPTIMIZERS["AdamW"].cls([param], capturable=True, backend=backend)
+    for step in range(3):
+        param.grad = torch.ones_like(param)
+        opt.step()
+        assert opt.state[param]["step"] == step + 1

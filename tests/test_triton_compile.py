@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import sass
-from adamprox import reference
+from adamprox import _C
 
 pytest.importorskip("triton")
 
@@ -27,20 +27,31 @@ TARGETS = {
 }
 NVIDIA = [target for target in TARGETS if target.startswith("sm")]
 
-# As tensor_table.h numbers them, with their sizes.
+# As dispatch.h numbers them, with their sizes.
 DTYPES = {"f32": (0, 4), "f64": (1, 8), "bf16": (2, 2)}
 STORAGE = [("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32"), ("f64", "f64")]
-ELEMENTS_PER_THREAD = reference.TILE_SIZE // 256
+RULES = [name for name, _, _ in _C.rules]  # as decay.h numbers them
+MOMENTS = [needs is None for _, type, needs in _C.states if type == "moment"]  # without options
+ELEMENTS_PER_THREAD = _C.layout["tile_size"] // 256
+
+
+def variant(param: str, state: str, rule: str) -> int:
+    """As triton_kernels/table.py has it, without options."""
+    bits = sum(there << i for i, there in enumerate(MOMENTS))
+    return DTYPES[param][0] | DTYPES[state][0] << 8 | RULES.index(rule) << 16 | bits << 24
 
 
 def compile_kernel(
     target: str,
-    decay: str,
+    kernel: str,
     options: dict[str, object],
     storage: list[tuple[str, str]],
     tracked: bool,
 ) -> dict[str, Any]:
-    """The texts that Triton makes on its way, and the binary, for all of storage in one kernel."""
+    """The texts that Triton makes on its way, and the binary, for all of storage in one kernel.
+
+    The kernel is the update's for one rule, or for "every rule", or it is "prepare" or "shrink".
+    """
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -49,31 +60,31 @@ def compile_kernel(
 
     backend, arch, warp_size = TARGETS[target]
     update.HIP = tl.constexpr(backend == "hip")
-    numbers = [(DTYPES[param][0], DTYPES[state][0]) for param, state in storage]
-    signature = {"metadata": "*i64", "payload": "*i64", "sums": "*fp64", "num_rows": "i32"}
-    signature["records"] = "*i64"
-    if decay == "prepare":
-        kernel = fused_adam.prepare_kernel
-        signature = {"payload": "*i64", "prepared": "*i64", "num_rows": "i32", "count": "i32"}
-        constants = {"DECAY": "prox_sq_l2"}
-    elif decay == "shrink":
-        kernel = fused_adam.shrink_kernel
-        constants = {"DTYPES": tuple(sorted({param for param, _ in numbers}))}
+    constants: dict[str, object] = {}
+    if kernel == "prepare":
+        function = fused_adam.prepare_kernel
+        signature = {"payload": "*i64", "prepared": "*i64", "num_rows": "i32", "num_recipes": "i32"}
     else:
-        kernel = fused_adam.update_kernel
-        variants = tuple(param | state << 8 for param, state in numbers)
-        constants = {"DECAY": decay, "VARIANTS": variants}
-        if decay != "prox_l2":
-            constants["sums"] = None
-    if decay != "prepare":
+        signature = {"metadata": "*i64", "payload": "*i64", "sums": "*fp64", "records": "*i64"}
+        signature["num_rows"] = "i32"
         constants["prepared"] = None
         if not tracked:
             constants["records"] = None
+        if kernel == "shrink":
+            function = fused_adam.shrink_kernel
+            signature["first_chunk"] = "i32"
+            constants["VARIANTS"] = tuple(sorted({DTYPES[param][0] for param, _ in storage}))
+        else:
+            function = fused_adam.update_kernel
+            rules = RULES if kernel == "every rule" else [kernel]
+            if "ProxL2" not in rules:
+                constants["sums"] = None
+            constants["VARIANTS"] = tuple(variant(*d, rule) for d in storage for rule in rules)
     compiled = triton.compile(
         triton.compiler.ASTSource(
-            kernel,
+            function,
             {**signature, **dict.fromkeys(constants, "constexpr")},
-            {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+            {(function.arg_names.index(name),): value for name, value in constants.items()},
         ),
         target=GPUTarget(backend, arch, warp_size),
         options={**fused_adam.OPTIONS, "num_warps": 256 // warp_size, **options},
@@ -92,14 +103,14 @@ def compiled():
         @cache
         def call(
             target: str,
-            decay: str,
+            kernel: str,
             fusion: bool | None = None,
             only: tuple[str, str] | None = None,
             tracked: bool = False,
         ) -> dict[str, Any]:
             options = {} if fusion is None else {"enable_fp_fusion": fusion}
             storage = STORAGE if only is None else [only]
-            return pool.submit(compile_kernel, target, decay, options, storage, tracked).result()
+            return pool.submit(compile_kernel, target, kernel, options, storage, tracked).result()
 
         yield call
 
@@ -118,10 +129,10 @@ def contractions(ptx: Counter[str]) -> list[str]:
     return [name for name in ptx if re.fullmatch(loose, name)]
 
 
-def vectors(decay: str) -> tuple[int, int]:
+def vectors(kernel: str) -> tuple[int, int]:
     """How many 128-bit loads and stores a thread makes for a tile of each of STORAGE."""
     loads = stores = 0
-    if decay == "shrink":
+    if kernel == "shrink":
         loads = stores = sum({DTYPES[param][1] for param, _ in STORAGE})
     else:
         for param, state in STORAGE:
@@ -131,40 +142,46 @@ def vectors(decay: str) -> tuple[int, int]:
     return loads * ELEMENTS_PER_THREAD // 16, stores * ELEMENTS_PER_THREAD // 16
 
 
-@pytest.mark.parametrize("decay", ["decoupled", "prox_l2", "shrink"])
+@pytest.mark.parametrize("kernel", ["Decoupled", "ProxL2", "shrink"])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_what_is_tracked_compiles(compiled, target, decay):
-    asm = compiled(target, decay, tracked=True)
+def test_what_is_tracked_compiles(compiled, target, kernel):
+    asm = compiled(target, kernel, tracked=True)
     if "ptx" in asm:
         ptx = instructions(asm["ptx"])
         assert contractions(ptx) == []
         assert count(ptx, r"atom\.shared\..*|red\.shared\..*") > 0
 
 
-@pytest.mark.parametrize("decay", [*reference.DECAYS, "shrink"])
+@pytest.mark.parametrize("kernel", [*RULES, "shrink"])
 @pytest.mark.parametrize("target", NVIDIA)
-def test_ptx(compiled, target, decay):
-    ptx = instructions(compiled(target, decay)["ptx"])
+def test_ptx(compiled, target, kernel):
+    ptx = instructions(compiled(target, kernel)["ptx"])
     assert contractions(ptx) == []
     assert [name for name in ptx if re.search(r"ftz|approx|full", name)] == []
     elements = 2 * ELEMENTS_PER_THREAD  # on the unmasked path and on the masked one
-    f32, f64 = (0, 1) if decay == "shrink" else (3 * elements, elements)
+    f32, f64 = (0, 1) if kernel == "shrink" else (3 * elements, elements)
     assert (count(ptx, r"div\.rn\.f32"), count(ptx, r"sqrt\.rn\.f32")) == (f32, f32)
     assert (count(ptx, r"div\.rn\.f64"), count(ptx, r"sqrt\.rn\.f64")) == (f64, f64)
     assert count(ptx, r"cvt\.rn\.bf16(x2)?\.f32") > 0
-    loads, stores = vectors(decay)
+    loads, stores = vectors(kernel)
     assert count(ptx, r"ld\.global\.(v4\.b32|v2\.b64)") == loads
     assert count(ptx, r"st\.global\.(v4\.b32|v2\.b64)") == stores
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_rules_share_a_kernel(compiled, target):
+    asm = compiled(target, "every rule", only=("f32", "f32"))
+    pattern = r"v_div_fixup_f32" if target == "gfx942" else r"div\.rn\.f32"
+    divisions = count(instructions(asm["amdgcn" if target == "gfx942" else "ptx"]), pattern)
+    assert divisions == len(RULES) * 2 * ELEMENTS_PER_THREAD
 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_ptx_of_recipes(compiled, target):
     ptx = instructions(compiled(target, "prepare")["ptx"])
     assert contractions(ptx) == []
-    assert (
-        count(ptx, r"div\.rn\.f64") == 4
-    )  # step_size, lr / initial_lr, s / (1 + s), 1 / loss scale
-    assert count(ptx, r"bar\.sync") > 0  # between reading the step counts and writing them
+    # step_size, lr / initial_lr, s / (1 + s), 1 / loss scale
+    assert count(ptx, r"div\.rn\.f64") == 4
 
 
 def test_contraction_would_show(compiled):
@@ -172,11 +189,11 @@ def test_contraction_would_show(compiled):
 
 
 @pytest.mark.parametrize("only", STORAGE[:3], ids="-".join)
-@pytest.mark.parametrize("decay", ["decoupled", "prox_l2"])
-def test_the_budget_of_the_machine_code(compiled, decay, only, tmp_path):
+@pytest.mark.parametrize("kernel", ["Decoupled", "ProxL2"])
+def test_the_budget_of_the_machine_code(compiled, kernel, only, tmp_path):
     """A loop over full tiles whose loads are all under way at once; 2 blocks a multiprocessor."""
     binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(compiled("sm_90", decay, only=only)["cubin"])
+    binary.write_bytes(compiled("sm_90", kernel, only=only)["cubin"])
     (loop,) = sass.vector_loops(sass.cuobjdump(binary, "--dump-sass"))
     param_bytes, state_bytes = (DTYPES[dtype][1] for dtype in only)
     loads = 2 * (param_bytes + state_bytes) * ELEMENTS_PER_THREAD // 16
@@ -188,9 +205,9 @@ def test_the_budget_of_the_machine_code(compiled, decay, only, tmp_path):
     assert stack == 0
 
 
-@pytest.mark.parametrize("decay", [*reference.DECAYS, "shrink"])
-def test_amdgcn(compiled, decay):
-    texts = compiled("gfx942", decay)
+@pytest.mark.parametrize("kernel", [*RULES, "shrink"])
+def test_amdgcn(compiled, kernel):
+    texts = compiled("gfx942", kernel)
     flags = r"= f(?:add|sub|mul|div|neg) (?:fast|contract|afn|arcp|reassoc|nnan|ninf|nsz)"
     assert re.findall(flags, texts["llir"]) == []
     gcn = instructions(texts["amdgcn"])
@@ -201,6 +218,6 @@ def test_amdgcn(compiled, decay):
         scalar = count(gcn, rf"v_(fma|fmac|mad|mac)_{dtype}.*")
         packed = count(gcn, rf"v_pk_fma_{dtype}.*")
         assert scalar + 2 * packed == fmas * pairs
-    loads, stores = vectors(decay)
+    loads, stores = vectors(kernel)
     assert count(gcn, r"buffer_load_dwordx4") == loads
     assert count(gcn, r"buffer_store_dwordx4") == stores

@@ -1,6 +1,6 @@
-"""The scalars of a step made where the tensors are: csrc/recipes.h, name for name.
+"""The scalars of a step made where the tensors are: csrc/math/recipes.h, scalars.h and decay.h.
 
-Reads the bytes of csrc/tensor_table.h; a vector of recipes at a time.
+Functions have the names that they have there, and work on a vector of recipes at a time.
 """
 
 from __future__ import annotations
@@ -8,56 +8,89 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .update import divide, sqrt, widen
+from .. import _C
+from .table import COMPUTE, DECAY_CONSTANTS, RULES, SCALARS, SCALARS_DECAY, STORAGE, size
+from .update import divide, narrow, sqrt, widen
 
-# By DType's numbers.
-STORAGE = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))
-COMPUTE = tl.constexpr((tl.float32, tl.float64, tl.float32, tl.float32))
-SCALARS_WORDS = tl.constexpr(8)  # sizeof(Scalars) / 8
-NUMBER_WORDS = tl.constexpr(3)  # sizeof(Number) / 8
-RECIPE_WORDS = tl.constexpr(30)  # sizeof(Recipe) / 8
-HEAD_WORDS = tl.constexpr(7)  # sizeof(RecipesHead) / 8
-STEP, GIVEN, FLAGS = tl.constexpr(18), tl.constexpr(21), tl.constexpr(29)  # words of a Recipe
-VECTOR = tl.constexpr(256)
+VECTOR = tl.constexpr(256)  # recipes of a program
+
+VALUE, GROUP, RECIPE, HEAD = (
+    tl.constexpr(_C.layout[key]) for key in ("value", "group_recipe", "scalars_recipe", "head")
+)
+# The head's first members, one after another.
+FOUND_INF, NUM_GROUPS = tl.constexpr(VALUE.value), tl.constexpr(2 * VALUE.value)
+FLAG_BYTES = tl.constexpr(8 * _C.layout["group_recipe.flags"])
+RULE_BYTE = tl.constexpr(_C.layout["group_recipe.rule"])
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, INITIAL_LR = (
+    tl.constexpr(_C.numbers.index(key))
+    for key in ("lr", "betas[0]", "betas[1]", "eps", "weight_decay", "initial_lr")
+)
+MAXIMIZE, DECAY_BY_SCHEDULE = (
+    tl.constexpr(_C.flags.index(key)) for key in ("maximize", "decay_by")
+)
+
+# What make_scalars makes: all of Scalars but the constants of the decay.
+_MADE = (
+    "one_minus_beta1",
+    "one_minus_beta2",
+    "step_size",
+    "eps",
+    "grad_scale",
+    "alpha",
+    "step",
+)
+MADE = tl.constexpr(tuple(_C.layout[f"scalars.{name}"] for name in _MADE))
+assert len(MADE.value) + DECAY_CONSTANTS.value == SCALARS.value
 
 
 @triton.jit
-def read(number, mask):
-    result = tl.load(number.to(tl.pointer_type(tl.float64)), mask, 0.0)
-    at = tl.load(number + 1, mask, 0)
-    dtype = tl.load(number + 2, mask, 0)
-    for i in tl.static_range(4):
-        there = (at != 0) & (dtype == i)
+def read(value, mask):
+    result = tl.load(value.to(tl.pointer_type(tl.float64)), mask, 0.0)
+    at = tl.load(value + 1, mask, 0)
+    return read_at(at, tl.load(value + 2, mask, 0), mask & (at != 0), result)
+
+
+@triton.jit
+def read_at(at, dtype, mask, result):
+    for i in tl.static_range(size(STORAGE)):
+        there = mask & (dtype == i)
         value = tl.load(at.to(tl.pointer_type(STORAGE[i])), there, 0.0)
         result = tl.where(there, widen(value).to(tl.float64), result)
     return result
 
 
-# csrc/step_scalars.h
+@triton.jit
+def byte(group, index, mask):
+    return tl.load(group.to(tl.pointer_type(tl.int8)) + index, mask, 0)
+
+
+# csrc/math/scalars.h
 
 
 @triton.jit
 def power(base, exponent):
-    result = base * 0.0 + 1.0
-    n = exponent.to(tl.int64)
+    usual = (exponent >= 0.0) & (exponent < 2.0**63)
+    rest = tl.where(usual, exponent, 0.0)
+    n = rest.to(tl.int64)
+    fraction = rest - n.to(tl.float64)
+    result, square, root = tl.zeros_like(base) + 1.0, base, base
     while tl.max(n, axis=0) > 0:
-        result = tl.where(n % 2 != 0, result * base, result)
-        base = base * base
+        result = tl.where(n % 2 != 0, result * square, result)
+        square = square * square
         n = n // 2
-    return result
+    while tl.max(fraction, axis=0) > 0.0:
+        root = sqrt(root)
+        fraction = 2.0 * fraction
+        has_digit = fraction >= 1.0
+        result = tl.where(has_digit, result * root, result)
+        fraction = tl.where(has_digit, fraction - 1.0, fraction)
+    result = tl.where(exponent >= 2.0**63, 0.0, result)
+    return tl.where(exponent >= 0.0, result, float("nan"))
 
 
 @triton.jit
-def decay_constant(lr, weight_decay, initial_lr, by_schedule, DECAY: tl.constexpr):
-    if DECAY == "coupled":
-        return weight_decay
-    else:
-        eta = tl.where(by_schedule, divide(lr, initial_lr), lr)
-        strength = eta * weight_decay
-        if DECAY == "prox_sq_l2":
-            return divide(strength, 1.0 + strength)
-        else:
-            return strength
+def decay_rate(lr, initial_lr, by_schedule):
+    return tl.where(by_schedule, divide(lr, initial_lr), lr)
 
 
 @triton.jit
@@ -66,64 +99,77 @@ def alpha(initial_lr):
     return tl.where(least < 2.0**99, least, 2.0**99)
 
 
+# csrc/math/decay.h
+
+
 @triton.jit
-def make_scalars(recipe, mask, loss_scale, DECAY: tl.constexpr):
-    lr = read(recipe, mask)
-    beta1 = read(recipe + NUMBER_WORDS, mask)
-    beta2 = read(recipe + 2 * NUMBER_WORDS, mask)
-    eps = read(recipe + 3 * NUMBER_WORDS, mask)
-    weight_decay = read(recipe + 4 * NUMBER_WORDS, mask)
-    initial_lr = read(recipe + 5 * NUMBER_WORDS, mask)
-    step = read(recipe + STEP, mask) + 1.0
-    flags = tl.load(recipe + FLAGS, mask, 0)
+def constants(rate, weight_decay, NUMBER: tl.constexpr):
+    RULE: tl.constexpr = RULES[NUMBER]
+    strength = rate * weight_decay
+    if RULE == "Coupled":
+        return (weight_decay,)
+    elif RULE == "ProxSqL2":
+        return (divide(strength, 1.0 + strength),)
+    else:
+        return (strength,)
+
+
+@triton.jit
+def make_scalars(group, step, loss_scale, mask):
+    """What MADE names, and then a tuple of the decay's constants."""
+    lr = read(group + LR * VALUE, mask)
+    beta1 = read(group + BETA1 * VALUE, mask)
+    beta2 = read(group + BETA2 * VALUE, mask)
+    initial_lr = read(group + INITIAL_LR * VALUE, mask)
     correction1 = 1.0 - power(beta1, step)
     correction2_sqrt = sqrt(1.0 - power(beta2, step))
-    by_schedule = flags % 2 != 0
-    sign = tl.where((flags >> 8) % 2 != 0, -1.0, 1.0).to(tl.float64)
-    return (
+    sign = tl.where(byte(group, FLAG_BYTES + MAXIMIZE, mask) != 0, -1.0, 1.0).to(tl.float64)
+    made = (
         1.0 - beta1,
         1.0 - beta2,
         divide(lr * correction2_sqrt, correction1),
-        eps * correction2_sqrt,
-        decay_constant(lr, weight_decay, initial_lr, by_schedule, DECAY),
+        read(group + EPS * VALUE, mask) * correction2_sqrt,
         divide(sign, loss_scale),
         alpha(initial_lr),
         step,
     )
+    rate = decay_rate(lr, initial_lr, byte(group, FLAG_BYTES + DECAY_BY_SCHEDULE, mask) != 0)
+    weight_decay = read(group + WEIGHT_DECAY * VALUE, mask)
+    rule = byte(group, RULE_BYTE, mask)
+    decay = ()
+    for i in tl.static_range(DECAY_CONSTANTS):
+        constant = tl.zeros_like(step)
+        for r in tl.static_range(size(RULES)):
+            k = constants(rate, weight_decay, r)
+            if i < len(k):
+                constant = tl.where(rule == r, k[i], constant)
+        decay += (constant,)
+    return made, decay
 
 
-@triton.jit
-def count_step(recipe, mask):
-    step = read(recipe + STEP, mask) + 1.0
-    at = tl.load(recipe + STEP + 1, mask, 0)
-    dtype = tl.load(recipe + STEP + 2, mask, 0)
-    counts = mask & (at != 0) & ((tl.load(recipe + FLAGS, mask, 0) >> 16) % 2 != 0)
-    for i in tl.static_range(2):  # float32, float64
-        counter = at.to(tl.pointer_type(STORAGE[i]))
-        tl.store(counter, step.to(STORAGE[i]), counts & (dtype == i))
-
-
-@triton.jit(do_not_specialize=["num_rows", "count"])
-def prepare_kernel(payload, prepared, num_rows, count, DECAY: tl.constexpr):
-    """One program, before the update: follows all recipes and counts the step."""
+@triton.jit(do_not_specialize=["num_rows", "num_recipes"])
+def prepare_kernel(payload, prepared, num_rows, num_recipes):
+    """Before the update: follows a vector of recipes and counts their steps."""
     head = payload + num_rows
-    loss_scale = tl.max(read(head + tl.zeros([1], tl.int64), True), axis=0)
-    found_inf = tl.max(read(head + NUMBER_WORDS + tl.zeros([1], tl.int64), True), axis=0)
-    skip = found_inf != 0
-    tl.store(prepared, skip.to(tl.int64))
-    scalars = (prepared + 1).to(tl.pointer_type(tl.float64))
-    for first in range(0, count, VECTOR):
-        index = first + tl.arange(0, VECTOR)
-        mask = index < count
-        recipe = head + HEAD_WORDS + index * RECIPE_WORDS
-        is_given = tl.load(recipe + STEP + 1, mask, 0) == 0
-        made = make_scalars(recipe, mask, loss_scale, DECAY)
-        for i in tl.static_range(SCALARS_WORDS):
-            given = tl.load((recipe + GIVEN + i).to(tl.pointer_type(tl.float64)), mask, 0.0)
-            value = tl.where(is_given, given, made[i])
-            tl.store(scalars + index * SCALARS_WORDS + i, value, mask)
-    tl.debug_barrier()  # every count has been read
-    for first in range(0, count, VECTOR):
-        index = first + tl.arange(0, VECTOR)
-        recipe = head + HEAD_WORDS + index * RECIPE_WORDS
-        count_step(recipe, (index < count) & (skip == 0))
+    loss_scale = read(head, True)
+    skip = read(head + FOUND_INF, True) != 0
+    if tl.program_id(0) == 0:
+        tl.store(prepared, skip.to(tl.int64))
+    groups = head + HEAD
+    index = tl.program_id(0) * VECTOR + tl.arange(0, VECTOR)
+    mask = index < num_recipes
+    recipe = groups + tl.load(head + NUM_GROUPS) * GROUP + index * RECIPE
+    counter = tl.load(recipe, mask, 0)
+    group = tl.load(recipe + 1, mask, 0)
+    dtype = group >> 32
+    step = read_at(counter, dtype, mask, tl.zeros([VECTOR], tl.float64)) + 1.0
+    made, decay = make_scalars(groups + (group & 0xFFFFFFFF) * GROUP, step, loss_scale, mask)
+    scalars = (prepared + 1 + index * SCALARS).to(tl.pointer_type(tl.float64))
+    for i in tl.static_range(size(MADE)):
+        tl.store(scalars + MADE[i], made[i], mask)
+    for i in tl.static_range(DECAY_CONSTANTS):
+        tl.store(scalars + SCALARS_DECAY + i, decay[i], mask)
+    for i in tl.static_range(size(STORAGE)):
+        at = counter.to(tl.pointer_type(STORAGE[i]))
+        counts = mask & (dtype == i) & (skip == 0)
+        tl.store(at, narrow(step.to(COMPUTE[i]), STORAGE[i]), counts)

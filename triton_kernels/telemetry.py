@@ -1,4 +1,4 @@
-"""What a tracked step notes of each tile: csrc/telemetry.h's functions name for name.
+"""What a tracked step notes of each tile: csrc/math/telemetry.h's functions name for name.
 
 Counts are a histogram of 64: the 29 bins, then zeros, NaNs and infinities of the new params, then
 what is not counted.
@@ -7,15 +7,17 @@ what is not counted.
 import triton
 import triton.language as tl
 
-from .. import reference
-from .update import TILE_SIZE, TILES, put, tree_sum, within
+from .. import _C, reference
+from .table import TILE_SIZE, TILES
+from .update import put, tree_sum, within
 
 BINS = tl.constexpr(reference.BINS)
 ZEROS, NANS, INFINITIES = (tl.constexpr(reference.BINS + i) for i in range(3))
 COUNTS = tl.constexpr(reference.BINS + 3)
 UNCOUNTED = COUNTS
-RECORD_WORDS = tl.constexpr(19)  # sizeof(Record) / 8: the step, two sums of squares, 32 counts
-PARAM_SQUARES, UPDATE_SQUARES = tl.constexpr(1), tl.constexpr(2)
+# A Record: the step, two sums of squares, the counts.
+RECORD = tl.constexpr(_C.layout["record"])
+PARAM_SQUARES, UPDATE_SQUARES, RECORD_COUNTS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 BLOCKS = tl.constexpr(TILE_SIZE.value // reference.BLOCK_SIZE)  # of a tile
 
 
@@ -87,5 +89,5 @@ def write(record, notes, WORD: tl.constexpr, FIRST: tl.constexpr, END: tl.conste
     sums, counts = notes
     tl.store(record.to(tl.pointer_type(tl.float64)) + WORD, tree_sum(sums))
     c = tl.arange(0, 64)
-    to = (record + 3).to(tl.pointer_type(tl.int32)) + c
+    to = (record + RECORD_COUNTS).to(tl.pointer_type(tl.int32)) + c
     tl.store(to, counts, (c >= FIRST) & (c < END))

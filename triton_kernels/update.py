@@ -1,11 +1,11 @@
-"""One element's update, csrc's functions name for name: Adam's direction, then a decay rule.
+"""One element's update, csrc/math's functions name for name: Adam's direction, then a decay rule.
 
     exp_avg    <- exp_avg    + (1 - beta1) * (grad        - exp_avg)
     exp_avg_sq <- exp_avg_sq + (1 - beta2) * (grad * grad - exp_avg_sq)
     update      = step_size * exp_avg / (sqrt(exp_avg_sq) + eps)
-    param      <- apply(param, update, decay)
+    param      <- apply(param, update, k)
 
-From csrc/adam.h, decay.h, update.h, convert.h and reduction_tree.h, which say more about each.
+From adam.h, decay.h, update.h, convert.h and reduction_tree.h, which say more about each.
 Launch with ``enable_fp_fusion=False``: every operation rounds once.
 """
 
@@ -13,17 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import reference
-
-TILE_SIZE = tl.constexpr(reference.TILE_SIZE)
-TILES = tl.constexpr(reference.CHUNK_SIZE // reference.TILE_SIZE)  # of a chunk
+from .. import _C
+from .table import RULES, TILE_SIZE, TILES
 
 # Triton reads the switch where it decorates, so the kernels are one or the other for good.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 HIP = tl.constexpr(torch.version.hip is not None)
 
 
-# csrc/convert.h
+# csrc/math/convert.h
 
 
 @triton.jit
@@ -73,7 +71,7 @@ def sqrt(x):
         return tl.sqrt(x)
 
 
-# csrc/adam.h
+# csrc/math/adam.h
 
 
 @triton.jit
@@ -83,10 +81,7 @@ def update_moment(moment, value, one_minus_beta):
 
 @triton.jit
 def running_max(exp_avg_sq, max_exp_avg_sq):
-    if max_exp_avg_sq is None:
-        return exp_avg_sq
-    else:  # amsgrad
-        return tl.where(max_exp_avg_sq > exp_avg_sq, max_exp_avg_sq, exp_avg_sq)
+    return tl.where(max_exp_avg_sq > exp_avg_sq, max_exp_avg_sq, exp_avg_sq)
 
 
 @triton.jit
@@ -94,27 +89,34 @@ def adam_update(exp_avg, exp_avg_sq, step_size, eps):
     return divide(step_size * exp_avg, sqrt(exp_avg_sq) + eps)
 
 
-# csrc/decay.h
+# csrc/math/decay.h
+
+assert RULES.value == ("Coupled", "Decoupled", "ProxSqL2", "ProxL1", "ProxL2")
+
+
+@triton.constexpr_function
+def has_blocks(RULE):
+    return RULE == "ProxL2"
 
 
 @triton.jit
-def couple(grad, param, decay, DECAY: tl.constexpr):
-    if DECAY == "coupled":
-        return grad + decay * param
+def couple(grad, param, k, RULE: tl.constexpr):
+    if RULE == "Coupled":
+        return grad + k[0] * param
     else:
         return grad
 
 
 @triton.jit
-def apply(param, update, decay, DECAY: tl.constexpr):
-    if DECAY == "decoupled":
-        return param - (update + decay * param)
-    elif DECAY == "prox_sq_l2":
-        return param - (update + decay * (param - update))
-    elif DECAY == "prox_l1":
-        return soft_threshold(param - update, decay)
-    else:  # coupled; prox_l2 before its blocks shrink
-        tl.static_assert(DECAY == "coupled" or DECAY == "prox_l2")
+def apply(param, update, k, RULE: tl.constexpr):
+    if RULE == "Decoupled":
+        return param - (update + k[0] * param)
+    elif RULE == "ProxSqL2":
+        return param - (update + k[0] * (param - update))
+    elif RULE == "ProxL1":
+        return soft_threshold(param - update, k[0])
+    else:  # ProxL2: its blocks shrink later
+        tl.static_assert(RULE == "Coupled" or RULE == "ProxL2")
         return param - update
 
 
@@ -144,22 +146,46 @@ def shrink(z, shrinkage):
     return z - shrinkage * z
 
 
-# csrc/update.h
+# csrc/math/update.h
+
+# `scalars` are these, and then the tuple k of decay.h, all rounded to the compute type.
+SCALARS = ("one_minus_beta1", "one_minus_beta2", "step_size", "eps", "grad_scale")
+SCALAR_OFFSETS = tl.constexpr(tuple(_C.layout[f"scalars.{name}"] for name in SCALARS))
+
+assert [key for key, type, _ in _C.states if type == "moment"] == [
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+]
 
 
 @triton.jit
-def update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, DECAY: tl.constexpr):
-    """The new values; ``max_exp_avg_sq`` is None without amsgrad."""
-    one_minus_beta1, one_minus_beta2, step_size, eps, decay, grad_scale = scalars
-    grad = couple(grad_scale * grad, param, decay, DECAY)
+def update(param, grad, moments, scalars, RULE: tl.constexpr):
+    """The new param and moments. There is a third moment with amsgrad."""
+    exp_avg, exp_avg_sq = moments[0], moments[1]
+    one_minus_beta1, one_minus_beta2, step_size, eps, grad_scale, k = scalars
+    grad = couple(grad_scale * grad, param, k, RULE)
     exp_avg = update_moment(exp_avg, grad, one_minus_beta1)
     exp_avg_sq = update_moment(exp_avg_sq, grad * grad, one_minus_beta2)
-    max_exp_avg_sq = running_max(exp_avg_sq, max_exp_avg_sq)
-    param = apply(param, adam_update(exp_avg, max_exp_avg_sq, step_size, eps), decay, DECAY)
-    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+    new = (exp_avg, exp_avg_sq)
+    if len(moments) > 2:  # amsgrad
+        new += (running_max(exp_avg_sq, moments[2]),)
+    return apply(param, adam_update(exp_avg, new[-1], step_size, eps), k, RULE), new
 
 
-# csrc/reduction_tree.h
+@triton.jit
+def noted_update(moments, scalars):
+    """Adam's update again, from the moments as they are stored."""
+    return adam_update(moments[0], moments[-1], scalars[2], scalars[3])
+
+
+@triton.jit
+def finish(param, followers, scalars):
+    """The new values of the states that follow the final param, which is as it is stored."""
+    return followers
+
+
+# csrc/math/reduction_tree.h
 
 
 @triton.jit

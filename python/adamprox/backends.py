@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
+from torch.cuda import is_initialized
 
 from . import _C, reference, telemetry
 
@@ -18,51 +19,67 @@ class Backend(Protocol):
 
     follows_recipes: bool
     """Whether it makes scalars where the tensors are; if not, the host reads what they need."""
+    at_once: bool
+    """Whether ``step`` begins the table's step itself, in the call of C++ that runs it."""
 
     def why_not(self, device_type: str | None = None) -> str | None:
         """Why it cannot run (on that type of device), or None if it can."""
 
-    def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
+    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
         """One step; ``groups`` are the optimizer's param groups, which the rows refer to."""
 
 
 class ReferenceBackend:
     """Eager PyTorch, on any device: the specification of the others."""
 
-    follows_recipes = False
+    follows_recipes = at_once = False
 
     def why_not(self, device_type: str | None = None) -> str | None:
         return None
 
-    def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
-        for index, row in enumerate(table.rows()):
-            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, group, step = row
-            scalars = reference.step_scalars(decay, groups[group], step, table.loss_scale)
-            reference.step(decay, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars)
-            if table.records is not None:
-                squares = exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq
-                update = reference.noted_update(exp_avg, squares, scalars)
-                of_update = reference.note_update(update, reference.alpha(groups[group]))
-                telemetry.write_update(of_update, step, table, index)
-                telemetry.write_param(reference.note_param(param), table, index)
+    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
+        writes, notes = [], []
+        for param, grad, states, group, step, deferred in table.rows():
+            values = groups[group]
+            if deferred:  # z first: a soft threshold of zero leaves it, to the bit
+                values = {**values, "decay": "prox_l1", "weight_decay": 0.0}
+            scalars = reference.step_scalars(values, step, table.loss_scale)
+            writes += reference.step(reference.rule_of(values), param, grad, states, scalars)
+            notes.append((param, states, scalars, reference.alpha(values), step))
+        with torch.no_grad():
+            for tensor, value in writes:
+                tensor.copy_(value)
+        if table.records is None:
+            return
+        for index, (param, states, scalars, alpha, step) in enumerate(notes):
+            squares = states.get("max_exp_avg_sq", states["exp_avg_sq"])
+            update = reference.noted_update(states["exp_avg"], squares, scalars)
+            telemetry.write_update(reference.note_update(update, alpha), step, table, index)
+            telemetry.write_param(reference.note_param(param), table, index)
 
 
 class CpuBackend:
     """C++, vectorised, on ``torch.get_num_threads()`` threads."""
 
     follows_recipes = False
+    at_once = True
 
     def why_not(self, device_type: str | None = None) -> str | None:
         return _only_on("cpu", device_type)
 
-    def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
-        table.step_cpu(torch.get_num_threads())
+    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
+        table.step_cpu(get_num_threads())
 
 
 class CudaBackend:
-    """CUDA C++ on NVIDIA GPUs: one launch a step, on the current stream."""
+    """CUDA C++ on NVIDIA GPUs, on the current stream.
+
+    One launch for all elementwise rules, one for all blocks, and a small one before if the scalars are
+    made there.
+    """
 
     follows_recipes = True
+    at_once = False
 
     def why_not(self, device_type: str | None = None) -> str | None:
         if not _C.cuda_architectures:
@@ -73,23 +90,31 @@ class CudaBackend:
             return "torch sees no GPU"
         return _only_on("cuda", device_type)
 
-    def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
-        upload = _upload_to(table)
-        captures = capturing()
-        table.metadata(upload, captures)
-        payload = None  # it needs no help, unless it has to stay for a graph's replays
-        if captures and not table.payload_is_inline:
-            payload = upload(table.payload())
-        prepared = torch.empty(
-            table.prepared_size, dtype=torch.uint8, device=torch.device(*table.device)
-        )
-        table.step_cuda(0 if payload is None else payload.data_ptr(), prepared.data_ptr())
+    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
+        device = torch.device(*table.device)
+        with torch.cuda.device(device):
+            captures, upload = capturing(), _upload_to(table)
+            stream = torch.cuda.current_stream(device).cuda_stream
+            metadata = table.metadata(upload, stream, captures)
+            payload = None  # it rides in the kernel's parameters, unless it has to stay for replays
+            if captures or not table.payload_is_inline:
+                payload = upload(table.payload())
+            prepared = torch.empty(table.prepared_size, dtype=torch.uint8, device=device)
+            if captures:
+                table.keep((payload, prepared))
+            table.launch_cuda(
+                stream,
+                metadata.data_ptr(),
+                0 if payload is None else payload.data_ptr(),
+                prepared.data_ptr(),
+            )
 
 
 class TritonBackend:
     """Triton's kernels on a GPU, or in its interpreter on CPU tensors; imported when asked for."""
 
     follows_recipes = True
+    at_once = False
 
     def why_not(self, device_type: str | None = None) -> str | None:
         try:
@@ -102,22 +127,21 @@ class TritonBackend:
             return "torch sees no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1)"
         return _only_on("cuda", device_type)
 
-    def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
-        if table.num_chunks == 0:
-            return
+    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
         with _triton_device(table):
             from .triton_kernels.fused_adam import fused_adam  # type: ignore[import-not-found, unused-ignore]
 
             upload = _upload_to(table)
+            on_gpu = table.device[0] == "cuda"
+            stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
             fused_adam(
-                table.metadata(upload, capturing()),
+                table.metadata(upload, stream, capturing()),
                 upload(table.payload()),
                 table.num_rows,
                 table.num_scalars if table.has_recipes else 0,
                 table.num_chunks,
-                decay,
-                table.dtypes,
-                table.amsgrad,
+                table.num_of_blocks,
+                table.variants,
                 table.records,
             )
 
@@ -153,14 +177,21 @@ def requested(backend: str | None) -> str | None:
 
 def capturing() -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def follow_recipes(name: str | None) -> tuple[bool, bool]:
-    """Whether tensors on a GPU, and those on the CPU, are stepped by one that follows recipes."""
+def recipes_and_threads(name: str | None) -> tuple[bool, bool, int]:
+    """What reading a step must know of the backends that may run it.
+
+    Returns:
+        Whether tensors on a GPU, and those on the CPU, are stepped by one that follows recipes; and how
+        many threads read and run a step in one call if all is on the CPU, or 0 if none may.
+    """
     if name is None:
-        return True, False
-    return BACKENDS[name].follows_recipes, BACKENDS[name].follows_recipes
+        return True, False, get_num_threads()
+    backend = BACKENDS[name]
+    recipes = backend.follows_recipes
+    return recipes, recipes, get_num_threads() if backend.at_once else 0
 
 
 def select(name: str | None, device_type: str) -> Backend:

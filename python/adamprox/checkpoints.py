@@ -1,8 +1,9 @@
-"""State dicts in torch's layout; loading one, torch's or ours: checked, float32 moments kept."""
+"""Loading a state dict, torch's or ours: checked first, float32 moments kept, foreign entries too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -10,65 +11,59 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .hyperparameters import (
+    COUNT,
+    DECAY_SETTINGS,
+    DEFAULTS,
+    RULE_OPTIONS,
+    STATES,
+    states_of,
+    validate,
+)
+
 StateDict = dict[str, Any]
 
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")  # torch's others have defaults
-_OUR_GROUP_KEYS = ("decay_by", "initial_lr")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _16_BITS = (torch.bfloat16, torch.float16)
 _LISTED = 5  # of the params that share a problem
-
-
-def save(optimizer: Optimizer, torchs_state_dict: Callable[[], StateDict]) -> StateDict:
-    """What ``torchs_state_dict`` gives, before the hooks that users have registered."""
-    handle = optimizer.register_state_dict_post_hook(_with_own_counters, prepend=True)
-    try:
-        return torchs_state_dict()
-    finally:
-        handle.remove()
-
-
-def _with_own_counters(_: Optimizer, state_dict: StateDict) -> StateDict:
-    states = state_dict["state"].items()
-    return {
-        **state_dict,
-        "state": {
-            param: {**state, "step": state["step"].clone()} if _counts(state) else state
-            for param, state in states
-        },
-    }
-
-
-def _counts(state: Any) -> bool:
-    return isinstance(state, dict) and isinstance(state.get("step"), Tensor)
 
 
 def load(
     optimizer: Optimizer, state_dict: StateDict, torchs_load: Callable[[StateDict], None]
 ) -> None:
     """Loads ``state_dict`` by ``torchs_load``, among the hooks that users have registered."""
-    moments: list[tuple[Tensor, str, Tensor]] = []
+    wide: list[tuple[Tensor, str, Tensor]] = []
 
     # Registered now, so it sees what the users' hooks have made of the state dict.
     def check(_: Optimizer, state_dict: StateDict) -> StateDict:
-        _refuse(optimizer, _problems(state_dict))
-        moments.extend(_wide_moments(optimizer, state_dict))
-        return {**state_dict, "param_groups": list(_completed_groups(optimizer, state_dict))}
+        groups = _completed_groups(optimizer, state_dict)
+        _refuse(optimizer, _problems(state_dict, groups))
+        wide.extend(_wide_states(optimizer, state_dict))
+        return {**state_dict, "param_groups": groups}
 
     # Before the users' hooks. torch has cast them to the param's dtype.
-    def keep_wide_moments(_: Optimizer) -> None:
-        for param, key, moment in moments:
-            optimizer.state[param][key] = moment.to(param.device)
+    def keep_wide_states(_: Optimizer) -> None:
+        for param, key, state in wide:
+            optimizer.state[param][key] = state
 
     handles = (
         optimizer.register_load_state_dict_pre_hook(check),
-        optimizer.register_load_state_dict_post_hook(keep_wide_moments, prepend=True),
+        optimizer.register_load_state_dict_post_hook(keep_wide_states, prepend=True),
     )
     try:
         torchs_load(state_dict)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Adds what a group saved by torch's classes, or by an older edition, does not have."""
+    for key, value in {**DEFAULTS, "decay": defaults["decay"]}.items():
+        group.setdefault(key, defaults.get(key, value))
+    group["decoupled_weight_decay"] = group["decay"] != "coupled"
+    if group["decay_by"] == "schedule":
+        group.setdefault("initial_lr", float(group["lr"]))
 
 
 def _refuse(optimizer: Optimizer, problems: dict[str, list[str]]) -> None:
@@ -84,32 +79,33 @@ def _refuse(optimizer: Optimizer, problems: dict[str, list[str]]) -> None:
     )
 
 
-def _problems(state_dict: StateDict) -> dict[str, list[str]]:
+def _problems(state_dict: StateDict, groups: list[dict[str, Any]]) -> dict[str, list[str]]:
     """What keeps a state dict from being loaded, each with its places."""
     problems: dict[str, list[str]] = {}
 
     def note(problem: str, place: str) -> None:
         problems.setdefault(problem, []).append(place)
 
-    amsgrad = {}
-    for index, group in enumerate(state_dict["param_groups"]):
-        amsgrad.update(dict.fromkeys(group["params"], group.get("amsgrad", False)))
+    of_param: dict[Any, dict[str, Any]] = {}
+    for index, group in enumerate(groups):
+        of_param.update(dict.fromkeys(group["params"], group))
         if missing := [key for key in _GROUP_KEYS if key not in group]:
             note(f"missing {_quoted(missing)}", f"param_groups[{index}]")
-        if group.get("differentiable"):
+        elif group.get("differentiable"):
             note("differentiable=True is not supported", f"param_groups[{index}]")
+        else:
+            try:
+                validate({**DEFAULTS, **group})
+            except (TypeError, ValueError, RuntimeError) as error:
+                note(str(error), f"param_groups[{index}]")
     for param, state in state_dict["state"].items():
-        place = f"state[{param!r}]"
-        if param not in amsgrad:
-            note("no param group has such a param", place)
+        # What is no param's, and what has none of our states, is somebody else's.
+        if param not in of_param or not isinstance(state, Mapping):
             continue
-        if not state:  # that param has not taken a step yet
-            continue
-        required = ("step", *_MOMENTS[: 3 if amsgrad[param] else 2])
-        if missing := [key for key in required if key not in state]:
-            note(f"missing {_quoted(missing)}", place)
-        if unknown := [key for key in state if key not in ("step", *_MOMENTS)]:
-            note(f"unknown {_quoted(unknown)}", place)
+        required = [COUNT, *(s.key for s in states_of(of_param[param]) if s.starts == "zeros")]
+        missing = [key for key in required if key not in state]
+        if missing and any(key in state for key in (COUNT, *(s.key for s in STATES))):
+            note(f"missing {_quoted(missing)}", f"state[{param!r}]")
     return problems
 
 
@@ -117,22 +113,58 @@ def _quoted(keys: list[str]) -> str:
     return ", ".join(map(repr, keys))
 
 
-def _completed_groups(optimizer: Optimizer, state_dict: StateDict) -> Iterator[dict[str, Any]]:
-    """The saved groups; one of torch's keeps what only ours have from the optimizer's own."""
-    ours = optimizer.param_groups
+def _completed_groups(optimizer: Optimizer, state_dict: StateDict) -> list[dict[str, Any]]:
+    """The saved groups, with the settings of the decay that the optimizer is to have."""
+    completed, others = [], []
     for index, saved in enumerate(state_dict["param_groups"]):
-        own = ours[index] if index < len(ours) and "decay_by" not in saved else {}
-        yield {**{key: own[key] for key in _OUR_GROUP_KEYS if key in own}, **saved}
+        own: dict[str, Any] = dict(
+            optimizer.param_groups[index]
+            if index < len(optimizer.param_groups)  # torch refuses unequal numbers
+            else optimizer.defaults
+        )
+        settings = {key: own[key] for key in DECAY_SETTINGS if key in own}
+        if _rule_of(saved) in (None, own["decay"]):
+            # weight_decay is torch's too: a saved group without it is refused.
+            settings = {k: v for k, v in settings.items() if k not in saved and k != "weight_decay"}
+        else:
+            others.append(index)
+        group = {**saved, **settings}
+        if group.get("decay_by") == "schedule" and "initial_lr" in own:
+            group.setdefault("initial_lr", own["initial_lr"])
+        for key in RULE_OPTIONS:  # of the rule that the checkpoint had
+            if key not in own:
+                group.pop(key, None)
+        completed.append(group)
+    if others:
+        warnings.warn(
+            f"{type(optimizer).__name__}: param_groups{others} of this state dict were saved under "
+            "another rule of decay, whose weight_decay means something else: the optimizer's own "
+            f"{', '.join(key for key in DECAY_SETTINGS if key in own)} stay",
+            stacklevel=6,
+        )
+    return completed
 
 
-def _wide_moments(
+def _rule_of(saved: Mapping[str, Any]) -> str | None:
+    """The rule under which a group was saved; None: it does not say."""
+    if "decay" in saved:
+        return str(saved["decay"])
+    if "decay_by" in saved or "decoupled_weight_decay" not in saved:
+        return None  # the first edition, or an older torch
+    return "decoupled" if saved["decoupled_weight_decay"] else "coupled"
+
+
+def _wide_states(
     optimizer: Optimizer, state_dict: StateDict
 ) -> Iterator[tuple[Tensor, str, Tensor]]:
-    """The float32 moments of 16-bit params."""
+    """The float32 states of 16-bit params."""
     ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for index, param in zip(ids, params, strict=False):  # torch refuses unequal numbers
-        for key in _MOMENTS if param.dtype in _16_BITS else ():
-            moment = (state_dict["state"].get(index) or {}).get(key)
-            if isinstance(moment, Tensor) and moment.dtype == torch.float32:
-                yield param, key, moment
+        state = state_dict["state"].get(index)
+        if param.dtype not in _16_BITS or not isinstance(state, Mapping):
+            continue
+        for key in (s.key for s in STATES):
+            value = state.get(key)
+            if isinstance(value, Tensor) and value.dtype == torch.float32:
+                yield param, key, value.to(param.device)

@@ -18,8 +18,10 @@ from torch._dynamo import assume_constant_result
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch.optim import Optimizer
 
+from .hyperparameters import states_of
 from .loss_scaling import LossScaling
-from .mending import Given, make_states
+from .stand_ins import Given, make_states
+from .step import take_step
 
 if TYPE_CHECKING:
     from .optimizers import _FusedAdam
@@ -30,16 +32,14 @@ _handles = itertools.count()
 
 @torch.library.custom_op(
     "adamprox::step",
-    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"),
+    mutates_args=("params", "states"),
     # It reads numbers on the host, and counts there.
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def step_op(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
+    states: Sequence[Tensor],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     indices: Sequence[int],
@@ -48,25 +48,17 @@ def step_op(
     """One step of the optimizer of that handle, of its params of these indices and no others.
 
     The tensors stand in for its own, which they mostly are, but may be copies that the compiler has
-    made. ``max_exp_avg_sqs`` has those of the groups with amsgrad.
+    made. ``states`` has those of each param, one after another.
     """
     optimizer = _optimizers[handle]
     flat = [(param, group) for group in optimizer.param_groups for param in group["params"]]
     given: Given = {param: {"grad": None} for param, _ in flat}
-    largest = iter(max_exp_avg_sqs)
-    rows = zip(indices, params, grads, exp_avgs, exp_avg_sqs, strict=True)
-    for index, param, grad, exp_avg, exp_avg_sq in rows:
+    rest = iter(states)
+    for index, param, grad in zip(indices, params, grads, strict=True):
         owner, group = flat[index]
-        given[owner] = {
-            "param": param,
-            "grad": grad,
-            "exp_avg": exp_avg,
-            "exp_avg_sq": exp_avg_sq,
-            **({"max_exp_avg_sq": next(largest)} if group["amsgrad"] else {}),
-        }
-    from .optimizers import step_tensors  # which imports this module when it compiles
-
-    step_tensors(optimizer, LossScaling.from_tensors(grad_scale, found_inf), given)
+        own = {state.key: next(rest) for state in states_of(group)}
+        given[owner] = {"param": param, "grad": grad, **own}
+    take_step(optimizer, LossScaling.from_tensors(grad_scale, found_inf), given)
 
 
 @step_op.register_fake
@@ -82,27 +74,28 @@ def traced_step(optimizer: _FusedAdam, closure: Callable[[], float] | None) -> f
             loss = closure()
     comptime(_break_if_hyper_parameters_wait)
     groups = optimizer._param_groups
-    params, indices, amsgrads = [], [], []
+    params, indices = [], []
     index = 0
     for group in groups:
         for param in group["params"]:
             if param.grad is not None:
                 params.append(param)
                 indices.append(index)
-                amsgrads.append(group["amsgrad"])
             index += 1
     if not params:
         return loss
-    handle = _handle_with_states(optimizer, indices)
+    handle, keys = _prepared(optimizer, indices)
     grads = [param.grad for param in params]
-    states = [optimizer.state[param] for param in params]
+    states = [
+        optimizer.state[param][key]
+        for param, of_param in zip(params, keys, strict=True)
+        for key in of_param
+    ]
     with torch.no_grad():
         step_op(
             params,
             grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [s["max_exp_avg_sq"] for s, a in zip(states, amsgrads, strict=True) if a],
+            states,
             getattr(optimizer, "grad_scale", None),
             getattr(optimizer, "found_inf", None),
             indices,
@@ -116,14 +109,20 @@ observed_traced_step = Optimizer.profile_hook_step(traced_step)
 
 
 @assume_constant_result  # type: ignore[untyped-decorator]
-def _handle_with_states(optimizer: _FusedAdam, indices: Sequence[int]) -> int:
-    """Runs when the graph is made: the states that it is going to be handed are there then."""
+def _prepared(
+    optimizer: _FusedAdam, indices: Sequence[int]
+) -> tuple[int, tuple[tuple[str, ...], ...]]:
+    """Runs when the graph is made: the handle, and the keys of the states, which are there then."""
     flat = [(param, group) for group in optimizer.param_groups for param in group["params"]]
-    make_states(optimizer, [flat[index] for index in indices])
-    if optimizer._handle is None:
-        optimizer._handle = next(_handles)
-        _optimizers[optimizer._handle] = optimizer
-    return optimizer._handle
+    chosen = [flat[index] for index in indices]
+    make_states(optimizer, chosen)
+    engine = optimizer._engine
+    if engine.handle is None:
+        engine.handle = next(_handles)
+        _optimizers[engine.handle] = optimizer
+    return engine.handle, tuple(
+        tuple(state.key for state in states_of(group)) for _, group in chosen
+    )
 
 
 def _break_if_hyper_parameters_wait(context: ComptimeContext) -> None:

@@ -5,6 +5,8 @@ The gradients never exist all at once, so their memory is that of the largest fe
 
 from __future__ import annotations
 
+import sys
+import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _C
 from .freed_grad import FreedGrad
-from .optimizers import _FusedAdam, _step
+from .optimizers import _FusedAdam
+from .step import Engine, take_step
 
 
 def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
@@ -26,7 +32,11 @@ def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
     The bits are those of ``loss.backward(); optimizer.step(); optimizer.zero_grad()``, with the
     hyper-parameters that the param groups have during backward. ``optimizer.step()`` may stay in
     the loop: it steps what has a gradient still (params that are not the model's). Hooks of
-    ``optimizer.step()`` run there only. Params may be frozen, thawed, and added to the optimizer.
+    ``optimizer.step()`` run there only. Params may be frozen, thawed, added to the optimizer, and
+    replaced: what is assigned to the model's modules later takes its steps in backward, too.
+
+    A param whose gradient comes in a backward within another one, as reentrant checkpoints make it,
+    may get several: ``optimizer.step()`` takes its step, and a warning says so.
 
     Each backward is a step, so gradients cannot be accumulated over several. Nor can they be
     clipped or unscaled before the first param moves: both fail, in the first iteration. An
@@ -58,12 +68,8 @@ def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
             "model: DistributedDataParallel averages gradients after the hooks of their params "
             "have run, so steps in backward would take them as they are on this process"
         )
-    params = {
-        name: param
-        for name, param in model.named_parameters()
-        if param.is_floating_point() or param.is_complex()
-    }
     known = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    params = dict(_trainable(model))
     if not any(id(param) in known for param in params.values()):
         raise ValueError("optimizer has none of the params of model")
     for name, param in params.items():
@@ -71,34 +77,90 @@ def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
             if step.optimizer() is not None:
                 raise RuntimeError(f"model: {name} takes its steps in backward already")
             step.remove()
-    return StepInBackward(optimizer, params)
+    return StepInBackward(optimizer, _Steps(model, optimizer))
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The params that can have a gradient."""
+    return [
+        (name, param)
+        for name, param in model.named_parameters()
+        if param.is_floating_point() or param.is_complex()
+    ]
 
 
 class StepInBackward:
     """The handle of :func:`step_in_backward`."""
 
-    def __init__(self, optimizer: _FusedAdam, params: dict[str, nn.Parameter]) -> None:
+    def __init__(self, optimizer: _FusedAdam, steps: _Steps) -> None:
         self._optimizer = optimizer  # which is kept alive by this; the hooks do not
-        self._params = list(params.values())
-        self._steps = [_ParamStep(optimizer, param, name) for name, param in params.items()]
+        self._steps = steps
 
     def remove(self) -> None:
         """Leaves the steps to ``optimizer.step()`` again."""
-        for step in self._steps:
-            step.remove()
-        for param in self._params:
-            if isinstance(param.grad, FreedGrad):
-                param.grad = None
+        self._steps.remove()
 
     def __repr__(self) -> str:
         optimizer = type(self._optimizer).__name__
-        return f"<{optimizer}'s steps of {len(self._params)} params, taken in backward>"
+        return f"<{optimizer}'s steps of {len(self._steps)} params, taken in backward>"
 
     def __enter__(self) -> StepInBackward:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+class _Steps:
+    """The steps of a model's params, and of those that are assigned to its modules later."""
+
+    def __init__(self, model: nn.Module, optimizer: _FusedAdam) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self._steps: list[weakref.ref[_ParamStep]] = []
+        self._hooks = (
+            register_module_parameter_registration_hook(self._registered),
+            register_module_module_registration_hook(self._module_registered),
+        )
+        self._add_modules(model, "")
+
+    def __len__(self) -> int:
+        return sum(step() is not None for step in self._steps)
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for reference in self._steps:
+            if (step := reference()) is not None:
+                step.remove()
+        self._steps.clear()
+
+    def _add_modules(self, module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_modules(prefix=prefix):
+            self._names[child] = name
+        for name, param in _trainable(module):
+            self._add(param, f"{prefix}.{name}" if prefix else name)
+
+    def _add(self, param: nn.Parameter, name: str) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None and not any(s.optimizer() is optimizer for s in _steps_of(param)):
+            self._steps.append(weakref.ref(_ParamStep(optimizer, param, name)))
+
+    def _registered(self, module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if self._optimizer() is None:
+            return self.remove()
+        prefix = self._names.get(module)
+        if prefix is not None and param is not None and (
+            param.is_floating_point() or param.is_complex()
+        ):
+            self._add(param, f"{prefix}.{name}" if prefix else name)
+
+    def _module_registered(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
+        if self._optimizer() is None:
+            return self.remove()
+        prefix = self._names.get(module)
+        if prefix is not None and child is not None:
+            self._add_modules(child, f"{prefix}.{name}" if prefix else name)
 
 
 class _ParamStep:
@@ -109,8 +171,10 @@ class _ParamStep:
         self.optimizer = weakref.ref(optimizer)
         self._name = name
         self._place = 0, 0  # where the param groups had the param the last time
-        # Of its own, since several devices' threads may run backward, and for what it has uploaded.
-        self._gather = _C.Gather(optimizer.decay)
+        self._param = weakref.ref(param)
+        self._warned = False
+        # Its own, since several devices' threads may run backward, and for what it has uploaded.
+        self._engine: Engine | None = None
         frozen = not param.requires_grad
         if frozen:  # torch wants it so; the hooks stay when it is frozen again
             param.requires_grad_(True)
@@ -124,6 +188,9 @@ class _ParamStep:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        param = self._param()
+        if param is not None and isinstance(param.grad, FreedGrad):
+            param.grad = None
 
     def __call__(self, param: nn.Parameter) -> None:
         optimizer = self.optimizer()
@@ -135,28 +202,41 @@ class _ParamStep:
         group = self._group_of(param, optimizer)
         if group is None:
             return
-        if optimizer._tracker is not None:
+        if optimizer._engine.tracker is not None:
             raise RuntimeError(
                 "track_updates() notes whole steps, and step_in_backward takes a param's at a "
                 "time: end one of them, by track_updates(every=0) or remove()"
             )
+        if _is_nested():
+            self._leave_to_step()
+            return
+        if self._engine is None:
+            self._engine = Engine()
         state = optimizer.state.get(param, {})
-        if isinstance(step := state.get("step"), Tensor):
-            state["step"] = step.clone()  # params at the same step may share it
         alone = object.__new__(type(optimizer))
         alone.__dict__.update(
             optimizer.__dict__,
-            _gather=self._gather,
+            _engine=self._engine,
             _param_groups=[{**group, "params": [param], "param_names": [self._name]}],
             state=defaultdict(dict, {param: state}),
         )
-        _step(alone)
+        take_step(alone)
         optimizer.state[param] = alone.state[param]
         optimizer._opt_called = True  # type: ignore[attr-defined] # torch's schedulers ask for it
         # Of other kinds of tensors (DTensor) a grad must be one, too.
         param.grad = (
             None if is_traceable_wrapper_subclass(param) else FreedGrad.of(param, self._name)
         )
+
+    def _leave_to_step(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"step_in_backward: {self._name} gets its gradient in a backward within another one, "
+                "as reentrant checkpoints make it. It may be one of several, so that its step is "
+                "left to optimizer.step(), which must follow; or use use_reentrant=False",
+                stacklevel=3,
+            )
 
     def _group_of(self, param: Tensor, optimizer: _FusedAdam) -> dict[str, Any] | None:
         groups = optimizer.param_groups
@@ -185,3 +265,18 @@ def _make_room_in(reference: weakref.ref[nn.Parameter]) -> Callable[[Tensor], No
             param.grad = None
 
     return make_room
+
+
+def _is_nested() -> bool:
+    """Whether this backward was started by an autograd function's own backward."""
+    frame, in_backward = sys._getframe(1), False
+    while (caller := frame.f_back) is not None:
+        frame, code = caller, caller.f_code
+        if code.co_name == "_engine_run_backward":
+            in_backward = True
+        elif in_backward and code.co_name == "apply" and code.co_filename == _FUNCTION_FILE:
+            return True
+    return False
+
+
+_FUNCTION_FILE = torch.autograd.Function.backward.__code__.co_filename

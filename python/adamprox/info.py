@@ -46,7 +46,7 @@ def collect() -> dict[str, Any]:
             "instruction_set": _C.cpu_instruction_set(),
             "threads": torch.get_num_threads(),
         },
-        "tensors_read_by": _C.Gather("decoupled").reader,
+        "torch_abi": _C.torch_abi,
         "cuda_architectures": _C.cuda_architectures.split(),
         "gpus": _gpus(),
     }
@@ -107,7 +107,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("CPU instruction set", cpu["instruction_set"]),
         ("CPU threads", str(cpu["threads"])),
         ("CUDA architectures", ", ".join(architectures) or "none built"),
-        ("tensors read by", facts["tensors_read_by"]),
+        ("torch read by", facts["torch_abi"]),
     ]
     for index, gpu in enumerate(facts["gpus"]):
         capability, driver = gpu["compute_capability"], gpu["driver"] or "unknown"

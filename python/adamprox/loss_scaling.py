@@ -60,5 +60,5 @@ class LossScaling(NamedTuple):
                 device = "cpu" if table.device[0] == "cpu" else torch.device(*table.device)
                 table.set_loss_scaling(*(None if t is None else t.to(device) for t in self))
             elif self.grad_scale is not None:
-                table.set_loss_scale(self.grad_scale.item())
+                table.loss_scale = self.grad_scale.item()
         return True

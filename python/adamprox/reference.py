@@ -8,11 +8,13 @@ Every operation rounds once. Scalars are computed in double and rounded once to 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .hyperparameters import RULES
 
 TILE_SIZE = 2048
 CHUNK_SIZE = 8 * TILE_SIZE
@@ -20,7 +22,7 @@ CHUNK_SIZE = 8 * TILE_SIZE
 BLOCK_SIZE = 256  # of what telemetry sums at a time
 BINS = 29  # of telemetry's histograms
 
-DECAYS = ("coupled", "decoupled", "prox_sq_l2", "prox_l1", "prox_l2")
+DECAYS = tuple(RULES)
 
 
 class Scalars(NamedTuple):
@@ -32,10 +34,10 @@ class Scalars(NamedTuple):
     """``lr * sqrt(1 - beta2**t) / (1 - beta1**t)``"""
     eps: float
     """``eps * sqrt(1 - beta2**t)``"""
-    decay: float
-    """``weight_decay`` (coupled), ``s / (1 + s)`` (prox_sq_l2), else the decay strength ``s``"""
     grad_scale: float
-    """of the grads: 1, or -1 to maximize, divided by the loss scale, if any"""
+    """multiplies the grads: 1, or -1 to maximize, divided by the loss scale"""
+    decay: tuple[float, ...]
+    """the constants of the rule: see :func:`decay_constants`"""
 
 
 def decay_strength(group: Mapping[str, Any]) -> float:
@@ -44,6 +46,19 @@ def decay_strength(group: Mapping[str, Any]) -> float:
     if group["decay_by"] == "schedule":
         eta = eta / float(group["initial_lr"])
     return eta * float(group["weight_decay"])
+
+
+def rule_of(group: Mapping[str, Any]) -> str:
+    """The rule that a group's values choose."""
+    return str(group["decay"])
+
+
+def decay_constants(rule: str, group: Mapping[str, Any]) -> tuple[float, ...]:
+    """``(weight_decay,)`` (coupled), ``(s / (1 + s),)`` (prox_sq_l2), else ``(s,)``."""
+    if rule == "coupled":
+        return (float(group["weight_decay"]),)
+    s = decay_strength(group)
+    return (s / (1 + s) if rule == "prox_sq_l2" else s,)
 
 
 def alpha(group: Mapping[str, Any]) -> float:
@@ -55,19 +70,32 @@ def alpha(group: Mapping[str, Any]) -> float:
 
 
 def power(base: float, exponent: float) -> float:
-    """``base**exponent`` by squaring, for a whole number: rounded alike everywhere."""
-    result, n = 1.0, int(exponent)
+    """``base**exponent`` for a base in [0, 1), rounded alike everywhere.
+
+    The whole part is made by squaring, the fraction by square roots. NaN for a negative exponent.
+    """
+    if not exponent >= 0:
+        return math.nan
+    if exponent >= 2.0**63:
+        return 0.0
+    n = int(exponent)
+    fraction = exponent - n
+    result, square, root = 1.0, base, base
     while n > 0:
         if n % 2:
-            result *= base
-        base *= base
+            result *= square
+        square *= square
         n //= 2
+    while fraction != 0:
+        root = math.sqrt(root)
+        fraction *= 2
+        if fraction >= 1:
+            result *= root
+            fraction -= 1
     return result
 
 
-def step_scalars(
-    decay: str, group: Mapping[str, Any], step: float, loss_scale: float = 1.0
-) -> Scalars:
+def step_scalars(group: Mapping[str, Any], step: float, loss_scale: float = 1.0) -> Scalars:
     """The scalars of step number ``step`` (the first is 1) for one param group.
 
     The grads are those of ``loss_scale`` times the loss.
@@ -75,14 +103,13 @@ def step_scalars(
     beta1, beta2 = map(float, group["betas"])
     bias_correction1 = 1 - power(beta1, step)
     bias_correction2_sqrt = math.sqrt(1 - power(beta2, step))
-    s = decay_strength(group)
     return Scalars(
         one_minus_beta1=1 - beta1,
         one_minus_beta2=1 - beta2,
         step_size=float(group["lr"]) * bias_correction2_sqrt / bias_correction1,
         eps=float(group["eps"]) * bias_correction2_sqrt,
-        decay={"coupled": float(group["weight_decay"]), "prox_sq_l2": s / (1 + s)}.get(decay, s),
         grad_scale=(-1.0 if group["maximize"] else 1.0) / loss_scale,
+        decay=decay_constants(rule_of(group), group),
     )
 
 
@@ -115,17 +142,17 @@ def soft_threshold(z: Tensor, threshold: Tensor) -> Tensor:
     return torch.copysign(shrunk, z)
 
 
-def apply_decay(decay: str, param: Tensor, update: Tensor, k: Tensor) -> Tensor:
-    """The new param from Adam's update and ``k = Scalars.decay``.
+def apply_decay(rule: str, param: Tensor, update: Tensor, k: Sequence[Tensor]) -> Tensor:
+    """The new param from Adam's update and the rule's constants ``k``.
 
     A factor close to 1 is applied as a subtraction, so that param is rounded once.
     """
-    if decay == "decoupled":  # (1 - s) * param - update: (4)
-        return param - (update + k * param)
-    if decay == "prox_sq_l2":  # (param - update) / (1 + s): (5)
-        return param - (update + k * (param - update))
-    if decay == "prox_l1":
-        return soft_threshold(param - update, k)
+    if rule == "decoupled":  # (1 - s) * param - update: (4)
+        return param - (update + k[0] * param)
+    if rule == "prox_sq_l2":  # (param - update) / (1 + s): (5)
+        return param - (update + k[0] * (param - update))
+    if rule == "prox_l1":
+        return soft_threshold(param - update, k[0])
     return param - update  # coupled; prox_l2 before its blocks shrink
 
 
@@ -143,8 +170,7 @@ def prox_l2(z: Tensor, strength: float) -> Tensor:
 
 def shrink(z: Tensor, shrinkage: Tensor) -> None:
     """``z <- (1 - shrinkage) * z``, in place; the shrinkage is a float64 number."""
-    if z.is_complex():
-        z = torch.view_as_real(z)
+    z = _reals(z)
     compute = z.to(_compute_dtype(z))
     z.copy_(compute - shrinkage.to(compute.dtype) * compute)
 
@@ -170,50 +196,56 @@ def tree_sum(values: Tensor) -> Tensor:
     return values[0]
 
 
+Writes = list[tuple[Tensor, Tensor]]
+"""Tensors and their new values."""
+
+
 @torch.no_grad()
 def step(
-    decay: str,
+    rule: str,
     param: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
+    states: Mapping[str, Tensor],
     scalars: Scalars,
-) -> None:
-    """One step of one tensor, in place; every tensor has the param's shape.
+) -> Writes:
+    """One step of one tensor: what is to be written, so that an error leaves everything as it is.
+
+    Every tensor has the param's shape; complex numbers are pairs of reals.
 
     Args:
-        decay: one of :data:`DECAYS`.
+        rule: from :func:`rule_of`.
         param, grad: of the same dtype.
-        exp_avg, exp_avg_sq: the moments, of the param's dtype, or float32 with 16-bit params.
-        max_exp_avg_sq: with amsgrad, else None.
+        states: by the keys of :data:`adamprox.hyperparameters.STATES`, those that there are.
         scalars: from :func:`step_scalars`.
     """
-    if param.is_complex():
-        tensors = (param, grad, exp_avg, exp_avg_sq)
-        param, grad, exp_avg, exp_avg_sq = map(torch.view_as_real, tensors)
-        if max_exp_avg_sq is not None:
-            max_exp_avg_sq = torch.view_as_real(max_exp_avg_sq)
+    param, grad = _reals(param), _reals(grad)
+    own = {key: _reals(state) for key, state in states.items()}
     dtype = _compute_dtype(param)
-    one_minus_beta1, one_minus_beta2, step_size, eps, k, grad_scale = (
-        torch.tensor(scalar, dtype=dtype, device=param.device) for scalar in scalars
-    )
-    p, g, m, v = (t.to(dtype) for t in (param, grad, exp_avg, exp_avg_sq))
 
-    g = grad_scale * g
-    if decay == "coupled":  # Algorithm 1, line 5
-        g = g + k * p
-    m = update_moment(m, g, one_minus_beta1)
-    v = update_moment(v, g * g, one_minus_beta2)
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
-    if max_exp_avg_sq is not None:
-        largest = max_exp_avg_sq.to(dtype)
+    def rounded(scalar: float) -> Tensor:
+        return torch.tensor(scalar, dtype=dtype, device=param.device)
+
+    p, g = param.to(dtype), rounded(scalars.grad_scale) * grad.to(dtype)
+    k = [rounded(constant) for constant in scalars.decay]
+    if rule == "coupled":  # Algorithm 1, line 5
+        g = g + k[0] * p
+    m = update_moment(own["exp_avg"].to(dtype), g, rounded(scalars.one_minus_beta1))
+    v = update_moment(own["exp_avg_sq"].to(dtype), g * g, rounded(scalars.one_minus_beta2))
+    writes = [(own["exp_avg"], m), (own["exp_avg_sq"], v)]
+    if "max_exp_avg_sq" in own:
+        largest = own["max_exp_avg_sq"].to(dtype)
         v = torch.where(largest > v, largest, v)
-        max_exp_avg_sq.copy_(v)
-    param.copy_(apply_decay(decay, p, adam_update(m, v, step_size, eps), k))
-    if decay == "prox_l2" and param.numel() > 0:
-        param.copy_(prox_l2(param, scalars.decay))
+        writes.append((own["max_exp_avg_sq"], v))
+    update = adam_update(m, v, rounded(scalars.step_size), rounded(scalars.eps))
+    new = apply_decay(rule, p, update, k).to(param.dtype)
+    if rule == "prox_l2" and param.numel() > 0:  # of what is stored
+        new = prox_l2(torch.empty_like(param).copy_(new), scalars.decay[0])
+    writes.append((param, new))
+    return writes
+
+
+def _reals(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def noted_update(exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Scalars) -> Tensor:
@@ -222,8 +254,7 @@ def noted_update(exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Scalars) -> Tenso
     It is the one that the step has applied, unless the moments have been rounded to 16 bits.
     ``exp_avg_sq`` is with amsgrad ``max_exp_avg_sq``. In the compute type.
     """
-    if exp_avg.is_complex():
-        exp_avg, exp_avg_sq = map(torch.view_as_real, (exp_avg, exp_avg_sq))
+    exp_avg, exp_avg_sq = _reals(exp_avg), _reals(exp_avg_sq)
     dtype = _compute_dtype(exp_avg)
     step_size, eps = (
         torch.tensor(scalar, dtype=dtype, device=exp_avg.device)
@@ -290,8 +321,7 @@ def note_update(update: Tensor, alpha: float) -> UpdateNotes:
 
 def note_param(param: Tensor) -> ParamNotes:
     """Of a step's new param."""
-    if param.is_complex():
-        param = torch.view_as_real(param)
+    param = _reals(param)
     return ParamNotes(
         squares=sum_by_halves(param),
         zeros=int((param == 0).sum()),

@@ -40,8 +40,8 @@ def why_not(tensor: DTensor, param: Tensor, may_move: bool) -> str | None:
     return None
 
 
-def share_of(tensor: Tensor, param: Tensor | None = None) -> Tensor:
-    """What this rank has of it; as it has of ``param``, which may take communication.
+def local_of(tensor: Tensor, param: Tensor | None = None) -> Tensor:
+    """The local tensor on this rank; placed as of ``param``, which may take communication.
 
     A plain tensor is returned as it is. Not recorded by autograd: call it under ``no_grad``.
     """

@@ -130,20 +130,9 @@ class _Noted(NamedTuple):
     """One table of a tracked step, and what the step writes; on the device until it is read."""
 
     device: tuple[str, int]
-    tensors: Sequence[tuple[Tensor, int, int, int]]
-    """(the param, its group, its first record, its numel)"""
+    tensors: Sequence[tuple[int, int, int, int]]
+    """(its group, its place in the group, its first record, its numel)"""
     records: Tensor
-
-    def is_of(
-        self, device: tuple[str, int], tensors: Sequence[tuple[Tensor, int, int, int]]
-    ) -> bool:
-        return (
-            self.device == device
-            and len(self.tensors) == len(tensors)
-            and all(
-                a[0] is b[0] and a[1:] == b[1:] for a, b in zip(self.tensors, tensors, strict=True)
-            )
-        )
 
 
 class _TensorNotes(NamedTuple):
@@ -171,13 +160,16 @@ class Tracker:
         self.every, self.per = every, per
         self._steps = 0
         self._noted: list[_Noted] = []
+        self._names: list[Sequence[str] | None] = []
 
     def due(self) -> bool:
         """Whether the step that begins now is tracked."""
         self._steps += 1
         return self._steps % self.every == 0
 
-    def begin(self, tables: Iterable[_C.Table], capturing: bool) -> None:
+    def begin(
+        self, tables: Iterable[_C.Table], groups: Sequence[Mapping[str, Any]], capturing: bool
+    ) -> None:
         """Gives each table the memory that its step writes to.
 
         It is that of the tracked step before, if that had the same tensors: so a step that the
@@ -186,43 +178,44 @@ class Tracker:
         noted = []
         for table in tables:
             device, tensors = table.device, table.tensors()
-            now = next((n for n in self._noted if n.is_of(device, tensors)), None)
-            if now is None:
+            known = (n.records for n in self._noted if n[:2] == (device, tensors))
+            records = next(known, None)
+            if records is None:
                 shape = table.num_chunks, RECORD_WORDS
                 records = torch.zeros(shape, dtype=torch.int64, device=torch.device(*device))
-                now = _Noted(device, tensors, records)
             if capturing:  # for as long as the graph may write there
-                table.keep(now.records)
-            table.track(now.records)
-            noted.append(now)
+                table.keep(records)
+            table.track(records)
+            noted.append(_Noted(device, tensors, records))
         self._noted = noted
+        # By place, as the params may be others when the notes are read; none is kept alive.
+        self._names = [list(g["param_names"]) if "param_names" in g else None for g in groups]
 
     @torch.no_grad()
-    def note_params(self, tables: Iterable[_C.Table], shares: Mapping[Tensor, Tensor]) -> None:
+    def note_params(self, tables: Iterable[_C.Table]) -> None:
         """Notes the params anew, which have changed since the tables' step."""
         for table in tables:
-            for row, (param, *_) in enumerate(table.tensors()):
-                write_param(reference.note_param(shares[param]), table, row)
+            for index, row in enumerate(table.rows()):
+                write_param(reference.note_param(row[0]), table, index)
 
-    def stats(self, groups: Sequence[Mapping[str, Any]]) -> list[UpdateStats]:
+    def stats(self) -> list[UpdateStats]:
         """Waits for the step, if it is on a GPU."""
-        names = {
-            id(param): group["param_names"][i]
-            if "param_names" in group
-            else f"group {g}, param {i}"
-            for g, group in enumerate(groups)
-            for i, param in enumerate(group["params"])
-        }
         members: dict[str, list[_TensorNotes]] = {}
         for _, tensors, records in self._noted:
             on_host = records.cpu()
-            for param, group, first, numel in tensors:
+            for group, index, first, numel in tensors:
                 of_tensor = on_host[first : first + _num_chunks(numel)]
                 # Nothing is noted of a tensor without elements, nor of a step that was skipped.
                 if of_tensor.any():
-                    name = names[id(param)] if self.per == "tensor" else f"group {group}"
+                    name = self._name(group, index)
                     members.setdefault(name, []).append(_TensorNotes.of(of_tensor, numel))
         return [_merged(name, parts) for name, parts in members.items()]
+
+    def _name(self, group: int, index: int) -> str:
+        if self.per == "group":
+            return f"group {group}"
+        names = self._names[group]
+        return f"group {group}, param {index}" if names is None else names[index]
 
 
 def checked(every: int | None, per: str) -> Tracker | None:

@@ -1,4 +1,4 @@
-"""The CUDA kernel as a backend on CPU tensors: compiled by g++ through a small shim."""
+"""The CUDA kernels as a backend on CPU tensors: compiled by g++ through a small shim."""
 
 import ctypes
 import os
@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamprox import _C, reference
+from adamprox import _C
 
 _HERE = Path(__file__).parent
 _CSRC = _HERE.parents[1] / "csrc"
-_ROW, _CHUNK = 56, 8  # sizeof(TensorRow), sizeof(Chunk)
 
 
 class _Step(ctypes.Structure):
     """As in cuda_on_host.cpp."""
 
     _fields_ = (
-        ("decay", ctypes.c_int),
         ("metadata", ctypes.c_void_p),
         ("num_rows", ctypes.c_int64),
         ("num_chunks", ctypes.c_int64),
         ("num_packed", ctypes.c_int64),
+        ("num_of_blocks", ctypes.c_int64),
+        ("num_recipes", ctypes.c_int64),
         ("payload", ctypes.c_char_p),
         ("payload_bytes", ctypes.c_int64),
         ("prepared", ctypes.c_void_p),
@@ -33,19 +33,22 @@ class _Step(ctypes.Structure):
         ("blocks", ctypes.c_uint),
         ("resident", ctypes.c_uint),
         ("seed", ctypes.c_uint),
-        ("launches", ctypes.c_int),
+        ("prepare_launches", ctypes.c_int),
+        ("update_launches", ctypes.c_int),
+        ("block_launches", ctypes.c_int),
         ("sleeps", ctypes.c_int),
     )
 
 
 class CudaOnHostBackend:
-    """Runs the device code of csrc/fused_adam.cuh, and counts its launches.
+    """Runs the device code of csrc/cuda/kernel.cuh, and lists its launches by kernel.
 
     ``blocks`` in the random order of ``seed``, of which ``resident`` at a time; ``sleeps`` counts
     how often one had to wait for another.
     """
 
     follows_recipes = True
+    at_once = False
 
     def __init__(self, library: Path) -> None:
         self._step = ctypes.CDLL(str(library)).step
@@ -55,21 +58,23 @@ class CudaOnHostBackend:
     def reset(self) -> None:
         """One block after another, so that each step takes the least time."""
         self.blocks, self.resident, self.seed = 3, 1, 0
-        self.launches = self.sleeps = 0
+        self.launches: list[str] = []
+        self.sleeps = 0
 
     def why_not(self, device_type: str | None = None) -> str | None:
         return None if device_type in (None, "cpu") else "it runs on cpu tensors"
 
-    def step(self, table: _C.Table, decay: str, groups: Sequence[Mapping[str, Any]]) -> None:
+    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
         metadata = table.metadata(lambda b: torch.frombuffer(bytearray(b), dtype=torch.uint8))
         payload = table.payload()
         prepared = torch.empty(table.prepared_size, dtype=torch.uint8)
         step = _Step(
-            decay=reference.DECAYS.index(decay),
             metadata=metadata.data_ptr(),
             num_rows=table.num_rows,
             num_chunks=table.num_chunks,
             num_packed=table.num_packed,
+            num_of_blocks=table.num_of_blocks,
+            num_recipes=table.num_scalars if table.has_recipes else 0,
             payload=payload,
             payload_bytes=len(payload),
             prepared=prepared.data_ptr() if table.has_recipes else None,
@@ -80,10 +85,11 @@ class CudaOnHostBackend:
         )
         self._last = step, metadata, payload, prepared, table.records
         self._launch(step)
-        self.launches += step.launches
+        self.launches += ["prepare"] * step.prepare_launches
+        self.launches += ["update"] * step.update_launches + ["blocks"] * step.block_launches
         self.sleeps += step.sleeps
         self.seed += 1
-        work = metadata[table.num_rows * _ROW + table.num_chunks * _CHUNK :]
+        work = metadata[8 * (table.num_rows * _C.layout["row"] + table.num_chunks) :]
         assert _counts(work, table.num_chunks).count_nonzero() == 0, "not ready for the next launch"
 
     def _launch(self, step: _Step) -> None:
@@ -96,13 +102,13 @@ class CudaOnHostBackend:
 
 
 def _counts(work: Tensor, num_chunks: int) -> Tensor:
-    """What counts in a Workspace: its ticket, and for AdamProxL2 each Progress::done."""
+    """What counts in a Workspace: its ticket, and each Progress::done, if there are any."""
     words = work.view(torch.int32)
     return torch.cat([words[:2], words[2 + 2 * num_chunks :: 2]])
 
 
 def build(directory: Path) -> CudaOnHostBackend:
-    """Compiles the kernel for the host and loads it."""
+    """Compiles the kernels for the host and loads them."""
     library = directory / "cuda_on_host.so"
     subprocess.run(
         [

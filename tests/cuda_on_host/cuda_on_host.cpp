@@ -1,4 +1,4 @@
-// One step by the CUDA kernel, run on the CPU; called through ctypes by tests/cuda_on_host.
+// One step by the CUDA kernels, run on the CPU; called through ctypes by tests/cuda_on_host.
 #include "cuda_on_host.h"
 
 #include <cstring>
@@ -9,7 +9,7 @@ struct ChunkNotes;
 ChunkNotes* chunk_notes();
 }  // namespace adamprox
 
-#include "fused_adam.cuh"
+#include "cuda/kernel.cuh"
 
 using namespace adamprox;
 
@@ -19,37 +19,32 @@ ChunkNotes* adamprox::chunk_notes() {
 }
 
 struct Step {
-  int decay;
   void* metadata;
-  int64_t num_rows;
-  int64_t num_chunks, num_packed;
+  int64_t num_rows, num_chunks, num_packed, num_of_blocks, num_recipes;
   const void* payload;
   int64_t payload_bytes;
   void* prepared;
   Record* records;
-  unsigned blocks, resident, seed;  // see cuda_on_host.h
-  int launches, sleeps;             // how many there were
+  unsigned blocks, resident, seed;                        // see cuda_on_host.h
+  int prepare_launches, update_launches, block_launches;  // how many there were, by kernel
+  int sleeps;
 };
 
 extern "C" const char* step(Step* s) {
   static std::string error;
   const bool is_inline = s->payload_bytes <= kInlinePayload;
-  const auto decay = static_cast<Decay>(s->decay);
-  LaunchArgs args(decay, s->metadata, s->num_rows, s->num_chunks, s->num_packed,
-                  is_inline ? nullptr : s->payload, s->prepared, s->records);
+  LaunchArgs args(s->metadata, s->num_rows, s->num_chunks, is_inline ? nullptr : s->payload,
+                  s->prepared, s->records);
   if (is_inline) std::memcpy(args.inline_payload, s->payload, s->payload_bytes);
   cuda_on_host::Launch::sleeps = 0;
-  s->launches = 0;
+  const auto launch = [s](void (*kernel)(LaunchArgs), const LaunchArgs& args, int64_t) {
+    cuda_on_host::launch(s->blocks, s->resident, kThreads, s->seed, [&] { kernel(args); });
+    s->prepare_launches += kernel == prepare_kernel;
+    s->update_launches += kernel == update_kernel<false>;
+    s->block_launches += kernel == update_kernel<true>;
+  };
   try {
-    if (args.prepared != nullptr) {
-      cuda_on_host::launch(1, 1, kThreads, s->seed, [&] { prepare_kernel(args, decay); });
-      ++s->launches;
-    }
-    with_rule(decay, [&](auto rule) {
-      cuda_on_host::launch(s->blocks, s->resident, kThreads, s->seed,
-                           [&] { update_kernel<typename decltype(rule)::type>(args); });
-      ++s->launches;
-    });
+    for_each_launch(args, s->num_recipes, s->num_chunks, s->num_packed, s->num_of_blocks, launch);
   } catch (const std::exception& e) {
     error = e.what();
     return error.c_str();

@@ -1,7 +1,7 @@
-// What the kernel of csrc/fused_adam.cuh needs of CUDA, for a C++ compiler: each thread of a block is
-// a fiber, and a barrier hands over to the next fiber. Blocks are host threads that take turns, as a
-// seed has it: whoever comes to an atomic, a fence, a sleep or a barrier may have to let others go
-// first. No more than `resident` of them have begun and not ended, as on a GPU that is too small.
+// What the kernels of csrc/cuda need of CUDA, for a C++ compiler: each thread of a block is a fiber,
+// and a barrier hands over to the next fiber. Blocks are host threads that take turns, as a seed has
+// it: one that comes to an atomic, a fence, a sleep or a barrier may have to let others go first. No
+// more than `resident` of them have begun and not ended, as on a GPU that is too small.
 #pragma once
 
 #include <ucontext.h>
@@ -188,12 +188,12 @@ class Block {
     return block.voted_;
   }
 
-  // What the thread `distance` away, by exclusive or, gives; all of a warp call it.
+  // What the thread that is `distance` away, by exclusive or, gives; all of a warp call it.
   static double shuffle(double value, unsigned distance) {
     Block& block = *running_;
     Fiber& fiber = block.fibers_[block.current_];
     const unsigned partner = block.current_ ^ distance;
-    const unsigned turn = fiber.turn++ % 2;  // who is late still finds the value of the last one
+    const unsigned turn = fiber.turn++ % 2;  // a late thread still finds the value of the last one
     fiber.given[turn] = value;
     fiber.shuffles = true;
     swapcontext(&fiber.context, &block.scheduler_);
@@ -252,5 +252,5 @@ inline unsigned atomicInc(unsigned* address, unsigned most) {
   cuda_on_host::Launch::current->yield();
   return old;
 }
-// Of shared memory, which the threads of a block touch one after another.
+// In shared memory, which the threads of a block touch one after another.
 inline void atomicAdd(unsigned* address, unsigned value) { *address += value; }

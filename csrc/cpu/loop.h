@@ -1,0 +1,144 @@
+// The CPU's loop over elements: widen, call a functor, narrow. It knows memory; not Adam.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "../math/streams.h"
+#include "../table.h"
+#include "half.h"
+
+// Loops are compiled for each of these; which one runs is decided when the library loads.
+#if defined(ADAMPROX_TARGET_CLONES)
+#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MULTIVERSION
+#endif
+
+namespace adamprox {
+
+struct Span {  // some elements of one row
+  const TensorRow& row;
+  void* grad;
+  int64_t begin, count;
+  int64_t after;  // how many the same thread is about to work on next
+
+  template <typename T>
+  T* at(void* data) const {
+    return static_cast<T*>(data) + begin;
+  }
+
+  Span part(int64_t first, int64_t size) const {
+    return {row, grad, begin + first, size, after + count - first - size};
+  }
+
+  Span alone() const { return {row, grad, begin, count, 0}; }
+};
+
+// One element of a stream: loaded when it is made, stored when the functor's call is over.
+template <typename Stream>
+struct Slot {
+  using T = typename Stream::T;
+  Stream stream;
+  int64_t i;
+  T value;
+  HOST_DEVICE Slot(Stream s, int64_t index) : stream(s), i(index), value(s.load(index)) {}
+  HOST_DEVICE ~Slot() { stream.store(i, value); }
+  HOST_DEVICE T& element() { return value; }
+};
+
+// A strip is a turn of a loop. Memory is prefetched so many elements ahead, since the hardware's own
+// prefetching ends with each page: that is 5 to 10 % of a step in memory, and hides what else there is to
+// compute. 128 to 768 elements are alike; requests in bursts of several strips do nothing.
+constexpr int kStripSize = 16, kPrefetchAhead = 256;
+
+template <typename Stream>
+HOST_DEVICE void prefetch(const Stream& stream, int64_t first) {
+  const auto* strip = reinterpret_cast<const char*>(stream.data + first);
+  const int bytes = kStripSize * sizeof(typename Stream::Element);
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(strip + at);
+}
+
+template <typename Storage>
+HOST_DEVICE void prefetch(const Write<Storage>&, int64_t) {}
+
+template <typename F, typename... Streams>
+HOST_DEVICE void for_each_in_strip(int64_t first, bool ahead, F f, Streams... streams) {
+  if (ahead) (prefetch(streams, first + kPrefetchAhead), ...);
+#pragma GCC ivdep
+  for (int64_t i = first; i < first + kStripSize; ++i) f(Slot<Streams>(streams, i).element()...);
+}
+
+// A batch is a few strips. A stream of float16 is converted as a batch, to and from float32 on the stack.
+constexpr int kBatchSize = 4 * kStripSize;
+
+template <typename Stream>
+struct Batch {
+  Stream stream;
+  HOST_DEVICE Batch(Stream s, bool) : stream(s) {}
+  HOST_DEVICE Stream elements() { return stream; }
+};
+
+template <template <typename> typename Stream>
+struct OnStack : Stream<float> {};
+
+template <template <typename> typename Stream>
+HOST_DEVICE void prefetch(const OnStack<Stream>&, int64_t) {}
+
+template <template <typename> typename Stream>
+struct Batch<Stream<Half>> {
+  Stream<Half> stream;
+  alignas(64) float values[kBatchSize];
+
+  HOST_DEVICE Batch(Stream<Half> s, bool ahead) : stream(s) {
+    constexpr int kHalvesOfALine = 32;
+    for (int first = 0; ahead && first < kBatchSize; first += kHalvesOfALine) {
+      prefetch(stream, first + kPrefetchAhead);
+    }
+    widen(stream.data, kBatchSize, values);
+  }
+
+  HOST_DEVICE ~Batch() {
+    if constexpr (Stream<Half>::kWritten) narrow(values, kBatchSize, stream.data);
+  }
+
+  HOST_DEVICE OnStack<Stream> elements() { return {{values}}; }
+};
+
+template <typename F, typename... Streams>
+HOST_DEVICE void for_each_in_batch(bool ahead, F f, Streams... streams) {
+  const auto run = [&](auto... elements) __attribute__((always_inline)) {
+    // Addresses in registers: a sum of two would take a second slot of the processor's.
+    const auto in_register = [](auto& data) __attribute__((always_inline)) { asm("" : "+r"(data)); };
+    (in_register(elements.data), ...);
+#pragma GCC unroll 4
+    for (int first = 0; first < kBatchSize; first += kStripSize) {
+      for_each_in_strip(first, ahead, f, elements...);
+    }
+  };
+  const auto call = [&](auto&&... batches) __attribute__((always_inline)) {
+    run(batches.elements()...);
+  };
+  call(Batch<Streams>(streams, ahead)...);
+}
+
+template <typename F, typename... Streams>
+HOST_DEVICE void for_each_element(const Span& span, F f, Streams... streams) {
+  const int64_t known = span.count + span.after;
+  int64_t i = 0;
+  if constexpr ((std::is_same_v<typename Streams::Element, Half> || ...)) {
+    for (; i + kBatchSize <= span.count; i += kBatchSize) {
+      for_each_in_batch(i + kBatchSize + kPrefetchAhead <= known, f, Streams{streams.data + i}...);
+    }
+  }
+  for (; i + kStripSize <= span.count; i += kStripSize) {
+    for_each_in_strip(i, i + kPrefetchAhead < known, f, streams...);
+  }
+  for (; i < span.count; ++i) {
+    asm volatile("");  // or the compiler would make vectors of so few
+    f(Slot<Streams>(streams, i).element()...);
+  }
+}
+
+}  // namespace adamprox

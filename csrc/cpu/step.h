@@ -1,0 +1,13 @@
+// One step on the CPU, over every row of a table.
+#pragma once
+
+#include "../table.h"
+
+namespace adamprox {
+
+void step_on_cpu(const TensorTable& table, int threads);
+
+// What it runs with here: "AVX-512", "AVX2" or "baseline".
+const char* cpu_instruction_set();
+
+}  // namespace adamprox

@@ -1,0 +1,77 @@
+// One step on an NVIDIA GPU: launches the kernels of kernel.cuh on the caller's stream.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "kernel.cuh"
+#include "step.h"
+
+namespace adamprox {
+namespace {
+
+void check(cudaError_t status, const char* call) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
+  }
+}
+#define CHECK(call) check(call, #call)
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    CHECK(cudaGetDevice(&previous_));
+    if (device != previous_) CHECK(cudaSetDevice(device));
+  }
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+
+ private:
+  int previous_ = 0;
+};
+
+// As many blocks as the device holds at once.
+int64_t resident_blocks(const void* kernel, size_t shared, int device) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, size_t, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& blocks = known[{kernel, shared, device}];
+  if (blocks == 0) {
+    int multiprocessors = 0, per_multiprocessor = 0;
+    CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads,
+                                                        shared));
+    blocks = multiprocessors * per_multiprocessor;
+  }
+  return blocks;
+}
+
+}  // namespace
+
+void step_on_cuda(const TensorTable& table, const CudaStep& step) {
+  const DeviceGuard guard(step.device);
+  const auto num_chunks = static_cast<int64_t>(table.chunks.size());
+  LaunchArgs args(step.metadata, static_cast<int64_t>(table.rows.size()), num_chunks, step.payload,
+                  step.prepared, table.records);
+  if (step.payload == nullptr) {
+    std::memcpy(args.inline_payload, step.inline_payload, step.inline_size);
+  }
+  const auto launch = [&](void (*kernel)(LaunchArgs), LaunchArgs& args, int64_t blocks) {
+    const auto* function = reinterpret_cast<const void*>(kernel);
+    const size_t shared = args.records != nullptr ? sizeof(ChunkNotes) : 0;
+    blocks = std::min(blocks, resident_blocks(function, shared, step.device));
+    void* arguments[] = {&args};
+    CHECK(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments,
+                           shared, static_cast<cudaStream_t>(step.stream)));
+  };
+  for_each_launch(args, static_cast<int64_t>(table.scalars_recipes.size()), num_chunks,
+                  table.num_packed, table.num_of_blocks, launch);
+}
+
+int64_t cuda_inline_payload() { return kInlinePayload; }
+
+}  // namespace adamprox

@@ -1,0 +1,25 @@
+// One step on an NVIDIA GPU, over every row of a table.
+#pragma once
+
+#include <cstddef>
+
+#include "../table.h"
+
+namespace adamprox {
+
+struct CudaStep {
+  int device;
+  void* stream;
+  void* metadata;       // on the device: TensorRow[], Chunk[] and the Workspace
+  const void* payload;  // on the device; null where it fits inline:
+  const void* inline_payload;
+  size_t inline_size;
+  void* prepared;  // on the device, for what the recipes become; null without them
+};
+
+void step_on_cuda(const TensorTable& table, const CudaStep& step);
+
+// The bytes of payload that ride in the kernel's parameters.
+int64_t cuda_inline_payload();
+
+}  // namespace adamprox

@@ -1,0 +1,283 @@
+#include "torch_abi.h"
+
+#include <dlfcn.h>
+#include <pybind11/eval.h>
+
+#include <array>
+#include <cstdlib>
+#include <string>
+
+namespace adamprox {
+namespace {
+
+#if defined(__APPLE__)
+constexpr const char* kLibrary = "libtorch_cpu.dylib";
+#else
+constexpr const char* kLibrary = "libtorch_cpu.so";
+#endif
+
+// Tensors to try assumptions on: `plain` ones are ordinary, `others` are not.
+constexpr const char* kTrials = R"(
+import torch
+with torch.inference_mode(False):
+    def new(*shape, dtype=torch.float32, device="cpu"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    first, grad, param = new(3), new(3), torch.nn.Parameter(new(3))
+    with_grad = torch.nn.Parameter(new(3))
+    with_grad.grad = grad
+    numbers = new(3, dtype=torch.complex64)
+    plain = [first, new(2, 3, 4), new(3, dtype=torch.float64), param, with_grad, numbers, new(4)[1:]]
+    others = [torch._neg_view(first), numbers.conj(), new(3, device="meta"), torch._efficientzerotensor(3)]
+with torch.inference_mode():
+    others.append(new(3))
+)";
+
+constexpr int kMostDims = 5;  // whose sizes lie in the implementation
+
+void* address(py::handle tensor) { return PyLong_AsVoidPtr(tensor.attr("_cdata").ptr()); }
+
+}  // namespace
+
+const TorchAbi& TorchAbi::get() {
+  static const auto* abi = new TorchAbi;  // never destroyed: tensors may outlive static objects
+  return *abi;
+}
+
+TorchAbi::TorchAbi() {
+  find_functions();
+  const py::module_ torch = py::module_::import("torch");
+  tensor_ = reinterpret_cast<PyTypeObject*>(torch.attr("Tensor").ptr());
+  parameter_ = reinterpret_cast<PyTypeObject*>(torch.attr("nn").attr("Parameter").ptr());
+  const char* wish = std::getenv("ADAMPROX_TORCH_ABI");
+  if (wish == nullptr || std::string(wish) != "slow") fast_ = find_insides();
+}
+
+void TorchAbi::find_functions() {
+  void* library = dlopen(kLibrary, RTLD_NOLOAD | RTLD_NOW);
+  const auto find = [library](auto& function, const char* name) {
+    void* symbol = library != nullptr ? dlsym(library, name) : nullptr;
+    if (symbol == nullptr) {
+      throw py::import_error(std::string("adamprox needs torch >= 2.10: ") + kLibrary + " has no " +
+                             name);
+    }
+    std::memcpy(&function, &symbol, sizeof(symbol));
+  };
+  const auto constant = [&](const std::string& name) {
+    int32_t (*function)();
+    find(function, ("aoti_torch_" + name).c_str());
+    return function();
+  };
+  find(data_, "aoti_torch_get_data_ptr");
+  find(dim_, "aoti_torch_get_dim");
+  find(sizes_, "aoti_torch_get_sizes");
+  find(strides_, "aoti_torch_get_strides");
+  find(dtype_, "aoti_torch_get_dtype");
+  find(device_type_, "aoti_torch_get_device_type");
+  find(device_index_, "aoti_torch_get_device_index");
+  find(storage_size_, "aoti_torch_get_storage_size");
+  find(storage_offset_, "aoti_torch_get_storage_offset");
+  find(assign_, "aoti_torch_assign_tensors");
+  // What an undefined tensor points to: a new one gives its implementation away.
+  int32_t (*make)(void**);
+  find(make, "aoti_torch_new_uninitialized_tensor");
+  void* handle = nullptr;
+  if (make(&handle) != 0) throw std::bad_alloc();
+  undefined_ = implementation(handle);  // it is never deleted
+  cpu_ = constant("device_type_cpu");
+  gpu_ = constant("device_type_cuda");
+  dtypes_[0] = {constant("dtype_float32"), DType::kFloat32, false};
+  dtypes_[1] = {constant("dtype_bfloat16"), DType::kBFloat16, false};
+  dtypes_[2] = {constant("dtype_float16"), DType::kFloat16, false};
+  dtypes_[3] = {constant("dtype_float64"), DType::kFloat64, false};
+  dtypes_[4] = {constant("dtype_complex64"), DType::kFloat32, true};
+  dtypes_[5] = {constant("dtype_complex128"), DType::kFloat64, true};
+  const auto find_optional = [library](auto& function, const char* name) {
+    void* symbol = dlsym(library, name);
+    std::memcpy(&function, &symbol, sizeof(symbol));
+  };
+  find_optional(parallel_for, "torch_parallel_for");
+  find_optional(bump_version_, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE");
+}
+
+bool TorchAbi::find_insides() {
+  py::dict trials;
+  py::exec(kTrials, trials, trials);
+  const py::list plain = trials["plain"], others = trials["others"];
+  const py::object first = trials["first"], param = trials["param"], with_grad = trials["with_grad"];
+  for (const py::handle tensor : plain) {
+    if (implementation(handle_of(tensor.ptr())) != address(tensor)) return false;
+  }
+  // An implementation has 22 words; its keys are the one that is the same in all plain tensors, and
+  // another one in each of the others.
+  using Words = std::array<const void*, 22>;
+  const auto words_of = [](const py::handle& tensor) { return at<Words>(address(tensor), 0); };
+  const Words words = words_of(first);
+  const auto tells = [&](size_t i) {
+    for (const py::handle tensor : plain) {
+      if (words_of(tensor)[i] != words[i]) return false;
+    }
+    for (const py::handle tensor : others) {
+      if (words_of(tensor)[i] == words[i]) return false;
+    }
+    return true;
+  };
+  size_t keys = words.size();
+  while (keys > 0 && !tells(keys - 1)) --keys;
+  if (keys == 0) return false;
+  keys_ = (keys - 1) * sizeof(void*);
+
+  // Sizes, strides, the offset in the storage and the dtype of all plain tensors are where the first
+  // one's are, with the number of dims before the sizes.
+  const auto find = [&](py::handle tensor, ptrdiff_t& sizes_at, ptrdiff_t& strides_at) {
+    TensorView view;
+    int32_t dtype;
+    int64_t offset;
+    const auto* bytes = static_cast<const char*>(address(tensor));
+    if (!ask_layout(handle_of(tensor.ptr()), view, dtype, offset)) return false;
+    sizes_at = reinterpret_cast<const char*>(view.sizes) - bytes;
+    strides_at = reinterpret_cast<const char*>(view.strides) - bytes;
+    const bool inside = sizes_at >= 8 && strides_at > sizes_at && strides_at + 40 <= keys_;
+    return inside && at<int64_t>(bytes, sizes_at - 8) == view.dim &&
+           at<int64_t>(bytes, strides_at + 8 * kMostDims) == offset;
+  };
+  if (!find(first, sizes_at_, strides_at_)) return false;
+  offset_at_ = strides_at_ + 8 * kMostDims;
+  for (dtype_at_ = offset_at_; dtype_at_ < keys_; dtype_at_ += 2) {
+    bool all = true;
+    for (const py::handle tensor : plain) {
+      int32_t dtype;
+      all &= dtype_(handle_of(tensor.ptr()), &dtype) == 0 &&
+             dtype == at<uint16_t>(address(tensor), dtype_at_);
+    }
+    if (all) break;
+  }
+  if (dtype_at_ >= keys_) return false;
+  for (const py::handle tensor : plain) {
+    ptrdiff_t sizes_at, strides_at;
+    if (!find(tensor, sizes_at, strides_at) || sizes_at != sizes_at_ || strides_at != strides_at_) {
+      return false;
+    }
+  }
+
+  // A tensor with a grad points to autograd's data, and a new one without to nothing.
+  const Words with = words_of(with_grad), without = words_of(trials["grad"]);
+  const void* grad = address(trials["grad"]);
+  for (size_t i = 0; i < with.size() && autograd_ == 0; ++i) {
+    if (without[i] == nullptr && with[i] != nullptr && i != keys - 1) {
+      const auto data = at<std::array<const void*, 6>>(with[i], 0);
+      for (size_t j = 1; j < data.size(); ++j) {
+        if (data[j] == grad) {
+          autograd_ = i * sizeof(void*);
+          grad_ = j * sizeof(void*);
+        }
+      }
+    }
+  }
+  if (autograd_ == 0) return false;
+  with_grad.attr("grad") = py::none();
+  if (at<void*>(at<void*>(address(with_grad), autograd_), grad_) != undefined_) return false;
+  param.attr("grad") = trials["grad"];
+  vtable_ = words[0];
+  bool ask = false;
+  const void* found = grad_of(param.ptr(), ask);
+  if (grad_of(first.ptr(), ask) != nullptr || grad_of(with_grad.ptr(), ask) != nullptr ||
+      found == nullptr || implementation(found) != grad || ask) {
+    return false;
+  }
+  // A dying grad has one reference, as a tensor has that only Python knows.
+  const auto of_python = head_of(address(py::object(plain[1]))).count, of_grad = head_of(grad).count;
+  tells_dying_ = true;
+  tells_dying_ = is_dying(of_python) && !is_dying(of_grad);
+
+  if (bump_version_ == nullptr) return false;
+  const auto version = [&] { return first.attr("_version").cast<int64_t>(); };
+  const int64_t before = version();
+  bump_version_(handle_of(first.ptr()));
+  return version() == before + 1;
+}
+
+bool TorchAbi::is_code(const void* vtable) {
+  Dl_info info;
+  return dladdr(vtable, &info) != 0;
+}
+
+void TorchAbi::own(PyObject* tensor, void*& slot) const {
+  void* implementation = address(tensor);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  own(&implementation, slot);
+}
+
+bool TorchAbi::ask_ordinary(PyObject* object) const {
+  const py::module_ torch = py::module_::import("torch");
+  const py::handle tensor(object);
+  if (!py::isinstance(tensor, torch.attr("Tensor"))) return false;
+  const py::object internals = torch.attr("_C");
+  const auto device = tensor.attr("device").attr("type").cast<std::string>();
+  const auto answers = [&](const char* predicate) { return tensor.attr(predicate)().cast<bool>(); };
+  const bool ordinary =
+      py::type::of(tensor).attr("__torch_dispatch__").is(internals.attr("_disabled_torch_dispatch_impl")) &&
+      !internals.attr("_functorch").attr("is_functorch_wrapped_tensor")(tensor).cast<bool>() &&
+      !torch.attr("_is_functional_tensor")(tensor).cast<bool>() &&
+      tensor.attr("layout").is(torch.attr("strided")) && (device == "cpu" || device == "cuda") &&
+      !tensor.attr("is_nested").cast<bool>() && !answers("is_inference") && !answers("is_conj") &&
+      !answers("is_neg") && !torch.attr("_is_zerotensor")(tensor).cast<bool>();
+  if (ordinary && fast_) ordinary_.push_back(keys_of(handle_of(object)));
+  return ordinary;
+}
+
+bool TorchAbi::ask_layout(void* handle, TensorView& out, int32_t& dtype, int64_t& offset) const {
+  int64_t dim, *sizes, *strides;
+  if (dtype_(handle, &dtype) != 0 || dim_(handle, &dim) != 0 || sizes_(handle, &sizes) != 0 ||
+      strides_(handle, &strides) != 0 || storage_offset_(handle, &offset) != 0) {
+    return false;
+  }
+  out.dim = static_cast<int>(dim);
+  out.sizes = sizes;
+  out.strides = strides;
+  return true;
+}
+
+bool TorchAbi::read(void* handle, TensorView& out) const {
+  int32_t dtype, device_type, device_index = 0;
+  int64_t offset, storage_size;
+  void* data;
+  const auto* bytes = static_cast<const char*>(implementation(handle));
+  out.dim = fast_ ? static_cast<int>(at<int64_t>(bytes, sizes_at_ - 8)) : kMostDims + 1;
+  if (out.dim <= kMostDims) {
+    out.sizes = reinterpret_cast<const int64_t*>(bytes + sizes_at_);
+    out.strides = reinterpret_cast<const int64_t*>(bytes + strides_at_);
+    offset = at<int64_t>(bytes, offset_at_);
+    dtype = at<uint16_t>(bytes, dtype_at_);
+  } else if (!ask_layout(handle, out, dtype, offset)) {
+    return false;
+  }
+  const auto* known = dtypes_;
+  while (known->number != dtype) {
+    if (++known == dtypes_ + 6) return false;
+  }
+  out.dtype = known->type;
+  out.complex = known->complex;
+  if (device_type_(handle, &device_type) != 0 || (device_type != cpu_ && device_type != gpu_) ||
+      (device_type == gpu_ && device_index_(handle, &device_index) != 0) ||
+      data_(handle, &data) != 0 || storage_size_(handle, &storage_size) != 0) {
+    return false;
+  }
+  out.data = static_cast<char*>(data);
+  out.device = {device_type == gpu_, device_index};
+  int64_t last = offset;  // of the elements in the storage
+  for (int i = 0; i < out.dim; ++i) {
+    if (out.sizes[i] == 0) return true;
+    last += (out.sizes[i] - 1) * out.strides[i];
+  }
+  return data != nullptr && (last + 1) * out.itemsize() <= storage_size;
+}
+
+void TorchAbi::mark_written(PyObject* tensor) const {
+  if (fast_) {
+    bump_version_(handle_of(tensor));
+  } else {
+    py::module_::import("torch.autograd.graph").attr("increment_version")(py::handle(tensor));
+  }
+}
+
+}  // namespace adamprox

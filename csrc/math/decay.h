@@ -1,0 +1,127 @@
+// The decay rules, one small struct each: `couple` puts decay into the gradient, `apply` steps the
+// param by Adam's update and decays it. With z = param - update and the decay strength s:
+//
+//   Coupled    Adam        param <- z, grad having become grad + k * param     k = weight_decay
+//   Decoupled  AdamW       param <- (1 - s) * param - update                   k = s
+//   ProxSqL2   AdamProx    param <- z / (1 + s)                                k = s / (1 + s)
+//   ProxL1     AdamProxL1  param <- sign(z) * max(abs(z) - s, 0)               k = s
+//   ProxL2     AdamProxL2  param <- max(1 - s / norm(z), 0) * z                k = s
+//
+// A rule's constants k are made by `constants`, once a step, in double. A factor close to 1 is applied
+// as a subtraction, so that param is rounded once.
+#pragma once
+
+#include <cmath>
+
+#include "scalars.h"
+
+namespace adamprox {
+
+// A line each: the struct, what a param group's "decay" says, and the option of the group, if any, that
+// must be on as well.
+#define ADAMPROX_RULES(RULE)           \
+  RULE(Coupled, "coupled", nullptr)    \
+  RULE(Decoupled, "decoupled", nullptr) \
+  RULE(ProxSqL2, "prox_sq_l2", nullptr) \
+  RULE(ProxL1, "prox_l1", nullptr)     \
+  RULE(ProxL2, "prox_l2", nullptr)
+
+enum class Decay : uint8_t {
+#define RULE(name, decay, option) k##name,
+  ADAMPROX_RULES(RULE)
+#undef RULE
+};
+
+struct RuleKey {
+  const char *name, *decay, *option;
+};
+constexpr RuleKey kRuleKeys[] = {
+#define RULE(name, decay, option) {#name, decay, option},
+    ADAMPROX_RULES(RULE)
+#undef RULE
+};
+constexpr int kRules = sizeof(kRuleKeys) / sizeof(RuleKey);
+
+struct Rule {
+  static HOST_DEVICE void constants(const HyperParameters& h, double* k) {
+    k[0] = decay_rate(h) * h.number[kWeightDecay];
+  }
+
+  template <typename T>
+  static HOST_DEVICE T couple(T grad, T /*param*/, const T* /*k*/) {
+    return grad;
+  }
+};
+
+struct Coupled : Rule {
+  static HOST_DEVICE void constants(const HyperParameters& h, double* k) {
+    k[0] = h.number[kWeightDecay];
+  }
+  template <typename T>
+  static HOST_DEVICE T couple(T grad, T param, const T* k) {
+    return grad + k[0] * param;
+  }
+  template <typename T>
+  static HOST_DEVICE T apply(T param, T update, const T* /*k*/) {
+    return param - update;
+  }
+};
+
+struct Decoupled : Rule {
+  template <typename T>
+  static HOST_DEVICE T apply(T param, T update, const T* k) {
+    return param - (update + k[0] * param);
+  }
+};
+
+struct ProxSqL2 : Rule {
+  static HOST_DEVICE void constants(const HyperParameters& h, double* k) {
+    Rule::constants(h, k);
+    k[0] = k[0] / (1 + k[0]);
+  }
+  template <typename T>
+  static HOST_DEVICE T apply(T param, T update, const T* k) {
+    return param - (update + k[0] * (param - update));
+  }
+};
+
+template <typename T>
+HOST_DEVICE T soft_threshold(T z, T threshold) {
+  using std::copysign;
+  using std::fabs;
+  const T magnitude = fabs(z);
+  // Not max(magnitude - threshold, 0): a NaN stays a NaN here, and the loop vectorises.
+  return copysign(magnitude <= threshold ? T(0) : magnitude - threshold, z);
+}
+
+struct ProxL1 : Rule {
+  template <typename T>
+  static HOST_DEVICE T apply(T param, T update, const T* k) {
+    return soft_threshold(param - update, k[0]);
+  }
+};
+
+// In two sweeps: z is stored as Adam's param would be, then its blocks shrink by their norms.
+struct ProxL2 : Rule {
+  template <typename T>
+  static HOST_DEVICE T apply(T param, T update, const T* /*k*/) {
+    return param - update;
+  }
+
+  // The fraction of a block that is taken away: all of it up to norm = s, where both are 0 too.
+  static HOST_DEVICE double shrinkage(double sum_of_squares, double strength) {
+    using std::sqrt;
+    const double norm = sqrt(sum_of_squares);
+    return norm <= strength ? 1.0 : strength / norm;
+  }
+
+  template <typename T>
+  static HOST_DEVICE T shrink(T z, T shrinkage) {
+    return z - shrinkage * z;
+  }
+};
+
+// Whether a rule takes norms of blocks, so that the param has a second sweep.
+HOST_DEVICE constexpr bool has_blocks(Decay rule) { return rule == Decay::kProxL2; }
+
+}  // namespace adamprox

@@ -1,0 +1,142 @@
+// What a step is made of, a line each: the states of a param and the values of a param group; and the
+// scalars of one step that follow from those values and the step count. For host and device.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace adamprox {
+
+// The numbers of a param group. `item`: which one of a pair; `optional`: the key may be missing, or
+// its value None.
+enum Number { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kInitialLr, kNumbers };
+struct NumberKey {
+  const char* key;
+  int item;
+  bool optional;
+};
+constexpr NumberKey kNumberKeys[kNumbers] = {
+    {"lr", -1, false},  {"betas", 0, false},         {"betas", 1, false},
+    {"eps", -1, false}, {"weight_decay", -1, false}, {"initial_lr", -1, true},
+};
+
+// Its switches. kTruth: on if the value is true; kNotNone: if it is not None; kText: if it is `text`.
+enum Flag { kAmsgrad, kMaximize, kCapturable, kDecayBySchedule, kFlags };
+enum FlagKind { kTruth, kNotNone, kText };
+struct FlagKey {
+  const char* key;
+  FlagKind kind;
+  const char* text;
+};
+constexpr FlagKey kFlagKeys[kFlags] = {
+    {"amsgrad", kTruth, nullptr},
+    {"maximize", kTruth, nullptr},
+    {"capturable", kTruth, nullptr},
+    {"decay_by", kText, "schedule"},
+};
+
+// The states of a param, of its shape. Moments have the param's dtype, or float32 for 16-bit params;
+// kCompute: the type that the param is computed in. `flag`: what must be on for it to be there.
+enum StateName { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kStates };
+enum StateType : uint8_t { kMoment, kCompute };
+constexpr int kAlways = -1;
+struct StateKey {
+  const char* key;
+  StateType type;
+  int flag;
+};
+constexpr StateKey kStateKeys[kStates] = {
+    {"exp_avg", kMoment, kAlways},
+    {"exp_avg_sq", kMoment, kAlways},
+    {"max_exp_avg_sq", kMoment, kAmsgrad},
+};
+
+struct HyperParameters {
+  double number[kNumbers];
+  bool flag[kFlags];
+};
+
+constexpr int kDecayConstants = 2;  // the most that a rule of decay.h has
+
+// What changes with the step count, in double: computed once, rounded once to the compute type where
+// it is used.
+struct Scalars {
+  double one_minus_beta1;
+  double one_minus_beta2;
+  double step_size;   // lr * sqrt(1 - beta2^t) / (1 - beta1^t)
+  double eps;         // eps * sqrt(1 - beta2^t)
+  double grad_scale;  // multiplies the grads: 1, or -1 to maximize, divided by the loss scale
+  double alpha;       // telemetry measures updates by it
+  double step;        // t, the count with this step
+  double decay[kDecayConstants];  // see decay.h: a meaning for each rule
+};
+
+// base^exponent for base in [0, 1): the whole part by squaring, the fraction by square roots. It has
+// the same bits on a host and on a GPU, whose pow differ. NaN for a negative exponent.
+HOST_DEVICE double power(double base, double exponent) {
+  using std::sqrt;
+  if (!(exponent >= 0)) return NAN;
+  if (exponent >= 0x1p63) return 0;
+  const auto whole = static_cast<uint64_t>(exponent);
+  double result = 1, square = base;
+  for (uint64_t n = whole; n != 0; n /= 2) {
+    if (n % 2 != 0) result = result * square;
+    square = square * square;
+  }
+  double fraction = exponent - static_cast<double>(whole), root = base;
+  while (fraction != 0) {
+    root = sqrt(root);
+    fraction = 2 * fraction;
+    if (fraction >= 1) {
+      result = result * root;
+      fraction = fraction - 1;
+    }
+  }
+  return result;
+}
+
+// Kept from one param group to the next, since groups mostly share them and powers are slow.
+struct BiasCorrections {
+  double beta1 = -1, beta2 = -1, step = -1;
+  double correction1 = 0, correction2_sqrt = 0;
+
+  HOST_DEVICE void update(const HyperParameters& h, double at_step) {
+    if (h.number[kBeta1] == beta1 && h.number[kBeta2] == beta2 && at_step == step) return;
+    beta1 = h.number[kBeta1];
+    beta2 = h.number[kBeta2];
+    step = at_step;
+    using std::sqrt;
+    correction1 = 1 - power(beta1, step);
+    correction2_sqrt = sqrt(1 - power(beta2, step));
+  }
+};
+
+// The factor of a decay: the learning rate, or eta_t of the paper.
+HOST_DEVICE double decay_rate(const HyperParameters& h) {
+  return h.flag[kDecayBySchedule] ? h.number[kLr] / h.number[kInitialLr] : h.number[kLr];
+}
+
+// The learning rate without its schedule. Times 2^-27 it is a normal number, whatever the type.
+HOST_DEVICE double alpha(const HyperParameters& h) {
+  constexpr double kLeast = 0x1p-99, kMost = 0x1p99;
+  const double least = h.number[kInitialLr] > kLeast ? h.number[kInitialLr] : kLeast;
+  return least < kMost ? least : kMost;
+}
+
+// All but the constants of the decay.
+HOST_DEVICE Scalars step_scalars(const HyperParameters& h, const BiasCorrections& bias,
+                                 double loss_scale) {
+  Scalars s{};
+  s.one_minus_beta1 = 1 - h.number[kBeta1];
+  s.one_minus_beta2 = 1 - h.number[kBeta2];
+  s.step_size = h.number[kLr] * bias.correction2_sqrt / bias.correction1;
+  s.eps = h.number[kEps] * bias.correction2_sqrt;
+  s.grad_scale = (h.flag[kMaximize] ? -1.0 : 1.0) / loss_scale;
+  s.alpha = alpha(h);
+  s.step = bias.step;
+  return s;
+}
+
+}  // namespace adamprox

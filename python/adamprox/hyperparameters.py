@@ -1,0 +1,195 @@
+"""The states of a param and the values of a param group: a line each; and which values are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from numbers import Real
+from typing import Any, NamedTuple, TypedDict
+
+from torch import Tensor
+
+Group = Mapping[str, Any]
+
+
+class State(NamedTuple):
+    """A state of a param, of its shape. csrc/math/scalars.h has the same table."""
+
+    key: str
+    type: str = "moment"
+    """``"moment"``: the param's dtype, or float32 for 16-bit params; ``"compute"``: the latter."""
+    needs: str | None = None
+    """The value of the group that must be on."""
+    starts: str = "zeros"
+    """As ``"zeros"``, or as the ``"param"`` before its first step with this state."""
+
+
+STATES = (State("exp_avg"), State("exp_avg_sq"), State("max_exp_avg_sq", needs="amsgrad"))
+COUNT = "step"  # beside them: how many steps the param has made, one number
+
+
+def is_on(value: Any) -> bool:
+    """Whether a value of a group asks for the state that needs it."""
+    return value is not None and bool(value)
+
+
+def states_of(group: Group) -> Iterator[State]:
+    """The states that params of this group have."""
+    return (s for s in STATES if s.needs is None or is_on(group.get(s.needs)))
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of every class."""
+
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+    decay_by: str
+
+
+# What a group has that does not say: for groups of older checkpoints, too. csrc/math/scalars.h and
+# csrc/math/decay.h read those that a step needs.
+DEFAULTS: dict[str, Any] = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decay_by": "lr",
+}
+
+# The options that only one rule has, with their neutral values: elsewhere these are accepted, and no
+# others.
+RULES: dict[str, dict[str, Any]] = {
+    "coupled": {},
+    "decoupled": {},
+    "prox_sq_l2": {},
+    "prox_l1": {},
+    "prox_l2": {},
+}
+RULE_OPTIONS = {key: neutral for options in RULES.values() for key, neutral in options.items()}
+
+# A checkpoint's are taken if it was saved under the same rule.
+DECAY_SETTINGS = ("decay", "weight_decay", "decay_by", *RULE_OPTIONS)
+
+ARGUMENTS = """
+    Args:
+        params: tensors, ``(name, tensor)`` pairs, or dicts that define param groups.
+        lr: learning rate; a float or a tensor of one element, as ``betas`` and ``weight_decay`` may
+            be (default: 1e-3).
+        betas: the decay rates of the first and the second moment, in [0, 1)
+            (default: (0.9, 0.999)).
+        eps: added to the denominator (default: 1e-8).
+        weight_decay: lambda in the paper (default: {weight_decay}).
+        amsgrad: divide by the largest second moment so far (default: False).
+        maximize: ascend (default: False).
+        foreach, fused: accepted for torch.optim.AdamW's sake; every step is fused. With
+            ``fused=True`` a GradScaler leaves unscaling and skipping to the step, as torch's does:
+            that saves a pass over the grads and the wait for a GPU.
+        capturable: step counts, and hyper-parameters that are tensors on a GPU, are read there. So
+            a step can be captured into a CUDA graph, and its replays follow what is written into
+            them, with the bits of the host. Step once before the capture (default: False).
+        differentiable: refused if True.
+        decay_by: what the decay strength ``s`` follows. ``"lr"``: ``s = lr * weight_decay``, as in
+            torch (default). ``"schedule"``: ``s = lr / initial_lr * weight_decay``, the paper's
+            ``eta_t * lambda``. ``initial_lr`` is the param group's, which torch's schedulers write,
+            or else the lr at construction. The same decay needs ``initial_lr`` times the
+            ``weight_decay`` that it takes by ``"lr"``.{more}
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None, the default, takes
+            the environment's ``ADAMPROX_BACKEND`` or the best that can run. All give the same bits.
+
+    All of them but ``params`` and ``backend`` are values of the param groups, and so is ``decay``, the
+    rule: ``"coupled"``, ``"decoupled"``, ``"prox_sq_l2"``, ``"prox_l1"`` or ``"prox_l2"``. The class
+    sets its default. A group may have another one; a change takes effect at the next step.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range or of a wrong type; the message names
+            it and its value.
+        RuntimeError: ``differentiable=True``, or the backend asked for cannot run here.
+"""
+
+
+def document(weight_decay: str = "1e-2", more: str = "") -> Callable[[type], type]:
+    """Adds the arguments to the docstring of a class."""
+
+    def add(cls: type) -> type:
+        if cls.__doc__ is not None:  # python -OO has none
+            cls.__doc__ += ARGUMENTS.format(weight_decay=weight_decay, more=more)
+        return cls
+
+    return add
+
+
+def validate(group: Group) -> None:
+    """Refuses what torch.optim.AdamW refuses, in its words, and what cannot be done here."""
+    lr, betas, eps, weight_decay = (group[k] for k in ("lr", "betas", "eps", "weight_decay"))
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if type(value) is not float and not isinstance(value, Real | Tensor):
+            raise TypeError(f"Invalid {name}: {value!r}, expected a number")
+    two = isinstance(betas, Collection) and len(betas) == 2
+    if not two or not all(isinstance(beta, Real | Tensor) for beta in betas):
+        raise TypeError(f"Invalid betas: {betas!r}, expected two numbers")
+    host_only = group["foreach"] and not group["capturable"]
+    if isinstance(lr, Tensor) and host_only:
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not 0.0 <= eps:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if not 0.0 <= weight_decay:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    _validate_types_of(betas, host_only)
+    if group["decay"] not in RULES:
+        raise ValueError(f"Invalid decay: {group['decay']!r}, expected one of {', '.join(RULES)}")
+    if group["decay_by"] not in ("lr", "schedule"):
+        raise ValueError(f"Invalid decay_by: {group['decay_by']!r}, expected 'lr' or 'schedule'")
+    if group["decay_by"] == "schedule" and not group.get("initial_lr", lr) > 0.0:
+        raise ValueError(
+            f"Invalid initial learning rate for decay_by='schedule': {group.get('initial_lr', lr)}"
+        )
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if group["differentiable"]:
+        raise RuntimeError(
+            "differentiable=True is not supported: the step writes in place, outside of autograd"
+        )
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def _validate_types_of(betas: Collection[Any], host_only: bool) -> None:
+    if len({isinstance(beta, Tensor) for beta in betas}) != 1 or not all(
+        isinstance(beta, float | Tensor) for beta in betas
+    ):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for index, beta in enumerate(betas):
+        if isinstance(beta, Tensor):
+            if host_only:
+                raise ValueError(
+                    f"betas[{index}] as a Tensor is not supported for capturable=False "
+                    "and foreach=True"
+                )
+            if beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{index}] must be 1-element")
+
+
+def refuse_foreign_options(group: Group, given: Collection[str]) -> None:
+    """Refuses options of other rules than the group's own, unless their values are neutral.
+
+    Raises:
+        ValueError: the message names the option and the rule.
+    """
+    for key in given:
+        if key in RULE_OPTIONS and key not in RULES[group["decay"]]:
+            if group[key] != RULE_OPTIONS[key]:
+                raise ValueError(
+                    f"Invalid {key}: {group[key]!r}, decay={group['decay']!r} has no such option"
+                )

@@ -1,0 +1,211 @@
+"""One step: read everything, mend what can be, choose the backends, run them, count.
+
+There is one way through. On the CPU, reading and running are one call of C++, so no Python code runs
+between them; a backend that Python drives is begun, run, and taken back if it fails.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+
+from . import _C, backends
+from .loss_scaling import LossScaling
+from .stand_ins import Given, StandIns, mend
+
+if TYPE_CHECKING:
+    from .optimizers import _FusedAdam
+    from .telemetry import Tracker
+
+# What is missing may turn out to lie otherwise than it must once it is made, and so on.
+_MOST_ROUNDS = 8
+
+
+class Engine:
+    """What an optimizer keeps for its steps. It is no part of a checkpoint, nor of a copy."""
+
+    def __init__(self) -> None:
+        self.renew()
+        self.tracker: Tracker | None = None
+        self.handle: int | None = None  # of compiled.py
+        self.in_ema = False
+        _engines.add(self)
+
+    def renew(self) -> None:
+        """Forgets a step that another thread was in: a forked child does not have that thread."""
+        self.lock = threading.RLock()
+        self.busy = False
+        self.gather = _C.Gather()
+
+
+_engines: WeakSet[Engine] = WeakSet()
+
+
+def _renew_all() -> None:
+    for engine in _engines:
+        engine.renew()
+
+
+os.register_at_fork(after_in_child=_renew_all)
+
+
+def take_step(
+    optimizer: _FusedAdam, scaling: LossScaling | None = None, given: Given | None = None
+) -> None:
+    """Takes one step; ``given`` has tensors that stand in for the optimizer's own.
+
+    Other threads wait until it is over.
+
+    Raises:
+        RuntimeError: a tensor cannot be used, no backend can run, or this thread is amid a step of
+            the optimizer; nothing was updated.
+    """
+    engine = optimizer._engine
+    with engine.lock:
+        if engine.busy:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() was called amid a step of the same optimizer; "
+                "nothing was updated"
+            )
+        engine.busy = True
+        try:
+            _take_step(optimizer, engine, scaling, StandIns(given) if given else None)
+        finally:
+            engine.gather.release()
+            engine.busy = False
+
+
+def _take_step(
+    optimizer: _FusedAdam,
+    engine: Engine,
+    scaling: LossScaling | None,
+    stand_ins: StandIns | None,
+) -> None:
+    gather, tracker = engine.gather, engine.tracker
+    if tracker is not None and not tracker.due():
+        tracker = None
+    capturing = backends.capturing()
+    if capturing:
+        _check_capture(optimizer)
+    on_gpu, on_cpu, threads = backends.recipes_and_threads(optimizer._backend)
+    scaled = scaling is not None
+    if tracker is not None or scaled or capturing:
+        threads = 0
+    groups, state = optimizer._param_groups, optimizer.state
+    for _ in range(_MOST_ROUNDS):
+        by_id = {} if stand_ins is None else stand_ins.by_id
+        if gather.read(groups, state, by_id, on_gpu, on_cpu, scaled, threads):
+            return
+        findings = gather.findings
+        if not findings:
+            break
+        stand_ins = stand_ins or StandIns({})
+        threads = 0  # what is copied is written back
+        mend(optimizer, findings, stand_ins, capturing)
+    else:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: {findings[0].key} of "
+            f"param_groups[{findings[0].group}]['params'][{findings[0].index}] cannot be used; "
+            "nothing was updated"
+        )
+    _run(optimizer, scaling, stand_ins, tracker, capturing)
+
+
+def _run(
+    optimizer: _FusedAdam,
+    scaling: LossScaling | None,
+    stand_ins: StandIns | None,
+    tracker: Tracker | None,
+    capturing: bool,
+) -> None:
+    """The step that has been read, table by table."""
+    groups = optimizer._param_groups
+    tables = optimizer._engine.gather.tables()
+    chosen = [backends.select(optimizer._backend, table.device[0]) for table in tables]
+    deferred = [block for table in tables for block in table.deferred()]
+    if capturing and deferred:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} on shards cannot be captured into a CUDA graph: "
+            "other ranks have parts of its norms; nothing was updated"
+        )
+    if capturing and not all(table.has_recipes for table in tables):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: what the host steps cannot be captured into a CUDA "
+            "graph: params on the CPU, or backend='reference'; nothing was updated"
+        )
+    if deferred and scaling is not None and not scaling.host_lets_step():
+        return
+    if scaling is not None and not scaling.apply(tables):
+        return
+    if tracker is not None:
+        tracker.begin(tables, groups, capturing)
+    with Uninterrupted():
+        for table, backend in zip(tables, chosen, strict=True):
+            try:
+                if not backend.at_once:
+                    table.begin()
+                backend.step(table, groups)
+            except BaseException:
+                table.undo()
+                raise
+        if deferred:
+            from .block_norms import Block, shrink
+
+            shrink([Block(param, z, groups[group]) for param, z, group in deferred])
+            if tracker is not None:
+                tracker.note_params(tables)
+        if stand_ins is not None:
+            stand_ins.write_back()
+
+
+class Uninterrupted:
+    """Signals that Python code handles wait until the end: a step is taken whole, or not at all."""
+
+    def __enter__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._waiting: list[tuple[int, Any]] = []
+        if threading.current_thread() is not threading.main_thread():
+            return  # no handlers run in it
+        try:
+            for number in signal.valid_signals():
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._wait)
+        except BaseException:
+            self._restore()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._restore()
+        for number, frame in self._waiting:
+            self._handlers[number](number, frame)
+
+    def _wait(self, number: int, frame: Any) -> None:
+        self._waiting.append((number, frame))
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+def _check_capture(optimizer: _FusedAdam) -> None:
+    """Refuses, in torch's words, to be captured into a CUDA graph without ``capturable``."""
+    # Its name in newer versions of torch, and in older ones.
+    names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    check: Callable[[], None] = getattr(
+        optimizer, next(name for name in names if hasattr(optimizer, name))
+    )
+    check()
