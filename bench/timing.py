@@ -133,9 +133,9 @@ def time_step(optimizer: Any, device: torch.device) -> Step:
     """The time of one step."""
     step = time_call(optimizer.step, device)
     # On a CPU, only the backend "cpu" tells how long the update itself took.
-    gather = getattr(optimizer, "_gather", None)
-    if device.type == "cpu" and gather is not None and gather.update_seconds > 0:
-        return Step(step.total, step.total - gather.update_seconds)
+    engine = getattr(optimizer, "_engine", None)
+    if device.type == "cpu" and engine is not None and engine.gather.update_seconds > 0:
+        return Step(step.total, step.total - engine.gather.update_seconds)
     return step
 
 

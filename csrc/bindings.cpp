@@ -106,6 +106,7 @@ class Table {
   std::set<std::tuple<int, int, int, int>> variants() const {
     std::set<std::tuple<int, int, int, int>> result;
     for (const TensorRow& row : table_.rows) {
+      if (row.numel == 0) continue;
       int states = 0;
       for (int s = 0; s < kStates; ++s) states |= (row.states[s] != nullptr) << s;
       result.emplace(static_cast<int>(row.param_dtype), static_cast<int>(row.state_dtype),

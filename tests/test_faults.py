@@ -1,4 +1,4 @@
-"""What people do to an optimizer between steps and amid them: each kind went wrong once.
+"""What people do to an optimizer between its steps and amid them; each kind went wrong once.
 
 What may hang or crash runs in a process of its own, many cases in one.
 """
@@ -6,7 +6,9 @@ What may hang or crash runs in a process of its own, many cases in one.
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
+import dis
 import faulthandler
 import functools
 import gc
@@ -32,22 +34,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import adamprox
-from registry import OPTIMIZERS, assert_same_bits, same_bits
+from registry import OPTIMIZERS, assert_same_bits, bits, same_bits
 
 two_optimizers = pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])  # one sweep, two
-ERRORS = (RuntimeError, TypeError, ValueError)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-SECONDS = 3  # for what takes milliseconds, where others have the machine too
-SHAPES = ((6,), (4, 3), (2,))
+TENSORS = ("param", "grad", *MOMENTS)
+NAME = r"param_groups\[0\]\['params'\]\[1\]"
+ERRORS = (RuntimeError, TypeError, ValueError)
+SECONDS = 20  # for what takes milliseconds, on a machine that others use
 
 
-# Optimizers, what they hold, and a step that is refused.
+# Optimizers, what they hold, and how two of them compare.
 
 
 def make(params, optimizer: str = "AdamW", **arguments) -> torch.optim.Optimizer:
-    spec = OPTIMIZERS[optimizer]
-    arguments = {"lr": 1e-2, "weight_decay": spec.weight_decay, "backend": "cpu", **arguments}
-    return spec.cls(params, **arguments)
+    defaults = {"lr": 1e-2, "weight_decay": OPTIMIZERS[optimizer].weight_decay, "backend": "cpu"}
+    return OPTIMIZERS[optimizer].cls(params, **{**defaults, **arguments})
 
 
 def torchs(params, **arguments) -> torch.optim.Optimizer:
@@ -68,33 +70,50 @@ def set_grads(opt, seed: int) -> None:
         param.grad = randn(*param.shape, seed=100 * seed + index, dtype=param.dtype)
 
 
-def ready(*shapes, steps: int = 2, dtype=torch.float32, **arguments) -> torch.optim.Optimizer:
-    """After some steps, with the grads of the next one."""
-    params = [nn.Parameter(randn(*s, seed=i, dtype=dtype)) for i, s in enumerate(shapes or SHAPES)]
-    opt = make(params, **arguments)
-    for seed in range(steps):
+def run(opt, *seeds: int) -> torch.optim.Optimizer:
+    for seed in seeds:
         set_grads(opt, seed)
         opt.step()
+    return opt
+
+
+def new_params(*shapes, dtype=torch.float32) -> list[nn.Parameter]:
+    return [nn.Parameter(randn(*s, seed=i, dtype=dtype)) for i, s in enumerate(shapes)]
+
+
+def ready(*shapes, steps=2, dtype=torch.float32, make=make, **arguments) -> torch.optim.Optimizer:
+    """After some steps, with the grads of the next one."""
+    params = new_params(*(shapes or ((6,), (4, 3), (2,))), dtype=dtype)
+    opt = run(make(params, **arguments), *range(steps))
     set_grads(opt, steps)
     return opt
+
+
+def tensor_of(opt, param: Tensor, key: str) -> Tensor:
+    return {"param": param, "grad": param.grad, **opt.state.get(param, {})}[key]
+
+
+def put(opt, param: Tensor, key: str, value) -> None:
+    if key in ("param", "grad"):
+        setattr(param, {"param": "data"}.get(key, key), value)
+    else:
+        opt.state[param][key] = value
 
 
 def readable(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
         return False
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.dtype == torch.qint8:
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_nested:
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(
-        tensor
-    ):
+    if tensor.layout != torch.strided or torch._is_functional_tensor(tensor):
         return False
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = tensor.storage_offset() + last + 1 if tensor.numel() else 0
-    return tensor.untyped_storage().nbytes() >= end * tensor.itemsize
+    size = (tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0
+    return not tensor.is_quantized and tensor.untyped_storage().nbytes() >= size
 
 
 def frozen(value):
-    """A tensor's dtype and bytes; of others, the value itself."""
+    """A tensor's numbers; of what has none that can be read, which object it is."""
     if isinstance(value, collections.abc.Mapping):
         return {key: frozen(entry) for key, entry in value.items()}
     if not isinstance(value, Tensor):
@@ -102,26 +121,25 @@ def frozen(value):
     if not readable(value):
         return id(value)
     value = value.detach().resolve_conj().resolve_neg()
-    value = torch.view_as_real(value) if value.is_complex() else value
-    return value.dtype, value.shape, value.contiguous().reshape(-1).view(torch.uint8).tolist()
+    is_real = value.is_floating_point() or value.is_complex()
+    return value.dtype, (bits(value) if is_real else value).tolist()
 
 
 def snapshot(opt) -> list:
-    """Params, states and step counts, as values."""
     return [(frozen(param), frozen(opt.state.get(param, {}))) for param in params_of(opt)]
+
+
+def refuses(opt, match: str | None = None, step=None, errors=ERRORS) -> None:
+    before = snapshot(opt)
+    with pytest.raises(errors, match=match):
+        (step or opt.step)()
+    assert snapshot(opt) == before
 
 
 def kept(opt) -> list:
     """Copies, for :func:`restore`."""
-    clone = torch.clone
-    return [
-        (
-            clone(p.detach()),
-            p.grad if p.grad is None else clone(p.grad),
-            copy.deepcopy(opt.state[p]),
-        )
-        for p in params_of(opt)
-    ]
+    tensors = [(p.detach(), p.grad, dict(opt.state.get(p, {}))) for p in params_of(opt)]
+    return copy.deepcopy(tensors)
 
 
 def restore(opt, copies: list) -> None:
@@ -130,13 +148,6 @@ def restore(opt, copies: list) -> None:
         param.data, param.grad = value, grad
         if state:
             opt.state[param] = state
-
-
-def refuses(opt, match: str | None = None, step=None, errors=ERRORS) -> None:
-    before = snapshot(opt)
-    with pytest.raises(errors, match=match):
-        (step or opt.step)()
-    assert snapshot(opt) == before
 
 
 def refused(spoil, match: str | None = None, errors=ERRORS, **arguments) -> None:
@@ -150,16 +161,16 @@ def refused(spoil, match: str | None = None, errors=ERRORS, **arguments) -> None
     assert_same_bits(opt, twin)
 
 
-def like_resolved(spoil, resolve, **arguments) -> None:
-    """The step after ``spoil`` has the bits of the one after ``resolve``."""
+def alike(spoil, plain=lambda opt, param: None, **arguments) -> None:
+    """Steps after ``spoil`` have the numbers of those after ``plain``."""
     opt, twin = ready(**arguments), ready(**arguments)
     spoil(opt, params_of(opt)[1])
-    resolve(twin, params_of(twin)[1])
+    plain(twin, params_of(twin)[1])
     for seed in range(10, 13):
         opt.step()
         twin.step()
+        assert [p for p, _ in snapshot(opt)] == [q for q, _ in snapshot(twin)]
         for p, q in zip(params_of(opt), params_of(twin), strict=True):
-            assert frozen(p) == frozen(q)
             for key in twin.state[q]:
                 assert frozen(opt.state[p][key]) == frozen(twin.state[q][key]), key
         set_grads(opt, seed)
@@ -172,15 +183,15 @@ ALONE: dict[str, functools.partial] = {}
 
 
 def alone(*cases: str):
-    """Runs the test, once a case, in the process of :func:`outcomes`."""
+    """Has the test run once a case, in the process of :func:`outcomes`."""
 
     def register(body):
-        for case in cases:
-            ALONE[f"{body.__name__}[{case}]"] = functools.partial(body, case)
+        names = {case: f"{body.__name__}[{case}]" for case in cases}
+        ALONE.update({name: functools.partial(body, case) for case, name in names.items()})
 
         @pytest.mark.parametrize("case", cases)
         def test(case, outcomes):
-            assert outcomes[f"{body.__name__}[{case}]"] == "ok"
+            assert outcomes[names[case]] == "ok"
 
         test.__name__, test.__doc__ = body.__name__, body.__doc__
         return test
@@ -189,17 +200,18 @@ def alone(*cases: str):
 
 
 def run_alone(names: list[str]) -> None:
-    """Calls those of ALONE and prints what came of each."""
+    """Prints what comes of each."""
 
     def too_late(*_):
         raise TimeoutError("it does not end")
 
     signal.signal(signal.SIGALRM, too_late)
     torch.set_num_threads(1)
+    ready()
     gc.collect()
     gc.freeze()  # so that collecting what comes later is cheap
     for name in names:
-        faulthandler.dump_traceback_later(3 * SECONDS, exit=True)
+        faulthandler.dump_traceback_later(2 * SECONDS, exit=True)
         signal.alarm(SECONDS)
         try:
             ALONE[name]()
@@ -212,13 +224,13 @@ def run_alone(names: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(request) -> dict[str, str]:
-    """Of the cases that were asked for; after one that ends the process, the rest has another."""
+    """Of the cases that were asked for; after one that ends the process, another takes the rest."""
     asked = {item.name for item in request.session.items if item.path == request.path}
     results: dict[str, str] = {}
     while rest := [name for name in ALONE if name in asked and name not in results]:
+        code = f"import test_faults; test_faults.run_alone({rest!r})"
         process = subprocess.run(
-            [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c"]
-            + [f"import test_faults; test_faults.run_alone({rest!r})"],
+            [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c", code],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
@@ -233,36 +245,24 @@ def outcomes(request) -> dict[str, str]:
 # A step ends.
 
 
-def tensor_of(opt, param: Tensor, key: str) -> Tensor:
-    return {"param": param, "grad": param.grad, **opt.state[param]}[key]
-
-
-def put(opt, param: Tensor, key: str, value: Tensor) -> None:
-    if key == "param":
-        param.data = value
-    elif key == "grad":
-        param.grad = value
-    else:
-        opt.state[param][key] = value
-
-
-KEYS = ("param", "grad", *MOMENTS, "step")
-
-
-@alone(*KEYS)
+@alone(*TENSORS, "step")
 def test_storage_that_was_freed_or_has_shrunk_is_named_and_nothing_is_updated(case):
-    def shrink(by):
-        def spoil(opt, param):
-            storage = tensor_of(opt, param, case).untyped_storage()
-            storage.resize_(max(0, storage.nbytes() - by))
+    def shrink(opt, param):
+        storage = tensor_of(opt, param, case).untyped_storage()
+        storage.resize_(max(0, storage.nbytes() - by))
 
-        return spoil
+    # Counts that were made together may share a storage.
+    match = {"param": NAME, "step": "step count of param_groups"}.get(case, f"{case} of {NAME}")
+    for by in (1, 1 << 20):  # noqa: B007
+        for steps in (0, 2) if case in ("param", "grad") else (2,):
+            refused(shrink, match, RuntimeError, steps=steps, amsgrad=True)
 
-    name = {"step": "step count", "param": ""}.get(case, case)
-    for by in (1, 1 << 20):
-        for steps in (0, 2)[case not in ("param", "grad") :]:
-            match = rf"{name}.*param_groups\[0\]\['params'\]\[1\]"
-            refused(shrink(by), match, RuntimeError, steps=steps, amsgrad=True)
+
+def outlived(transform, value: Tensor) -> Tensor:
+    """The tensor that a function saw amid a transform, which is over."""
+    seen = []
+    transform(lambda x: (seen.append(x), x.sum())[1])(value)
+    return seen[0]
 
 
 FOREIGN = {
@@ -277,29 +277,18 @@ FOREIGN = {
 }
 
 
-def outlived(transform, value: Tensor) -> Tensor:
-    """The tensor that a function saw amid a transform, which is over."""
-    seen = []
-    transform(lambda x: (seen.append(x), x.sum())[1])(value)
-    return seen[0]
-
-
 @alone(*FOREIGN)
-def test_a_tensor_without_memory_of_its_own_is_refused(case):
-    keys = ("grad", *MOMENTS, "step")
-    if case in ("nested", "mkldnn", "quantized"):  # grads that torch refuses, counts that it reads
-        keys = MOMENTS
-    if case == "meta":
-        keys = keys[1:]
+def test_a_tensor_that_is_none_of_plain_memory_is_refused(case):
+    keys = [*MOMENTS]
+    keys += ["grad"] * (case in ("fake", "functional", "vmap", "grad"))  # torch refuses others
+    keys += ["step"] * (case in ("fake", "meta", "vmap"))  # others can be counted
     for key in keys:
 
         def spoil(opt, param, key=key):
-            foreign = FOREIGN[case](
-                torch.tensor([[2.0]]) if key == "step" else param.detach().clone()
-            )
-            put(opt, param, key, foreign)
+            like = torch.full((1, 1), 2.0) if key == "step" else param.detach().clone()
+            put(opt, param, key, FOREIGN[case](like))
 
-        refused(spoil, amsgrad=True)
+        refused(spoil, NAME, amsgrad=True)
 
 
 TRANSFORMS = {
@@ -313,7 +302,7 @@ TRANSFORMS = {
 
 @alone(*TRANSFORMS)
 def test_a_step_amid_a_transform_is_refused(case):
-    """Its grad is the transform's."""
+    """The grad is the transform's."""
 
     def spoil(opt, param):
         def f(grad):
@@ -327,51 +316,29 @@ def test_a_step_amid_a_transform_is_refused(case):
     refused(spoil, steps=0)
 
 
-ZEROS = {
-    "sgn's backward": lambda p: (setattr(p, "grad", None), torch.sgn(p).sum().backward()),
-    "made": lambda p: setattr(p, "grad", torch._efficientzerotensor(p.shape, dtype=p.dtype)),
-    "negated": lambda p: setattr(
-        p, "grad", torch._neg_view(torch._efficientzerotensor(p.shape, dtype=p.dtype))
-    ),
-}
+def zeros_of(case: str, p: Tensor) -> None:
+    p.grad = None
+    if case == "sgn's":
+        torch.view_as_real(p).sgn().sum().backward() if p.is_complex() else p.sgn().sum().backward()
+    else:
+        zeros = torch._efficientzerotensor(p.shape, dtype=p.dtype)
+        p.grad = torch._neg_view(zeros) if case == "negated" else zeros
 
 
-@alone(*ZEROS)
+@alone("sgn's", "made", "negated")
 def test_a_grad_that_torch_knows_to_be_zero_is_stepped(case):
     for steps in (0, 2):
         for dtype in (torch.float32, torch.bfloat16, torch.complex64):
-            like_resolved(
-                lambda opt, p: ZEROS[case](p),
+            alike(
+                lambda opt, p: zeros_of(case, p),
                 lambda opt, p: setattr(p, "grad", torch.zeros_like(p)),
                 dtype=dtype,
                 steps=steps,
             )
 
 
-class Mapping(collections.abc.MutableMapping):
-    """Without a dict's layout."""
-
-    def __init__(self, entries):
-        self.items_ = list(entries.items())
-
-    def __getitem__(self, key):
-        return collections.OrderedDict(self.items_)[key]
-
-    def __setitem__(self, key, value):
-        self.items_ = [*(pair for pair in self.items_ if pair[0] != key), (key, value)]
-
-    def __delitem__(self, key):
-        self.items_ = [pair for pair in self.items_ if pair[0] != key]
-
-    def __iter__(self):
-        return iter([key for key, _ in self.items_])
-
-    def __len__(self):
-        return len(self.items_)
-
-
-class Lazy(dict):
-    """A dict whose entries are elsewhere."""
+class Elsewhere(dict):
+    """A dict that has its values elsewhere."""
 
     def __init__(self, entries):
         super().__init__(dict.fromkeys(entries))
@@ -393,36 +360,23 @@ MAPPINGS = {
     "OrderedDict": collections.OrderedDict,
     "defaultdict": lambda entries: collections.defaultdict(Tensor, entries),
     "MappingProxyType": types.MappingProxyType,
-    "Mapping": Mapping,
-    "Lazy": Lazy,
+    "Elsewhere": Elsewhere,
 }
 
 
 @alone(*MAPPINGS)
 def test_any_mapping_may_be_a_params_state(case):
-    kind = MAPPINGS[case]
-
     def spoil(opt, param):
-        opt.state[param] = kind(opt.state[param])
+        opt.state[param] = MAPPINGS[case](opt.state.get(param, {}))
 
-    like_resolved(spoil, lambda opt, param: None, amsgrad=True)
-
-
-@alone("UserDict", "OrderedDict", "Mapping")
-def test_any_mapping_may_be_filled_by_the_first_step(case):
-    like_resolved(
-        lambda opt, param: opt.state.update({param: MAPPINGS[case]({})}),
-        lambda opt, param: None,
-        steps=0,
-    )
+    alike(spoil, amsgrad=True)
+    if case in ("UserDict", "OrderedDict"):
+        alike(spoil, steps=0)
 
 
-@alone("dict", "UserDict", "OrderedDict")
-def test_any_mapping_may_be_the_whole_state(case):
-    kind = {**MAPPINGS, "dict": dict}[case]
-    like_resolved(
-        lambda opt, param: setattr(opt, "state", kind(opt.state)), lambda opt, param: None
-    )
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+def test_any_dict_may_be_the_whole_state(kind):
+    alike(lambda opt, param: setattr(opt, "state", kind(opt.state)))
 
 
 # Numbers.
@@ -465,10 +419,10 @@ BETAS = {
     "array": np.array([0.75, 0.875]),
     "float32 array": np.array([0.75, 0.875], np.float32),
     "list that makes its items": Fresh([0.75, 0.875]),
-    "sequence of new floats": Pair(lambda x: x * 1.0),
-    "sequence of new tensors": Pair(torch.tensor),
-    "sequence of new arrays": Pair(np.float32),
-    "sequence of new objects": Pair(Number),
+    "new floats": Pair(lambda x: x * 1.0),
+    "new tensors": Pair(torch.tensor),
+    "new arrays": Pair(np.float32),
+    "new objects": Pair(Number),
     "tensor": torch.tensor([0.75, 0.875]),
     "fractions": (Fraction(3, 4), Fraction(7, 8)),
 }
@@ -477,55 +431,43 @@ SCALARS = (float, torch.tensor, np.float32, np.float64, np.array, Fraction, Numb
 
 @alone(*BETAS)
 def test_numbers_of_any_kind_give_the_bits_of_floats(case):
-    """Also those that end with the expression that made them; or a clear error."""
+    """Also those that end with the expression that made them; some may have a clear error."""
     for kind in SCALARS:
-        opt, twin = (ready((6,), (4, 3), steps=0) for _ in range(2))
-        for each in (opt, twin):
-            each.param_groups[0]["params"].pop()
-            each.add_param_group({"params": [nn.Parameter(randn(4, 3, seed=1))]})
-            set_grads(each, 0)
+        opt, twin = ready(steps=0), ready(steps=0)
         plain = {"lr": 2.0**-7, "eps": 2.0**-20, "weight_decay": 0.25}
-        for group, other in zip(opt.param_groups, twin.param_groups, strict=True):
-            group.update({key: kind(value) for key, value in plain.items()}, betas=BETAS[case])
-            other.update(plain, betas=(0.75, 0.875))
+        for each, numbers, betas in (opt, kind, BETAS[case]), (twin, float, (0.75, 0.875)):
+            group = each.param_groups[0]
+            group.update({k: numbers(v) for k, v in plain.items()}, betas=betas)
+            each.param_groups = [{**group, "params": [p]} for p in group["params"]]
         for seed in range(1, 4):
             before = snapshot(opt)
             try:
                 opt.step()
-            except (TypeError, ValueError):  # torch's steps raise of these, too
-                assert kind in (Number, Fraction) or case in (
-                    "fractions",
-                    "sequence of new objects",
-                )
+            except (TypeError, ValueError):
+                assert kind in (Number, Fraction) or case in ("fractions", "new objects")
                 assert snapshot(opt) == before
                 break
             twin.step()
-            assert_same_bits(opt, twin)
+            assert snapshot(opt) == snapshot(twin)
             set_grads(opt, seed)
             set_grads(twin, seed)
 
 
-@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2), np.float32(1e-2)], ids=str)
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2), np.float32(1e-2)], ids=type)
 @pytest.mark.parametrize("betas", [np.array([0.9, 0.999]), torch.tensor([0.9, 0.999])], ids=type)
 def test_betas_in_an_array_give_torchs_numbers(betas, lr):
-    moments = []
+    results = []
     for cls in (torch.optim.AdamW, adamprox.AdamW):
-        param = nn.Parameter(torch.zeros(4))
-        opt = cls([param], lr=lr, betas=betas)
-        for _ in range(3):
-            param.grad = torch.ones(4)
-            opt.step()
-        moments.append(opt.state[param]["exp_avg"])
-    torch.testing.assert_close(*moments)
+        opt = run(cls(new_params((4,)), lr=lr, betas=betas), 0, 1, 2)
+        results.append([*params_of(opt), opt.state[params_of(opt)[0]]["exp_avg"]])
+    torch.testing.assert_close(*results)
 
 
 # Python amid the read.
 
 
-class InFunctions(TorchFunctionMode):
-    def __init__(self, act):
-        super().__init__()
-        self.act = act
+class Functions(TorchFunctionMode):
+    """Acts in each function of torch's."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunction():
@@ -533,10 +475,8 @@ class InFunctions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class InOperations(TorchDispatchMode):
-    def __init__(self, act):
-        super().__init__()
-        self.act = act
+class Operations(TorchDispatchMode):
+    """Acts in each operation."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.act()
@@ -544,7 +484,7 @@ class InOperations(TorchDispatchMode):
 
 
 class Acting:
-    """A number, a state and a key that act when they are read."""
+    """A number, a sequence or a key that acts when it is looked at."""
 
     def __init__(self, act, value):
         self.act, self.value = act, value
@@ -553,13 +493,12 @@ class Acting:
         self.act()
         return self.value
 
-    def __getitem__(self, key):
+    def __getitem__(self, index):
         self.act()
-        return self.value[key]
+        return self.value[index]
 
     def __len__(self):
-        self.act()
-        return len(self.value)
+        return 2
 
     def __hash__(self):
         return hash(self.value)
@@ -569,15 +508,12 @@ class Acting:
         return False
 
 
-class ActingState(Acting, Mapping):
-    __hash__ = None
+class ActingState(collections.UserDict):
+    act = staticmethod(lambda: None)
 
-    def __iter__(self):
-        return iter(self.value)
-
-    def __setitem__(self, key, value):
+    def __getitem__(self, key):
         self.act()
-        self.value[key] = value
+        return super().__getitem__(key)
 
 
 class ActingParam(nn.Parameter):
@@ -593,56 +529,9 @@ class ActingParam(nn.Parameter):
         Tensor.grad.__set__(self, value)
 
 
-def with_mode(mode):
-    def step(opt, act):
-        with mode(act):
-            opt.step()
-
-    return step
-
-
-def with_number(key):
-    def step(opt, act):
-        opt.param_groups[0][key] = Acting(act, (0.9, 0.999) if key == "betas" else 1e-2)
-        opt.step()
-
-    return step
-
-
-def with_state(opt, act):
-    last = params_of(opt)[-1]
-    opt.state[last] = ActingState(act, dict(opt.state[last]))
-    opt.step()
-
-
-def put_first(key, entries: dict) -> None:
-    """So that looking up an entry of the same hash meets it."""
-    old = dict(entries)
-    entries.clear()
-    entries.update({key: None})
-    entries.update(old)
-
-
-def with_key(of):
-    def step(opt, act):
-        entries = opt.param_groups[0] if of == "group" else opt.state[params_of(opt)[-1]]
-        key = Acting(lambda: None, "lr" if of == "group" else "exp_avg")
-        put_first(key, entries)
-        key.act = act
-        opt.step()
-
-    return step
-
-
-def with_grad_property(opt, act):
-    ActingParam.act = staticmethod(act)
-    try:
-        opt.step()
-    finally:
-        ActingParam.act = staticmethod(lambda: None)
-
-
 class Collected:
+    """Acts when the collector of cycles finds it."""
+
     def __init__(self, act):
         self.act, self.itself = act, self
 
@@ -650,124 +539,114 @@ class Collected:
         self.act()
 
 
-def with_collection(opt, act):
-    """The collector of cycles runs whenever objects are made."""
-    gc.collect()
-    before = gc.get_threshold()
-    for _ in range(50):
-        Collected(act)
-    gc.set_threshold(1, 1, 1)
-    try:
-        opt.step()
-    finally:
-        gc.set_threshold(*before)
+def put_first(key, entries: dict) -> None:
+    """So that a look-up of an entry of the same hash meets it."""
+    old = dict(entries)
+    entries.clear()
+    entries.update({key: None})
+    entries.update(old)
 
 
-PLACES = {
-    "a function mode": with_mode(InFunctions),
-    "a dispatch mode": with_mode(InOperations),
-    "the lr": with_number("lr"),
-    "the betas": with_number("betas"),
-    "a state": with_state,
-    "a key of a group": with_key("group"),
-    "a key of a state": with_key("state"),
-    "a grad property": with_grad_property,
-    "the collector": with_collection,
+@contextlib.contextmanager
+def acting(place: str, opt, act):
+    group, state = opt.param_groups[0], opt.state[params_of(opt)[-1]]
+    if place in ("functions", "operations"):
+        mode = {"functions": Functions, "operations": Operations}[place]()
+        mode.act = act
+        with mode:
+            yield
+    elif place == "a grad property":
+        ActingParam.act = staticmethod(act)
+        yield
+        ActingParam.act = staticmethod(lambda: None)
+    elif place == "the collector":
+        thresholds = gc.get_threshold()
+        for _ in range(9):
+            Collected(act)
+        gc.set_threshold(1, 1, 1)
+        yield
+        gc.set_threshold(*thresholds)
+    elif place == "a state":
+        opt.state[params_of(opt)[-1]] = ActingState(state)
+        opt.state[params_of(opt)[-1]].act = act
+        yield
+    elif place in ("a group's key", "a state's key"):
+        entries, like = (group, "lr") if place == "a group's key" else (state, "exp_avg")
+        key = Acting(lambda: None, like)
+        put_first(key, entries)
+        key.act = act
+        yield
+    else:
+        group[place] = Acting(act, (0.9, 0.999) if place == "betas" else 1e-2)
+        yield
+
+
+PLACES = ("functions", "operations", "lr", "betas", "a state", "a group's key", "a state's key")
+PLACES += ("a grad property", "the collector")
+
+
+def once(opt, action) -> None:
+    if not getattr(opt, "done", False):
+        opt.done = True
+        action()
+
+
+def states_of(opt) -> list[dict]:
+    return [state for state in opt.state.values() if isinstance(state, dict)]
+
+
+def move_memory(opt) -> None:
+    for param in params_of(opt):
+        param.data = param.detach().clone()
+    for state in states_of(opt):
+        state.update({k: v.clone() for k, v in state.items() if isinstance(v, Tensor)})
+
+
+MISCHIEFS = {
+    "drop grads": lambda opt: [Tensor.grad.__set__(param, None) for param in params_of(opt)],
+    "drop params": lambda opt: opt.param_groups[-1]["params"].clear(),
+    "drop groups": lambda opt: opt.param_groups.clear(),
+    "drop states": lambda opt: opt.state.clear(),
+    "drop entries": lambda opt: [state.clear() for state in states_of(opt)],
+    "move memory": move_memory,
+    "free memory": lambda opt: [p.untyped_storage().resize_(0) for p in params_of(opt)],
+    "step again": lambda opt: once(opt, opt.step),
+    "load": lambda opt: once(opt, lambda: opt.load_state_dict(opt.state_dict())),
+    "add a group": lambda opt: once(opt, lambda: opt.add_param_group({"params": new_params((7,))})),
 }
 
 
-def drop_grads(opt):
-    for param in params_of(opt):
-        Tensor.grad.__set__(param, None)
-
-
-def drop_params(opt):
-    del opt.param_groups[0]["params"][1:]
-
-
-def drop_groups(opt):
-    del opt.param_groups[1:]
-
-
-def drop_states(opt):
-    opt.state.clear()
-
-
-def drop_entries(opt):
-    for state in opt.state.values():
-        if isinstance(state, dict):
-            state.clear()
-
-
-def move_memory(opt):
-    for param in params_of(opt):
-        param.data = param.detach().clone()
-        for state in opt.state.values():
-            if isinstance(state, dict):
-                state.update((k, v.clone()) for k, v in state.items() if isinstance(v, Tensor))
-
-
-def free_memory(opt):
-    for param in params_of(opt):
-        param.untyped_storage().resize_(0)
-
-
-def step_again(opt):
-    if not getattr(opt, "again", False):
-        opt.again = True
-        opt.step()
-
-
-def add_groups(opt):
-    if len(opt.param_groups) < 50:
-        opt.add_param_group({"params": [nn.Parameter(torch.ones(7))]})
-
-
-def load(opt):
-    if not getattr(opt, "loaded", False):
-        opt.loaded = True
-        opt.load_state_dict(opt.state_dict())
-
-
-MISCHIEFS = (drop_grads, drop_params, drop_groups, drop_states, drop_entries, move_memory)
-MISCHIEFS += (free_memory, step_again, add_groups, load)
-
-
-@alone(*(f"{mischief.__name__} in {place}" for mischief in MISCHIEFS for place in PLACES))
+@alone(*(f"{mischief} in {place}" for mischief in MISCHIEFS for place in PLACES))
 def test_python_code_amid_a_step_does_no_harm(case):
     """A number that was made from freed memory would be far away from all others."""
     mischief, place = case.split(" in ")
     params = [ActingParam(randn(1000, seed=i)) for i in range(4)]
     opt = make([{"params": params[:1]}, {"params": params[1:]}])
-    set_grads(opt, 0)
-    opt.step()
-    set_grads(opt, 1)
+    run(opt, 0)
     # So that much is to be made and copied.
     opt.param_groups[1]["lr"] = torch.tensor(1e-2)
     opt.state.pop(params[1])
-    opt.state[params[2]]["exp_avg"] = torch.zeros(1000, 2)[:, 0]
-    opt.state[params[2]]["step"] = 1
-    others = [p.detach().clone() for p in params]
-    junk = []
+    opt.state[params[2]].update(exp_avg=torch.zeros(1000, 2)[:, 0], step=1)
+    set_grads(opt, 1)
+    before, times = [p.detach().clone() for p in params], []
 
     def act():
-        junk.append(None)
-        if len(junk) < 1000:
-            globals()[mischief](opt)
-            junk.append([torch.full((1000,), 9e9) for _ in range(4)])
-            gc.collect()
-            junk.pop()
+        times.append(1)
+        if len(times) < 100:
+            MISCHIEFS[mischief](opt)
+            _ = [torch.full((1000,), 9e9) for _ in range(4)]
 
-    try:
-        PLACES[place](opt, act)
-    except ERRORS:
-        if mischief not in ("free_memory", "step_again"):
-            assert all(map(torch.equal, params, others)), "updated in spite of the error"
-    for param in params if mischief != "free_memory" else []:
-        assert param.detach().abs().max() < 100
-    for state in opt.state.values():
-        values = state.value if isinstance(state, ActingState) else state
-        assert all(abs(v).max() < 100 for v in values.values() if isinstance(v, Tensor))
+    problem = None
+    with acting(place, opt, act):
+        try:
+            opt.step()
+        except ERRORS as error:
+            problem = error
+    if mischief == "free memory":
+        return
+    assert problem is None or all(map(torch.equal, params, before)), problem
+    tensors = [*params, *(v for s in opt.state.values() for v in s.values())]
+    assert all(abs(t.detach()).max() < 100 for t in tensors if isinstance(t, Tensor))
 
 
 # Threads.
@@ -775,53 +654,49 @@ def test_python_code_amid_a_step_does_no_harm(case):
 
 @alone("all at once", "grads come and go", "others change it")
 def test_threads_that_share_an_optimizer_wait_for_each_other(case):
-    threads, times = 4, 30
     torch.set_num_threads(2)
-    opt = ready(*[(500,)] * 40, (70_000,), (70_000,), steps=1)
-    problems, steps = [], []
+    shapes = (*[(500,)] * 40, (70_000,), (70_000,))
+    opt, problems, steps = ready(*shapes, steps=1), [], []
+
+    def change(index: int, time: int) -> None:
+        if case == "grads come and go":
+            for param in params_of(opt)[10 * index : 10 * index + 10]:
+                param.grad = None if time % 2 else torch.ones_like(param)
+        elif case == "others change it" and index == 0:
+            opt.load_state_dict(opt.state_dict())
+            opt.param_groups[0]["lr"] = torch.tensor(1e-2)
+            copy.deepcopy(opt)
 
     def work(index: int) -> None:
-        try:
-            for time in range(times):
-                if case == "grads come and go":
-                    for param in params_of(opt)[10 * index : 10 * index + 10]:
-                        param.grad = None if time % 2 else torch.ones_like(param)
-                if case == "others change it" and index == 0:
-                    opt.load_state_dict(opt.state_dict())
-                    opt.param_groups[0]["lr"] = torch.tensor(1e-2)
-                    copy.deepcopy(opt)
-                    continue
+        for time in range(30):
+            try:
+                change(index, time)
                 opt.step()
                 steps.append(1)
-        except RuntimeError as error:
-            if "nothing was updated" not in str(error):
-                problems.append(error)
-        except BaseException as error:
-            problems.append(error)
+            except BaseException as error:
+                if "nothing was updated" not in str(error):
+                    problems.append(error)
 
-    workers = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(threads)]
-    [worker.start() for worker in workers]
-    [worker.join(SECONDS) for worker in workers]
+    workers = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(SECONDS)
     torch.set_num_threads(1)
-    assert not problems, problems
+    assert not problems
     assert not any(worker.is_alive() for worker in workers)
     assert all(p.isfinite().all() for p in params_of(opt))
     if case == "all at once":
-        twin = ready(*[(500,)] * 40, (70_000,), (70_000,), steps=1)
+        twin = ready(*shapes, steps=1)
         for _ in steps:
             twin.step()
         assert_same_bits(opt, twin)
-        assert {float(state["step"]) for state in opt.state.values()} == {1 + len(steps)}
 
 
-# Memory that several rows share: one after the other, in the order of the groups.
+# Memory that several params share: one after the other, in the order of the groups.
 
 
-def same_memory(opt, a, b, c):
-    b.data = a.data
-
-
-def later_half(opt, a, b, c):
+def halves(opt, a, b, c):
     a.data, b.data = (memory := randn(4500))[:3000], memory[1500:]
 
 
@@ -834,68 +709,51 @@ def real_and_complex(opt, a, b, c):
     opt.param_groups[0]["params"][1] = nn.Parameter(pairs)
 
 
-def listed_again(opt, a, b, c):
-    opt.param_groups[0]["params"].append(a)
-
-
-def listed_in_another_group(opt, a, b, c):
+def in_another_group(opt, a, b, c):
     opt.param_groups.append({**opt.param_groups[0], "params": [b], "lr": 0.1})
 
 
-def grad_in_another_param(opt, a, b, c):
-    b.grad = a.detach()
+AT_FIRST = {
+    "memory": lambda opt, a, b, c: setattr(b, "data", a.data),
+    "halves": halves,
+    "interleaved": interleaved,
+    "real and complex": real_and_complex,
+    "listed again": lambda opt, a, b, c: opt.param_groups[0]["params"].append(a),
+    "listed in another group": in_another_group,
+}
+LATER = {
+    "exp_avg": lambda opt, a, b, c: opt.state[b].update(exp_avg=opt.state[a]["exp_avg"]),
+    "step": lambda opt, a, b, c: opt.state[b].update(step=opt.state[a]["step"]),
+    "state": lambda opt, a, b, c: opt.state.update({b: opt.state[a]}),
+    "exp_avg in a param": lambda opt, a, b, c: opt.state[b].update(exp_avg=c.data[:3000]),
+}
+EACH_TIME = {
+    "grad in a param": lambda opt, a, b, c: setattr(b, "grad", a.detach()),
+    "grad in a later param": lambda opt, a, b, c: setattr(a, "grad", b.detach()),
+    "grad in a state": lambda opt, a, b, c: setattr(b, "grad", opt.state[a]["exp_avg"]),
+}
+SHARED = {**AT_FIRST, **LATER, **EACH_TIME}
 
 
-def grad_in_a_later_param(opt, a, b, c):
-    a.grad = b.detach()
-
-
-def grad_in_a_state(opt, a, b, c):
-    b.grad = opt.state[a]["exp_avg"]
-
-
-def shared_exp_avg(opt, a, b, c):
-    opt.state[b]["exp_avg"] = opt.state[a]["exp_avg"]
-
-
-def shared_state(opt, a, b, c):
-    opt.state[b] = opt.state[a]
-
-
-def shared_count(opt, a, b, c):
-    opt.state[b]["step"] = opt.state[a]["step"]
-
-
-def state_in_a_param(opt, a, b, c):
-    opt.state[b]["exp_avg"] = c.data[:3000]
-
-
-AT_FIRST = (same_memory, later_half, interleaved, real_and_complex, listed_again)
-AT_FIRST += (listed_in_another_group,)
-EACH_TIME = (grad_in_another_param, grad_in_a_later_param, grad_in_a_state)
-LATER = (shared_exp_avg, shared_state, shared_count, state_in_a_param)
-
-
-def sharing(share, make_it=make, **arguments):
-    params = [nn.Parameter(randn(size, seed=i)) for i, size in enumerate((3000, 3000, 100_000))]
-    opt = make_it(params, **arguments)
+def sharing(what: str, make=make, **arguments) -> torch.optim.Optimizer:
+    params = new_params((3000,), (3000,), (100_000,))
+    opt = make(params, **arguments)
     for time in range(20):
-        if time == 0 and share in AT_FIRST:
-            share(opt, *params)
+        if time == 0 and what in AT_FIRST:
+            SHARED[what](opt, *params)
         set_grads(opt, time)
-        if (time == 1 and share in LATER) or (time > 0 and share in EACH_TIME):
-            share(opt, *params)
+        if (time == 1 and what in LATER) or (time > 0 and what in EACH_TIME):
+            SHARED[what](opt, *params)
         opt.step()
     return opt
 
 
-@pytest.mark.parametrize("share", AT_FIRST + EACH_TIME + LATER, ids=lambda share: share.__name__)
-def test_shared_memory_is_stepped_one_param_after_the_other(share):
-    expected = sharing(share, torchs)
-    reference = sharing(share, backend="reference")
+@pytest.mark.parametrize("what", SHARED)
+def test_params_that_share_memory_are_stepped_one_after_the_other(what):
+    expected, reference = sharing(what, torchs), sharing(what, backend="reference")
     torch.set_num_threads(2)
     for _ in range(3):
-        opt = sharing(share)
+        opt = sharing(what)
         for p, q, r in zip(*map(params_of, (opt, reference, expected)), strict=True):
             assert same_bits(p.detach(), q.detach())
             torch.testing.assert_close(p, r, rtol=1e-5, atol=1e-6)
@@ -909,13 +767,9 @@ def test_a_grad_in_the_params_own_memory_is_read_first(key, shift, optimizer):
     pair = []
     for backend in ("cpu", "reference"):
         opt = ready((60_000,), backend=backend, optimizer=optimizer, amsgrad=True)
-        (param,) = params_of(opt)
         memory = randn(80_000).abs()
-        if key == "param":
-            param.data = memory[10_000:70_000]
-        else:
-            opt.state[param][key] = memory[10_000:70_000]
-        param.grad = memory[10_000 + shift : 70_000 + shift]
+        put(opt, params_of(opt)[0], key, memory[10_000:70_000])
+        params_of(opt)[0].grad = memory[10_000 + shift : 70_000 + shift]
         opt.step()
         pair.append(opt)
     assert_same_bits(*pair)
@@ -925,12 +779,10 @@ def test_a_grad_in_the_params_own_memory_is_read_first(key, shift, optimizer):
 def test_a_param_listed_twice_is_warned_of_at_once_and_stepped_twice(optimizer):
     pair = []
     for backend in ("cpu", "reference"):
-        params = [nn.Parameter(randn(5, seed=i)) for i in range(2)]
+        first, second = new_params((5,), (5,))
         with pytest.warns(UserWarning, match="duplicate"):
-            pair.append(make([params[0], params[1], params[0]], optimizer, backend=backend))
-        for seed in range(3):
-            set_grads(pair[-1], seed)
-            pair[-1].step()
+            pair.append(make([first, second, first], optimizer, backend=backend))
+        run(pair[-1], 0, 1, 2)
     assert_same_bits(*pair)
     assert [float(pair[0].state[p]["step"]) for p in params_of(pair[0])] == [6, 3, 6]
 
@@ -957,14 +809,11 @@ def test_a_count_belongs_to_one_param(optimizer, how):
 
 def test_a_state_that_is_reset_in_place_goes_on_as_torchs():
     results = []
-    for make_it in (torchs, make):
-        opt = make_it([nn.Parameter(randn(50, 3, seed=i)) for i in range(3)])
-        for seed in range(30):
-            set_grads(opt, seed)
-            opt.step()
-            if seed == 19:
-                for value in opt.state[params_of(opt)[1]].values():
-                    value.zero_()
+    for maker in (torchs, make):
+        opt = run(maker(new_params((50, 3), (50, 3), (50, 3))), *range(20))
+        for value in opt.state[params_of(opt)[1]].values():
+            value.zero_()
+        run(opt, *range(20, 30))
         results.append([*params_of(opt), *(opt.state[p]["step"] for p in params_of(opt))])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
@@ -976,65 +825,52 @@ def test_a_state_dict_aliases_the_states_as_torchs_does():
 
 
 COUNTS = {
-    "float32": torch.tensor(2.0),
-    "float64": torch.tensor(2.0, dtype=torch.float64),
-    "float16": torch.tensor(2.0, dtype=torch.float16),
-    "bfloat16": torch.tensor(2.0, dtype=torch.bfloat16),
-    "int64": torch.tensor(2),
-    "int32": torch.tensor(2, dtype=torch.int32),
-    "one element": torch.tensor([2.0]),
-    "in a buffer": torch.full((3,), 2.0)[1],
-    "negated": torch._neg_view(torch.tensor(-2.0)),
-    "shared": torch.tensor(2.0).share_memory_(),
-    "fraction": torch.tensor(2.5),
-    "small fraction": torch.tensor(1e-3),
-    "more than float16 can count": torch.tensor(2048.0, dtype=torch.float16),
-    "more than float32 can count": torch.tensor(2.0**24),
-    "2**40": torch.tensor(2**40),
-    "huge": torch.tensor(1e30),
-    "huge in float64": torch.tensor(1e300, dtype=torch.float64),
+    "float32": lambda: torch.tensor(2.0),
+    "float64": lambda: torch.tensor(2.0, dtype=torch.float64),
+    "float16": lambda: torch.tensor(2.0, dtype=torch.float16),
+    "bfloat16": lambda: torch.tensor(2.0, dtype=torch.bfloat16),
+    "int64": lambda: torch.tensor(2),
+    "int32": lambda: torch.tensor(2, dtype=torch.int32),
+    "one element": lambda: torch.tensor([2.0]),
+    "in a buffer": lambda: torch.full((3,), 2.0)[1],
+    "negated": lambda: torch._neg_view(torch.tensor(-2.0)),
+    "shared": lambda: torch.tensor(2.0).share_memory_(),
+    "fraction": lambda: torch.tensor(2.5),
+    "small fraction": lambda: torch.tensor(1e-3),
+    "more than bfloat16 can count": lambda: torch.tensor(256.0, dtype=torch.bfloat16),
+    "more than float32 can count": lambda: torch.tensor(2.0**24),
+    "2**40": lambda: torch.tensor(2**40),
+    "huge": lambda: torch.tensor(1e30),
+    "huge in float64": lambda: torch.tensor(1e300, dtype=torch.float64),
 }
 
 
-@pytest.mark.parametrize("case", COUNTS)
-def test_the_count_that_is_there_is_counted_in_place_with_torchs_numbers(case):
+@pytest.mark.parametrize("count", COUNTS.values(), ids=COUNTS)
+def test_the_count_that_is_there_is_counted_in_place_with_torchs_numbers(count):
     results = []
-    for make_it in (torchs, make, functools.partial(make, backend="reference")):
-        opt = make_it([nn.Parameter(randn(20, seed=i)) for i in range(3)])
-        set_grads(opt, 0)
-        opt.step()
-        count = COUNTS[case].clone()
-        count = torch._neg_view(-count) if case == "negated" else count
-        count = count.share_memory_() if case == "shared" else count
-        count = torch.stack([count] * 3)[1] if case == "in a buffer" else count
-        opt.state[params_of(opt)[1]]["step"] = count
-        where = count.data_ptr()
-        for seed in range(1, 4):
-            set_grads(opt, seed)
-            opt.step()
-        assert opt.state[params_of(opt)[1]]["step"] is count
-        assert (count.data_ptr(), count.dtype) == (where, COUNTS[case].dtype)
-        results.append([*(p.detach() for p in params_of(opt)), count])
+    for maker in (torchs, make, functools.partial(make, backend="reference")):
+        opt = ready((20,), (20,), (20,), steps=1, make=maker)
+        own = opt.state[params_of(opt)[1]]["step"] = count()
+        where, dtype = own.data_ptr(), own.dtype
+        run(opt, 1, 2, 3)
+        assert opt.state[params_of(opt)[1]]["step"] is own
+        assert (own.data_ptr(), own.dtype) == (where, dtype)
+        results.append([*(p.detach() for p in params_of(opt)), own])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
     assert all(map(torch.equal, results[1], results[2]))
 
 
 @pytest.mark.parametrize("number", [2, 2.0, 2.5, np.float64(2), np.int64(2), True], ids=repr)
 def test_a_count_may_be_a_number(number):
-    like_resolved(
-        lambda opt, param: opt.state[param].update(step=number),
-        lambda opt, param: opt.state[param].update(step=torch.tensor(float(number))),
-    )
+    tensor = torch.tensor(float(number))
+    alike(lambda o, p: put(o, p, "step", number), lambda o, p: put(o, p, "step", tensor))
 
 
 @pytest.mark.parametrize("as_tensor", [torch.tensor, float], ids=["tensor", "float"])
 @pytest.mark.parametrize("count", [-1.0, -2.5, -1e30, float("nan"), float("inf"), -float("inf")])
 @two_optimizers
-def test_a_count_that_is_none_is_refused_by_name(optimizer, count, as_tensor):
-    def spoil(opt, param):
-        opt.state[param]["step"] = as_tensor(count)
-
-    refused(spoil, r"param_groups\[0\]\['params'\]\[1\]", optimizer=optimizer)
+def test_a_count_that_cannot_be_one_is_refused_by_name(optimizer, count, as_tensor):
+    refused(lambda o, p: put(o, p, "step", as_tensor(count)), NAME, optimizer=optimizer)
 
 
 def test_a_lazy_clone_of_a_count_stays_as_it_was():
@@ -1044,19 +880,18 @@ def test_a_lazy_clone_of_a_count_stays_as_it_was():
     assert (clone, opt.state[params_of(opt)[0]]["step"]) == (2, 3)
 
 
-def shared_by_processes(make_it) -> list[Tensor]:
+def shared_by_processes(make) -> list[Tensor]:
     """Children step one after another; what their parent has then."""
     params = [nn.Parameter(randn(20, seed=i).share_memory_()) for i in range(2)]
-    opt = make_it(params)
+    opt = make(params)
     for param in params:
-        state = {"step": torch.zeros(())} | {key: torch.zeros(20) for key in MOMENTS[:2]}
-        opt.state[param].update({key: value.share_memory_() for key, value in state.items()})
+        states = {"step": torch.zeros(()), **{key: torch.zeros(20) for key in MOMENTS[:2]}}
+        opt.state[param].update({key: value.share_memory_() for key, value in states.items()})
     for seed in range(3):
         child = os.fork()
         if child == 0:
             signal.alarm(SECONDS)
-            set_grads(opt, seed)
-            opt.step()
+            run(opt, seed)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
     return [*params, *(opt.state[p]["step"] for p in params)]
@@ -1064,19 +899,11 @@ def shared_by_processes(make_it) -> list[Tensor]:
 
 @alone("forked")
 def test_states_in_shared_memory_are_stepped_where_they_are(case):
-    torch.testing.assert_close(
-        shared_by_processes(make), shared_by_processes(torchs), rtol=1e-5, atol=1e-6
-    )
+    ours, theirs = shared_by_processes(make), shared_by_processes(torchs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 # States of others.
-
-
-def with_foreign_entries(opt) -> torch.optim.Optimizer:
-    first = params_of(opt)[0]
-    opt.state[first].update(slow=torch.full((6,), 7.0), note="x", more={"k": [torch.ones(2), None]})
-    opt.state["wrapper"] = {"k": 2, "buffer": torch.ones(3, dtype=torch.float64)}
-    return opt
 
 
 def through_loading(opt):
@@ -1091,61 +918,39 @@ def into_a_new_one(opt):
 
 
 @pytest.mark.parametrize("copied", [through_loading, into_a_new_one, copy.deepcopy])
-@pytest.mark.parametrize("source", [ready, lambda: torchs_ready()], ids=["ours", "torch's"])
-def test_what_others_keep_in_the_state_survives(copied, source):
-    opt = with_foreign_entries(source())
-    if source is not ready:
-        ours = ready()
-        ours.load_state_dict(opt.state_dict())
-        opt = ours
-    opt = copied(opt)
-    for seed in range(2):
-        set_grads(opt, seed)
-        opt.step()
+@pytest.mark.parametrize("maker", [make, torchs])
+def test_what_others_keep_in_the_state_survives(copied, maker):
+    opt = ready(make=maker)
+    opt.state[params_of(opt)[0]].update(slow=torch.full((6,), 7.0), n=3, more={"k": [None, 2.0]})
+    opt.state["wrapper"] = {"k": 2, "buffer": torch.ones(3, dtype=torch.float64)}
+    opt = run(copied(opt if maker is make else into_a_new_one(opt)), 2, 3)
+    for holder in (opt.state, opt.state_dict()["state"]):
+        assert holder["wrapper"]["k"] == 2
+        assert torch.equal(holder["wrapper"]["buffer"], torch.ones(3, dtype=torch.float64))
     state = opt.state[params_of(opt)[0]]
     assert torch.equal(state["slow"], torch.full((6,), 7.0))
-    assert state["note"] == "x"
-    assert torch.equal(state["more"]["k"][0], torch.ones(2))
-    assert opt.state["wrapper"]["k"] == 2
-    assert float(state["step"]) == 4
-    assert copy.deepcopy(opt.state_dict())["state"]["wrapper"]["k"] == 2
-
-
-def torchs_ready():
-    opt = torchs([nn.Parameter(randn(*s, seed=i)) for i, s in enumerate(SHAPES)])
-    for seed in range(2):
-        set_grads(opt, seed)
-        opt.step()
-    return opt
-
-
-NARROW = (torch.bfloat16, torch.float16)
+    assert (state["n"], state["more"], float(state["step"])) == (3, {"k": [None, 2.0]}, 4)
 
 
 @pytest.mark.parametrize("way", ["loaded", "set"])
-@pytest.mark.parametrize("wide", [("exp_avg",), ("exp_avg_sq",), MOMENTS[1:]], ids=str)
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("wide", [MOMENTS[:1], MOMENTS[1:2], MOMENTS[1:]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @two_optimizers
 def test_moments_of_mixed_dtypes_go_on(optimizer, dtype, wide, way):
-    """As near to a step of float32 moments as one rounding of each moment is."""
+    """As near to steps of float32 moments as a rounding of each number at each step is."""
     results = []
     for backend, keys in (("cpu", wide), ("reference", wide), ("cpu", MOMENTS)):
-        arguments = {"optimizer": optimizer, "amsgrad": True, "backend": backend}
-        opt = ready((20,), dtype=dtype, **arguments)
+        opt = ready((20,), dtype=dtype, optimizer=optimizer, amsgrad=True, backend=backend)
         state_dict = copy.deepcopy(opt.state_dict())
-        states = state_dict["state"] if way == "loaded" else {0: opt.state[params_of(opt)[0]]}
-        for key in keys:
-            states[0][key] = states[0][key].float()
+        state = state_dict["state"][0] if way == "loaded" else opt.state[params_of(opt)[0]]
+        state.update({key: state[key].float() for key in keys})
         if way == "loaded":
             opt.load_state_dict(state_dict)
-        for seed in range(3):
-            set_grads(opt, seed)
-            opt.step()
-        results.append(opt)
+        results.append(run(opt, 2, 3, 4))
     assert_same_bits(*results[:2])
-    eps = torch.finfo(dtype).eps
-    ours, wider = params_of(results[0])[0], params_of(results[2])[0]
-    torch.testing.assert_close(ours, wider, rtol=6 * eps, atol=6 * eps)
+    mixed, wider = params_of(results[0])[0], params_of(results[2])[0]
+    error = 6 * torch.finfo(dtype).eps
+    torch.testing.assert_close(mixed, wider, rtol=error, atol=error)
 
 
 # Steps in backward.
@@ -1155,19 +960,19 @@ def loop_with_shared_layer(in_backward: bool, reentrant: bool, uses: int):
     torch.manual_seed(0)
     layer = nn.Linear(4, 4)
     opt = make(layer.parameters())
-    handle = adamprox.step_in_backward(layer, opt) if in_backward else None
-    for time in range(5):
-        y = torch.ones(2, 4, requires_grad=True) * (time + 1)
-        for _ in range(uses):
-            y = checkpoint(layer, y, use_reentrant=reentrant)
-        try:
-            (y**2).sum().backward()
-        except RuntimeError:
-            assert (in_backward, time) == (True, 0), "only the first iteration may refuse"
-            return None
-        opt.step()
-        opt.zero_grad()
-    del handle
+    handle = adamprox.step_in_backward(layer, opt) if in_backward else contextlib.nullcontext()
+    with handle:
+        for time in range(5):
+            y = torch.ones(2, 4, requires_grad=True) * (time + 1)
+            for _ in range(uses):
+                y = checkpoint(layer, y, use_reentrant=reentrant)
+            try:
+                (y**2).sum().backward()
+            except RuntimeError:
+                assert (in_backward, time) == (True, 0), "only the first iteration may refuse"
+                return None
+            opt.step()
+            opt.zero_grad()
     return opt
 
 
@@ -1175,24 +980,19 @@ def loop_with_shared_layer(in_backward: bool, reentrant: bool, uses: int):
 @pytest.mark.parametrize("uses", [1, 2, 3])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_shared_layer_under_checkpoints_takes_the_plain_loops_steps(reentrant, uses):
-    plain = loop_with_shared_layer(False, reentrant, uses)
     ours = loop_with_shared_layer(True, reentrant, uses)
     if ours is None:
-        assert reentrant
-        assert uses > 1
+        assert (reentrant, uses > 1) == (True, True)
     else:
-        assert_same_bits(ours, plain)
+        assert_same_bits(ours, loop_with_shared_layer(False, reentrant, uses))
 
 
-def prune(module, name, opt) -> None:
-    """A copy of fewer rows takes a param's place, with its state."""
-    old = getattr(module, name)
-    new = nn.Parameter(old.detach()[:2].clone())
+def prune(module, opt) -> None:
+    """A copy of fewer rows takes the first param's place, with its state."""
+    old, new = module[0], nn.Parameter(module[0].detach()[:2].clone())
     state = opt.state.pop(old)
     opt.state[new] = {k: v[:2].clone() if v.dim() else v for k, v in state.items()}
-    setattr(module, name, new)
-    params = opt.param_groups[0]["params"]
-    params[next(i for i, p in enumerate(params) if p is old)] = new
+    module[0] = opt.param_groups[0]["params"][0] = new
 
 
 @pytest.mark.parametrize("others", [0, 2])
@@ -1200,121 +1000,111 @@ def prune(module, name, opt) -> None:
 def test_a_param_that_is_replaced_is_stepped_in_backward_or_refused(others, added):
     model = nn.ParameterList([nn.Parameter(torch.ones(4, 3)) for _ in range(1 + others)])
     opt = make(model.parameters())
-    handle = adamprox.step_in_backward(model, opt)
-    sum((p**2).sum() for p in model).backward()
-    if added:
-        model.append(nn.Parameter(torch.ones(3)))  # in backward or, as others' params, by step()
-        opt.add_param_group({"params": [model[-1]]})
-    else:
-        prune(model, "0", opt)
-    before = [p.detach().clone() for p in model]
-    try:
+    with adamprox.step_in_backward(model, opt):
         sum((p**2).sum() for p in model).backward()
-    except RuntimeError:
-        pass
-    else:
         if added:
-            opt.step()
-        assert not any(map(torch.equal, model, before))
-    handle.remove()
+            model.append(nn.Parameter(torch.ones(3)))
+            opt.add_param_group({"params": [model[-1]]})
+        else:
+            prune(model, opt)
+        before = [p.detach().clone() for p in model]
+        with contextlib.suppress(RuntimeError):
+            sum((p**2).sum() for p in model).backward()
+            if added:  # as params that are none of the model's
+                opt.step()
+            assert not any(map(torch.equal, model, before))
 
 
 # Telemetry.
 
 
+def two_params() -> nn.ParameterList:
+    return nn.ParameterList([nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5))])
+
+
 @pytest.mark.parametrize("per", ["tensor", "group"])
 def test_stats_are_of_what_was_stepped_although_params_were_replaced(per):
-    module = nn.ParameterList([nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5))])
+    module = two_params()
     opt = make(module.named_parameters())
     opt.track_updates(every=2, per=per)
-    for seed in range(2):
-        set_grads(opt, seed)
-        opt.step()
-    sizes = [stats.numel for stats in opt.update_stats()]
-    assert sizes == ([12, 5] if per == "tensor" else [17])
-    prune(module, "0", opt)
+    run(opt, 0, 1)
+    sizes = [12, 5] if per == "tensor" else [17]
+    assert [stats.numel for stats in opt.update_stats()] == sizes
+    prune(module, opt)
     assert [stats.numel for stats in opt.update_stats()] == sizes
     opt.param_groups[0]["params"].pop()
     opt.param_groups[0]["param_names"].pop()
     assert [stats.numel for stats in opt.update_stats()] == sizes
-    for seed in range(2):
-        set_grads(opt, seed)
-        opt.step()
+    run(opt, 2, 3)
     assert [stats.numel for stats in opt.update_stats()] == [6]
 
 
 def test_telemetry_keeps_neither_params_nor_grads_alive():
-    module = nn.ParameterList([nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5))])
+    module = two_params()
     opt = make(module.parameters())
     opt.track_updates(every=3)
-    for seed in range(3):
-        set_grads(opt, seed)
-        opt.step()
-    gone = weakref.ref(module[0]), weakref.ref(module[0].grad), weakref.ref(module[1].grad)
-    prune(module, "0", opt)
+    run(opt, 0, 1, 2)
+    gone = [weakref.ref(t) for t in (module[0], module[0].grad, module[1].grad)]
+    prune(module, opt)
     opt.zero_grad()
     gc.collect()
     assert [reference() for reference in gone] == [None] * 3
-    set_grads(opt, 3)
-    opt.step()
+    run(opt, 3)
     assert [stats.numel for stats in opt.update_stats()] == [17]
 
 
-class CopyingWrapper:
-    """Takes the optimizer's attributes and its class, as Lightning Fabric does."""
-
-    def __init__(self, opt):
-        self.__dict__ = {
-            k: v for k, v in opt.__dict__.items() if k not in ("state_dict", "step", "zero_grad")
-        }
-        self.__class__ = type("Copied" + type(opt).__name__, (CopyingWrapper, type(opt)), {})
-        self.optimizer = opt
+class Wrapper:
+    """Has the optimizer's class and leaves its step to it."""
 
     def step(self, closure=None):
         return self.optimizer.step(closure)
 
 
-class DelegatingWrapper:
-    """Takes its class and asks it for attributes, as Lightning's Trainer does."""
+class CopyingWrapper(Wrapper):
+    """Has the attributes that the optimizer had, as Lightning Fabric's."""
+
+    def __init__(self, opt):
+        self.__dict__ = {k: v for k, v in opt.__dict__.items() if k not in ("state_dict", "step")}
+        self.__class__ = type("Fabric" + type(opt).__name__, (CopyingWrapper, type(opt)), {})
+        self.optimizer = opt
+
+
+class AskingWrapper(Wrapper):
+    """Asks the optimizer for attributes, as that of Lightning's Trainer."""
 
     def __init__(self, opt):
         self.optimizer = opt
-        self.__class__ = type("Asking" + type(opt).__name__, (DelegatingWrapper, type(opt)), {})
-
-    def step(self, closure=None):
-        return self.optimizer.step(closure)
+        self.__class__ = type("Lightning" + type(opt).__name__, (AskingWrapper, type(opt)), {})
 
     def __getattr__(self, name):
         return getattr(self.optimizer, name)
 
 
 @pytest.mark.parametrize("reading", ["wrapper", "optimizer"])
-@pytest.mark.parametrize("tracking", ["wrapper", "optimizer", "optimizer before"])
-@pytest.mark.parametrize("wrapper", [CopyingWrapper, DelegatingWrapper])
+@pytest.mark.parametrize("tracking", ["wrapper", "optimizer", "before"])
+@pytest.mark.parametrize("wrapper", [CopyingWrapper, AskingWrapper])
 def test_telemetry_works_through_wrappers(wrapper, tracking, reading):
     opt = ready()
-    if tracking == "optimizer before":
+    if tracking == "before":
         opt.track_updates()
-    wrapped = wrapper(opt)
-    if tracking != "optimizer before":
-        {"wrapper": wrapped, "optimizer": opt}[tracking].track_updates()
-    wrapped.step()
-    reader = {"wrapper": wrapped, "optimizer": opt}[reading]
-    (stats,) = reader.update_stats()
+    either = {"wrapper": wrapper(opt), "optimizer": opt}
+    if tracking != "before":
+        either[tracking].track_updates()
+    either["wrapper"].step()
+    (stats,) = either[reading].update_stats()
     assert (stats.step, stats.numel) == (3, 20)
-    {"wrapper": wrapped, "optimizer": opt}[reading].track_updates(every=0)
-    assert wrapped.update_stats() == opt.update_stats() == []
+    either[reading].track_updates(every=0)
+    assert all(each.update_stats() == [] for each in either.values())
 
 
 # Values that are not what lies in memory.
 
-
-LAZY = {
+NEGATED = {
     "_neg_view": lambda t: torch._neg_view(-t),
     "strided _neg_view": lambda t: torch._neg_view(torch.stack([-t, t], -1))[..., 0],
     "imag of a conjugate": lambda t: torch.complex(t, -t).conj().imag,
     "dense imag": lambda t: (
-        torch.complex(torch.zeros(t.numel() * 2), torch.zeros(()))
+        torch.zeros(2 * t.numel(), dtype=torch.complex64)
         .conj()
         .imag.as_strided(t.shape, t.contiguous().stride())
         .copy_(t)
@@ -1322,57 +1112,45 @@ LAZY = {
 }
 
 
-@pytest.mark.parametrize("key", ["param", "grad", *MOMENTS])
-@pytest.mark.parametrize("lazy", LAZY.values(), ids=LAZY)
+@pytest.mark.parametrize("key", TENSORS)
+@pytest.mark.parametrize("lazy", NEGATED.values(), ids=NEGATED)
 @two_optimizers
 def test_a_negative_bit_counts(optimizer, lazy, key):
     def spoil(change):
-        return lambda opt, param: put(
-            opt, param, key, change(tensor_of(opt, param, key).detach().clone())
-        )
+        return lambda o, p: put(o, p, key, change(tensor_of(o, p, key).detach().clone()))
 
-    like_resolved(spoil(lazy), spoil(torch.clone), optimizer=optimizer, amsgrad=True)
+    alike(spoil(lazy), spoil(torch.clone), optimizer=optimizer, amsgrad=True)
 
 
-@pytest.mark.parametrize("key", ["param", "grad", *MOMENTS])
+@pytest.mark.parametrize("key", TENSORS)
 def test_a_conjugate_bit_counts(key):
     def spoil(change):
         def put_it(opt, param):
             value = tensor_of(opt, param, key).detach()
-            put(opt, param, key, change((value + 1j * value.real.square()).clone()))
+            put(opt, param, key, change(value + 1j * value.real.square()))
 
         return put_it
 
-    lazy, resolved = spoil(torch.conj), spoil(torch.conj_physical)
-    like_resolved(lazy, resolved, dtype=torch.complex64, amsgrad=True)
-
-
-# Layouts that change later.
+    lazy, plain = spoil(torch.conj), spoil(torch.conj_physical)
+    alike(lazy, plain, dtype=torch.complex64, amsgrad=True)
 
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_states_follow_a_param_whose_layout_changes(steps):
     opt, twin = (ready((8, 4, 3, 3), (4, 3), steps=steps, amsgrad=True) for _ in range(2))
     for param in params_of(opt):
-        if param.dim() == 4:
-            param.data = param.data.to(memory_format=torch.channels_last)
-            param.grad = param.grad.to(memory_format=torch.channels_last)
-        else:
-            param.data, param.grad = (t.t().contiguous().t() for t in (param.data, param.grad))
+        param.data = param.data.movedim(1, -1).contiguous().movedim(-1, 1)  # channels_last
     places = []
     for seed in range(3):
+        for p, q in zip(params_of(opt), params_of(twin), strict=True):
+            q.grad = randn(*q.shape, seed=seed)
+            p.grad = torch.empty_like(p).copy_(q.grad)
         opt.step()
         twin.step()
-        for p, q in zip(params_of(opt), params_of(twin), strict=True):
-            assert torch.equal(p, q)
-            for key in MOMENTS:
-                assert torch.equal(opt.state[p][key], twin.state[q][key])
-                assert opt.state[p][key].stride() == p.stride()
-        places.append([opt.state[p][key].data_ptr() for p in params_of(opt) for key in MOMENTS])
-        for param in params_of(opt):
-            param.grad = torch.empty_like(param).copy_(randn(*param.shape, seed=seed))
-        for param in params_of(twin):
-            param.grad = randn(*param.shape, seed=seed)
+        assert_same_bits(opt, twin)
+        moments = [(p, opt.state[p][key]) for p in params_of(opt) for key in MOMENTS]
+        assert all(moment.stride() == p.stride() for p, moment in moments)
+        places.append([moment.data_ptr() for _, moment in moments])
     assert places[0] == places[1] == places[2]
 
 
@@ -1398,6 +1176,15 @@ def test_a_state_made_in_inference_mode_is_stepped_or_refused(key, strided):
     assert_same_bits(opt, twin)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_states_that_a_step_in_inference_mode_has_made_can_be_stepped_later(backend):
+    def step(opt, param):
+        with torch.inference_mode():
+            opt.step()
+
+    alike(step, lambda opt, param: opt.step(), steps=0, backend=backend)
+
+
 BAD = {
     "lr": ("fast", None, [0.1]),
     "betas": (0.9, (0.9,), (0.9, "x"), None),
@@ -1409,15 +1196,14 @@ BAD = {
 @pytest.mark.parametrize("decay_by", ["lr", "schedule"])
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, vs in BAD.items() for v in vs], ids=str)
 def test_a_checkpoint_with_a_bad_number_changes_nothing(key, value, decay_by):
-    opt, twin = (ready((6,), (4, 3), decay_by=decay_by) for _ in range(2))
-    groups = copy.deepcopy(opt.state_dict()["param_groups"])
+    opt, twin = (ready(decay_by=decay_by) for _ in range(2))
     saved = copy.deepcopy(opt.state_dict())
-    saved["param_groups"][-1].update({"lr": 0.5, key: value})
+    saved["param_groups"][0].update({"lr": 0.5, key: value})
     for state in saved["state"].values():
         state["exp_avg"].fill_(7.0)
         state["step"].fill_(7.0)
     refuses(opt, step=lambda: opt.load_state_dict(saved))
-    assert opt.state_dict()["param_groups"] == groups
+    assert opt.state_dict()["param_groups"] == twin.state_dict()["param_groups"]
     opt.step()
     twin.step()
     assert_same_bits(opt, twin)
@@ -1426,7 +1212,7 @@ def test_a_checkpoint_with_a_bad_number_changes_nothing(key, value, decay_by):
 def unusual(opt) -> torch.optim.Optimizer:
     """So that a step has much to make and to copy."""
     first, second, third = params_of(opt)
-    first.data = torch.stack([first.data, first.data])[0]
+    first.grad = first.grad.expand(2, 6)[1].flip(0)
     second.data = torch.stack([second.data] * 2, -1)[..., 0]
     if opt.state:
         opt.state.pop(first)
@@ -1443,39 +1229,34 @@ SITUATIONS = {
 }
 
 
-def as_started(opt) -> list:
-    """A snapshot in which no state is one of zeros."""
+def with_zeros(opt) -> list:
+    """A snapshot in which a missing state is one of zeros."""
     return [
         (
-            frozen(param),
-            float(opt.state.get(param, {}).get("step", 0)),
-            *(
-                frozen(opt.state.get(param, {}).get(k, torch.zeros_like(param)))
-                for k in MOMENTS[:2]
-            ),
+            frozen(p),
+            float(opt.state.get(p, {}).get("step", 0)),
+            [frozen(opt.state.get(p, {}).get(key, torch.zeros_like(p))) for key in MOMENTS[:2]],
         )
-        for param in params_of(opt)
+        for p in params_of(opt)
     ]
 
 
 def all_or_nothing(situation: str, attempt) -> bool:
-    """Whether ``attempt`` at a step was interrupted; it has stepped all or nothing."""
+    """Whether the attempt at a step was broken off."""
     opt, twin = SITUATIONS[situation](), SITUATIONS[situation]()
-    before = as_started(opt)
+    before = with_zeros(opt)
     twin.step()
-    after = as_started(twin)
-    interrupted = False
+    after, broken_off = with_zeros(twin), False
     try:
         attempt(opt)
     except (KeyboardInterrupt, MemoryError, RuntimeError):
-        interrupted = True
-    torch.set_grad_enabled(True)
-    now = as_started(opt)
-    assert now == after or (interrupted and now == before), "half done"
+        broken_off = True
+    now = with_zeros(opt)
+    assert now == after or (broken_off and now == before), "half done"
     if now == before:
         opt.step()
-        assert as_started(opt) == after
-    return interrupted
+        assert with_zeros(opt) == after, "the next step is not the usual one"
+    return broken_off
 
 
 class OutOfMemory(TorchDispatchMode):
@@ -1486,8 +1267,7 @@ class OutOfMemory(TorchDispatchMode):
         self.left = n
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__
-        if any(word in name for word in ("empty", "zeros", "clone", "full", "_to_copy")):
+        if any(word in func.__name__ for word in ("empty", "zeros", "clone", "full", "_to_copy")):
             self.left -= 1
             if self.left == 0:
                 raise MemoryError
@@ -1496,68 +1276,55 @@ class OutOfMemory(TorchDispatchMode):
 
 @alone(*SITUATIONS)
 def test_a_step_that_runs_out_of_memory_has_done_nothing(case):
-    def attempt(n):
-        def step(opt):
-            with OutOfMemory(n):
-                opt.step()
+    def attempt(opt):
+        with OutOfMemory(n):
+            opt.step()
 
-        return step
-
-    for n in range(1, 1000):
-        if not all_or_nothing(case, attempt(n)):
+    for n in range(1, 1000):  # noqa: B007
+        if not all_or_nothing(case, attempt):
             break
 
 
-@alone(*SITUATIONS)
-def test_a_step_that_cannot_make_zeros_has_done_nothing(case):
-    zeros_like, left = torch.zeros_like, 0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 
-    def failing(*args, **kwargs):
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise MemoryError
-        return zeros_like(*args, **kwargs)
+
+@alone(*SITUATIONS)
+def test_ctrl_c_after_any_call_of_ours_leaves_all_or_nothing(case):
+    """There, and when a function begins, Python looks for signals."""
+    ours = str(Path(adamprox.__file__).parent)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = [signal.getsignal(number) for number in SIGNALS]
 
     def attempt(opt):
-        torch.zeros_like = failing
+        left, before = n, {}  # the instruction before, of each frame
+
+        def look(frame, event, _):
+            nonlocal left
+            if event == "call":
+                before.pop(frame.f_back, None)  # which looks no more when that one returns
+            if not frame.f_code.co_filename.startswith(ours):
+                return None
+            frame.f_trace_opcodes = True
+            if event == "call" or (event == "opcode" and before.get(frame, "").startswith("CALL")):
+                left -= 1
+                if left == 0:
+                    signal.raise_signal(signal.SIGINT)
+            if event == "opcode":
+                before[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            return look
+
+        sys.settrace(look)
         try:
             opt.step()
         finally:
-            torch.zeros_like = zeros_like
+            sys.settrace(None)
 
-    for n in range(1, 20):
-        left = n
-        all_or_nothing(case, attempt)
-
-
-@alone(*SITUATIONS)
-def test_ctrl_c_at_any_line_of_ours_leaves_all_or_nothing(case):
-    ours = str(Path(adamprox.__file__).parent)
-
-    def attempt(n):
-        def trace(frame, event, _):
-            nonlocal n
-            if not frame.f_code.co_filename.startswith(ours):
-                return None
-            if event == "line":
-                n -= 1
-                if n == 0:
-                    signal.raise_signal(signal.SIGINT)
-            return trace
-
-        def step(opt):
-            sys.settrace(trace)
-            try:
-                opt.step()
-            finally:
-                sys.settrace(None)
-
-        return step
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for n in range(1, 5000):
-        if not all_or_nothing(case, attempt(n)):
+    for n in range(1, 5000):  # noqa: B007
+        broken_off = all_or_nothing(case, attempt)
+        assert [signal.getsignal(number) for number in SIGNALS] == handlers, "handlers were lost"
+        if not broken_off:
             break
 
 
@@ -1567,9 +1334,6 @@ def test_ctrl_c_at_any_time_leaves_all_or_nothing(case):
 
     def interrupt(*_):
         raise KeyboardInterrupt
-
-    handler = signal.getsignal(signal.SIGALRM)
-    signal.signal(signal.SIGALRM, interrupt)
 
     def attempt(opt):
         try:
@@ -1581,19 +1345,16 @@ def test_ctrl_c_at_any_time_leaves_all_or_nothing(case):
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    try:
-        for time in range(200):
-            if case == "steps":
-                all_or_nothing(list(SITUATIONS)[time % 4], attempt)
-            else:
-                opt = ready()
-                try:
-                    attempt(opt)
-                except KeyboardInterrupt:
-                    pass
-                opt.step()
-    finally:
-        signal.signal(signal.SIGALRM, handler)
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    for time in range(200):
+        if case == "steps":
+            all_or_nothing(list(SITUATIONS)[time % 4], attempt)
+        else:
+            opt = ready()
+            with contextlib.suppress(KeyboardInterrupt):
+                attempt(opt)
+            opt.step()
+    signal.signal(signal.SIGALRM, handler)
 
 
 # Smaller ones.
@@ -1624,13 +1385,10 @@ def test_a_grad_property_is_honoured():
     ("key", "kind"), [("params", tuple), ("betas", torch.tensor), ("betas", list)]
 )
 def test_a_groups_values_may_be_other_sequences(key, kind, steps):
-    opt, twin = (ready(steps=steps, betas=(0.75, 0.875)) for _ in range(2))
-    opt.param_groups[0][key] = kind(opt.param_groups[0][key])
-    for seed in range(2):
-        for each in (opt, twin):
-            set_grads(each, seed)
-            each.step()
-    assert_same_bits(opt, twin)
+    def change(opt, param):
+        opt.param_groups[0][key] = kind(opt.param_groups[0][key])
+
+    alike(change, steps=steps, betas=(0.75, 0.875))
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -1647,15 +1405,16 @@ def test_an_error_of_a_keys_comparison_is_passed_on(like, steps):
     try:
         opt.step()
     except ArithmeticError:
-        pass
+        twin.param_groups[0]["params"], params = [], twin.param_groups[0]["params"]
+        twin.step()
+        twin.param_groups[0]["params"] = params
     else:
         twin.step()
     key.act = lambda: None
     del entries[key]
-    assert entries.keys() == old.keys()
+    assert entries.keys() >= old.keys()
     for each in (opt, twin):
-        set_grads(each, 9)
-        each.step()
+        run(each, 9)
     assert_same_bits(opt, twin)
 
 
@@ -1663,15 +1422,13 @@ def test_an_error_of_a_keys_comparison_is_passed_on(like, steps):
 def test_params_without_memory_are_stepped_as_torchs_are_or_refused(optimizer):
     param = nn.Parameter(torch.empty(3, device="meta"))
     opt = make([param], optimizer)
-    for _ in range(2):
-        param.grad = torch.empty(3, device="meta")
-        try:
-            opt.step()
-        except RuntimeError as error:
-            assert "nothing was updated" in str(error)
-            assert not opt.state.get(param)
-            return
-    assert float(opt.state[param]["step"]) == 2
+    param.grad = torch.empty(3, device="meta")
+    try:
+        opt.step()
+        assert float(opt.state[param]["step"]) == 1
+    except RuntimeError:
+        refuses(opt, "nothing was updated")
+        assert not opt.state.get(param)
 
 
 @two_optimizers

@@ -544,6 +544,7 @@ class Machine(RuleBasedStateMachine):
 
     def both(self, action, move: Move, errors=Exception) -> BaseException | None:
         self.counts["actions"] += 1
+        hypothesis.note(f"# {move}")
         for side in self.sides:
             side.do(action, move.at, move.seed, errors)
         ours, theirs = (side.problem for side in self.sides)

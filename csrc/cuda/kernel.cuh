@@ -83,18 +83,20 @@ __device__ __forceinline__ void update_elements(Team team, const LaunchArgs& arg
   }
 }
 
-template <bool kBlocks, typename Team>
+template <typename Rule, typename Team>
 __device__ __forceinline__ void update_span(Team team, const LaunchArgs& args,
                                             const ChunkSpan& span, double* sums, double* rest) {
-  with_rule(span.row.rule, [&](auto rule) {
-    using Rule = typename decltype(rule)::type;
-    if constexpr (kHasBlocks<Rule> == kBlocks) {
-      with_dtypes(span.row.param_dtype, span.row.state_dtype, [&](auto param, auto state) {
-        update_elements<Rule, typename decltype(param)::type, typename decltype(state)::type>(
-            team, args, span, sums, rest);
-      });
-    }
+  with_dtypes(span.row.param_dtype, span.row.state_dtype, [&](auto param, auto state) {
+    update_elements<Rule, typename decltype(param)::type, typename decltype(state)::type>(
+        team, args, span, sums, rest);
   });
+}
+
+// Not inlined: each rule has the registers to itself. The loops of ten rules in one function spilled.
+template <typename Rule>
+__device__ __noinline__ void update_piece(Team team, const LaunchArgs& args, int32_t index,
+                                          int first, int most) {
+  update_span<Rule>(team, args, ChunkSpan(args, index).piece(first, most), nullptr, nullptr);
 }
 
 template <bool kBlocks, typename Team>
@@ -108,7 +110,14 @@ __device__ __forceinline__ void update_chunk(Team team, const LaunchArgs& args,
   const int most = args.records != nullptr ? kPiece : static_cast<int>(kChunkSize);
   for (int first = 0; first < chunk.count; first += most) {
     const ChunkSpan piece = chunk.piece(first, most);
-    update_span<kBlocks>(team, args, piece, sums + first / kWarp, sums + kSums);
+    if constexpr (kBlocks) {
+      update_span<ProxL2>(team, args, piece, sums + first / kWarp, sums + kSums);
+    } else {
+      with_rule(chunk.row.rule, [&](auto type) {
+        using Rule = typename decltype(type)::type;
+        if constexpr (!kHasBlocks<Rule>) update_piece<Rule>(team, args, index, first, most);
+      });
+    }
     const bool last = first + piece.count == chunk.count;
     if (args.records != nullptr) note_updates(args, piece, first, last);
   }

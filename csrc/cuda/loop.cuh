@@ -50,16 +50,15 @@ struct Optional : Stream {
 };
 
 template <typename Stream>
-struct IsOptional : std::false_type {};
+constexpr bool kIsOptional = false;
 template <typename Stream>
-struct IsOptional<Optional<Stream>> : std::true_type {};
-
+constexpr bool kIsOptional<Optional<Stream>> = true;
 template <typename Stream>
-struct IsStreaming : std::false_type {};
+constexpr bool kIsStreaming = false;
 template <typename Stream>
-struct IsStreaming<Streaming<Stream>> : std::true_type {};
+constexpr bool kIsStreaming<Streaming<Stream>> = true;
 template <typename Stream>
-struct IsStreaming<Optional<Stream>> : IsStreaming<Stream> {};
+constexpr bool kIsStreaming<Optional<Stream>> = kIsStreaming<Stream>;
 
 // A thread's vectors of a stream, kVectors times kWidth elements, in registers as they are stored.
 //
@@ -81,7 +80,7 @@ struct Vectors {
   typename Stream::T value;  // its element
 
   __device__ __forceinline__ bool present() const {
-    if constexpr (IsOptional<Stream>::value) return stream.present;
+    if constexpr (kIsOptional<Stream>) return stream.present;
     return true;
   }
 
@@ -94,7 +93,7 @@ struct Vectors {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const uint4* from = reinterpret_cast<const uint4*>(stream.data + at) + i;
-        loaded[v].at[i] = IsStreaming<Stream>::value ? __ldcs(from) : __ldcg(from);
+        loaded[v].at[i] = kIsStreaming<Stream> ? __ldcs(from) : __ldcg(from);
       }
     }
   }
@@ -120,7 +119,7 @@ struct Vectors {
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
           uint4* to = reinterpret_cast<uint4*>(stream.data + at) + i;
-          IsStreaming<Stream>::value ? __stcs(to, words.at[i]) : __stcg(to, words.at[i]);
+          kIsStreaming<Stream> ? __stcs(to, words.at[i]) : __stcg(to, words.at[i]);
         }
       }
     }
@@ -183,7 +182,7 @@ __device__ __forceinline__ void for_each_element(Team team, int count, bool alig
   constexpr int kWidth = sizeof(uint4) / kSize;
   // For 4 to 8 loads of 128 bits in flight, beside those of an optional stream; more would spill.
   constexpr int kLoads =
-      (kSize + ... + (IsOptional<Streams>::value ? 0 : sizeof(typename Streams::Element))) / kSize;
+      (kSize + ... + (kIsOptional<Streams> ? 0 : sizeof(typename Streams::Element))) / kSize;
   constexpr int kVectors = kLoads == 1 ? 4 : F::kSumsByWarps && kLoads <= 4 ? 2 : 1;
   const int in_vectors = aligned ? count - count % kWidth : 0;
   if (in_vectors < count) {  // first: where warps sum, they need what is left

@@ -22,18 +22,6 @@ void check(cudaError_t status, const char* call) {
 }
 #define CHECK(call) check(call, #call)
 
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    CHECK(cudaGetDevice(&previous_));
-    if (device != previous_) CHECK(cudaSetDevice(device));
-  }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-
- private:
-  int previous_ = 0;
-};
-
 // As many blocks as the device holds at once.
 int64_t resident_blocks(const void* kernel, size_t shared, int device) {
   static std::mutex mutex;
@@ -53,7 +41,6 @@ int64_t resident_blocks(const void* kernel, size_t shared, int device) {
 }  // namespace
 
 void step_on_cuda(const TensorTable& table, const CudaStep& step) {
-  const DeviceGuard guard(step.device);
   const auto num_chunks = static_cast<int64_t>(table.chunks.size());
   LaunchArgs args(step.metadata, static_cast<int64_t>(table.rows.size()), num_chunks, step.payload,
                   step.prepared, table.records);

@@ -8,7 +8,7 @@
 namespace adamprox {
 
 struct CudaStep {
-  int device;
+  int device;  // the current one
   void* stream;
   void* metadata;       // on the device: TensorRow[], Chunk[] and the Workspace
   const void* payload;  // on the device; null where it fits inline:

@@ -327,32 +327,28 @@ bool Gather::resolve(Member& m, TensorRow& row, void*& grad, Device& device, int
   const GroupValues& values = groups_[m.group];
   bool aligned = true;
   // Every other tensor must lie as the param does, and be of the type expected.
-  const auto accept = [&](const TensorRef& tensor, const char* key, const DType* type) -> void* {
-    const bool readable = abi_.read(tensor.handle(), t);
-    if (readable && (type == nullptr || t.dtype == *type) && t.complex == p.complex &&
-        t.device == p.device && same_layout(t, p)) {
-      aligned &= reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
-      __builtin_prefetch(t.data);
-      return t.data;
+  const auto accept = [&](const TensorRef& tensor, const char* key, DType type, DType or_type,
+                          void*& data) {
+    if (!abi_.read(tensor.handle(), t) || (t.dtype != type && t.dtype != or_type) ||
+        t.complex != p.complex || !(t.device == p.device) || !same_layout(t, p)) {
+      return report(m, key);
     }
-    report(m, key);
-    return nullptr;
+    aligned &= reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+    __builtin_prefetch(t.data);
+    data = t.data;
   };
   row.param = p.data;
   __builtin_prefetch(p.data);
   aligned &= reinterpret_cast<uintptr_t>(p.data) % 16 == 0;
-  grad = accept(m.grad, "grad", &p.dtype);
+  accept(m.grad, "grad", p.dtype, p.dtype, grad);
   const DType wide = compute_type(p.dtype);
   row.state_dtype = p.dtype;
   for (int s = 0; s < kStates; ++s) {
     if (!values.has(kStateKeys[s].flag)) continue;
-    const bool first = s == kExpAvg;
     const DType type = kStateKeys[s].type == kCompute ? wide : row.state_dtype;
-    row.states[s] = accept(m.states[s], kStateKeys[s].key, first ? nullptr : &type);
-    if (first && row.states[s] != nullptr) {
-      row.state_dtype = t.dtype;
-      if (t.dtype != p.dtype && t.dtype != wide) report(m, kStateKeys[s].key);
-    }
+    // The first one says what the moments are.
+    accept(m.states[s], kStateKeys[s].key, type, s == kExpAvg ? wide : type, row.states[s]);
+    if (s == kExpAvg) row.state_dtype = t.dtype;
   }
   if (!m.usable) return false;
   device = p.device;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from numbers import Real
 from typing import Any, NamedTuple, TypedDict
@@ -112,14 +113,27 @@ ARGUMENTS = """
 
 
 def document(weight_decay: str = "1e-2", more: str = "") -> Callable[[type], type]:
-    """Adds the arguments to the docstring of a class."""
+    """Adds the arguments to the docstring of a class, and the options to its signature."""
 
     def add(cls: type) -> type:
         if cls.__doc__ is not None:  # python -OO has none
             cls.__doc__ += ARGUMENTS.format(weight_decay=weight_decay, more=more)
+        _, *named, backend, _ = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+        options = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for key, default in options_of(cls.decay).items()  # type: ignore[attr-defined]
+        ]
+        cls.__signature__ = inspect.Signature([*named, *options, backend])  # type: ignore[attr-defined]
         return cls
 
     return add
+
+
+def options_of(rule: str) -> dict[str, Any]:
+    """The keyword options of a class with this rule, and their defaults."""
+    options = {**DEFAULTS, **RULES[rule]}
+    del options["amsgrad"]  # it may be positional
+    return options
 
 
 def validate(group: Group) -> None:

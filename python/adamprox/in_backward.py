@@ -9,7 +9,7 @@ import sys
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .freed_grad import FreedGrad
@@ -122,14 +123,14 @@ class _Steps:
             register_module_parameter_registration_hook(self._registered),
             register_module_module_registration_hook(self._module_registered),
         )
+        weakref.finalize(optimizer, _remove_all, self._hooks)
         self._add_modules(model, "")
 
     def __len__(self) -> int:
         return sum(step() is not None for step in self._steps)
 
     def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        _remove_all(self._hooks)
         for reference in self._steps:
             if (step := reference()) is not None:
                 step.remove()
@@ -147,8 +148,6 @@ class _Steps:
             self._steps.append(weakref.ref(_ParamStep(optimizer, param, name)))
 
     def _registered(self, module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if self._optimizer() is None:
-            return self.remove()
         prefix = self._names.get(module)
         if prefix is not None and param is not None and (
             param.is_floating_point() or param.is_complex()
@@ -156,8 +155,6 @@ class _Steps:
             self._add(param, f"{prefix}.{name}" if prefix else name)
 
     def _module_registered(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
-        if self._optimizer() is None:
-            return self.remove()
         prefix = self._names.get(module)
         if prefix is not None and child is not None:
             self._add_modules(child, f"{prefix}.{name}" if prefix else name)
@@ -186,8 +183,7 @@ class _ParamStep:
             param.requires_grad_(False)
 
     def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        _remove_all(self._hooks)
         param = self._param()
         if param is not None and isinstance(param.grad, FreedGrad):
             param.grad = None
@@ -265,6 +261,11 @@ def _make_room_in(reference: weakref.ref[nn.Parameter]) -> Callable[[Tensor], No
             param.grad = None
 
     return make_room
+
+
+def _remove_all(hooks: Iterable[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _is_nested() -> bool:

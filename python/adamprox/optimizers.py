@@ -20,6 +20,7 @@ from .hyperparameters import (
     RULES,
     Options,
     document,
+    options_of,
     refuse_foreign_options,
     validate,
 )
@@ -47,7 +48,7 @@ class _FusedAdam(Optimizer):
         backend: str | None = None,
         **options: Unpack[Options],
     ) -> None:
-        known = {**DEFAULTS, **RULES[self.decay]}
+        known = options_of(self.decay)
         for key in options:
             if key not in known:
                 name = type(self).__name__

@@ -44,6 +44,22 @@ class StandIns:
         if original is not None:
             self._copies.append((original, copy))
 
+    def overlap(self, tables: Iterable[_C.Table]) -> bool:
+        """Whether what is written back may share memory with any other tensor of the step."""
+        ranges = [(*_range_of(original), True) for original, _ in self._copies]
+        if not ranges:
+            return False
+        for table in tables:
+            for param, grad, states, *_ in table.rows():
+                ranges += [(*_range_of(t), False) for t in (param, grad, *states.values())]
+        end, original = 0, False  # of the range that reaches furthest
+        for first, last, is_original in sorted(ranges):
+            if first < end and (original or is_original):
+                return True
+            original = is_original or (original and first < end)
+            end = max(end, last)
+        return False
+
     @torch.no_grad()
     def write_back(self) -> None:
         """Copies what the step has written to where it belongs."""
@@ -51,8 +67,18 @@ class StandIns:
             original.copy_(copy)
 
 
+def _range_of(tensor: Tensor) -> tuple[int, int]:
+    """The bytes from its first element to its last."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.itemsize
+
+
 def mend(
     optimizer: Optimizer,
+    groups: Sequence[dict[str, Any]],
     findings: Sequence[_C.Finding],
     stand_ins: StandIns,
     capturing: bool,
@@ -63,7 +89,7 @@ def mend(
         RuntimeError: a tensor cannot be used; the message names it and says why.
     """
     findings = _without_freed_grads(findings)
-    params = [_Param(optimizer, finding, stand_ins) for finding in findings]
+    params = [_Param(optimizer, groups[f.group], f, stand_ins) for f in findings]
     for param in params:
         param.check()
     if capturing and any(param.key not in ("param", "grad") for param in params):
@@ -126,10 +152,15 @@ def _without_freed_grads(findings: Sequence[_C.Finding]) -> Sequence[_C.Finding]
 class _Param:
     """A param with a tensor (``key``) that a step cannot use as it is."""
 
-    def __init__(self, optimizer: Optimizer, finding: _C.Finding, stand_ins: StandIns) -> None:
-        self.optimizer, self.stand_ins = optimizer, stand_ins
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        group: dict[str, Any],
+        finding: _C.Finding,
+        stand_ins: StandIns,
+    ) -> None:
+        self.optimizer, self.group, self.stand_ins = optimizer, group, stand_ins
         self.param, self.key = finding.param, finding.key
-        self.group: dict[str, Any] = optimizer.param_groups[finding.group]
         self.name = f"param_groups[{finding.group}]['params'][{finding.index}]"
         if "param_names" in self.group:
             self.name += f" ({self.group['param_names'][finding.index]})"

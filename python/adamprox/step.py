@@ -35,13 +35,11 @@ class Engine:
         self.renew()
         self.tracker: Tracker | None = None
         self.handle: int | None = None  # of compiled.py
-        self.in_ema = False
         _engines.add(self)
 
     def renew(self) -> None:
         """Forgets a step that another thread was in: a forked child does not have that thread."""
-        self.lock = threading.RLock()
-        self.busy = False
+        self.lock: Any = threading.RLock()
         self.gather = _C.Gather()
 
 
@@ -68,29 +66,31 @@ def take_step(
             the optimizer; nothing was updated.
     """
     engine = optimizer._engine
+    if engine.lock._is_owned():
+        raise RuntimeError(
+            f"{type(optimizer).__name__}.step() was called amid a step of the same optimizer; "
+            "nothing was updated"
+        )
     with engine.lock:
-        if engine.busy:
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step() was called amid a step of the same optimizer; "
-                "nothing was updated"
-            )
-        engine.busy = True
+        tracker = engine.tracker
+        if tracker is not None and not tracker.due():
+            tracker = None
         try:
-            _take_step(optimizer, engine, scaling, StandIns(given) if given else None)
+            if not _take_step(optimizer, scaling, given, tracker):
+                _take_steps_one_by_one(optimizer, scaling, given or {})
         finally:
             engine.gather.release()
-            engine.busy = False
 
 
 def _take_step(
     optimizer: _FusedAdam,
-    engine: Engine,
     scaling: LossScaling | None,
-    stand_ins: StandIns | None,
-) -> None:
-    gather, tracker = engine.gather, engine.tracker
-    if tracker is not None and not tracker.due():
-        tracker = None
+    given: Given | None,
+    tracker: Tracker | None,
+) -> bool:
+    """False: nothing was updated, since params that are copied share memory with others."""
+    gather = optimizer._engine.gather
+    stand_ins = StandIns(given) if given else None
     capturing = backends.capturing()
     if capturing:
         _check_capture(optimizer)
@@ -98,35 +98,53 @@ def _take_step(
     scaled = scaling is not None
     if tracker is not None or scaled or capturing:
         threads = 0
-    groups, state = optimizer._param_groups, optimizer.state
+    # A copy, since Python code that runs meanwhile may change the list.
+    groups, state = [*optimizer._param_groups], optimizer.state
     for _ in range(_MOST_ROUNDS):
         by_id = {} if stand_ins is None else stand_ins.by_id
         if gather.read(groups, state, by_id, on_gpu, on_cpu, scaled, threads):
-            return
+            return True
         findings = gather.findings
         if not findings:
             break
         stand_ins = stand_ins or StandIns({})
         threads = 0  # what is copied is written back
-        mend(optimizer, findings, stand_ins, capturing)
+        mend(optimizer, groups, findings, stand_ins, capturing)
     else:
         raise RuntimeError(
             f"{type(optimizer).__name__}: {findings[0].key} of "
             f"param_groups[{findings[0].group}]['params'][{findings[0].index}] cannot be used; "
             "nothing was updated"
         )
-    _run(optimizer, scaling, stand_ins, tracker, capturing)
+    if stand_ins is not None and stand_ins.overlap(gather.tables()):
+        return False
+    _run(optimizer, groups, scaling, stand_ins, tracker, capturing)
+    return True
+
+
+def _take_steps_one_by_one(
+    optimizer: _FusedAdam, scaling: LossScaling | None, given: Given
+) -> None:
+    """A step for each param; a tracked one is not noted."""
+    params = [param for group in optimizer._param_groups for param in group["params"]]
+    for param in params:
+        others: Given = {other: {"grad": None} for other in params if other is not param}
+        if not _take_step(optimizer, scaling, {**given, **others}, None):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: the param and the states of a param of shape "
+                f"{tuple(param.shape)} share memory"
+            )
 
 
 def _run(
     optimizer: _FusedAdam,
+    groups: list[dict[str, Any]],
     scaling: LossScaling | None,
     stand_ins: StandIns | None,
     tracker: Tracker | None,
     capturing: bool,
 ) -> None:
     """The step that has been read, table by table."""
-    groups = optimizer._param_groups
     tables = optimizer._engine.gather.tables()
     chosen = [backends.select(optimizer._backend, table.device[0]) for table in tables]
     deferred = [block for table in tables for block in table.deferred()]
