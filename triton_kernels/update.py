@@ -91,7 +91,7 @@ def adam_update(exp_avg, exp_avg_sq, step_size, eps):
 
 # csrc/math/decay.h
 
-assert RULES.value == ("Coupled", "Decoupled", "ProxSqL2", "ProxL1", "ProxL2")
+assert RULES.value == ("Coupled", "Decoupled", "Cautious", "ProxSqL2", "ProxL1", "ProxL2")
 
 
 @triton.constexpr_function
@@ -111,6 +111,9 @@ def couple(grad, param, k, RULE: tl.constexpr):
 def apply(param, update, k, RULE: tl.constexpr):
     if RULE == "Decoupled":
         return param - (update + k[0] * param)
+    elif RULE == "Cautious":
+        opposite = ((update > 0) & (param < 0)) | ((update < 0) & (param > 0))
+        return param - tl.where(opposite, update, update + k[0] * param)
     elif RULE == "ProxSqL2":
         return param - (update + k[0] * (param - update))
     elif RULE == "ProxL1":

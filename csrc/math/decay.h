@@ -3,6 +3,7 @@
 //
 //   Coupled    Adam        param <- z, grad having become grad + k * param     k = weight_decay
 //   Decoupled  AdamW       param <- (1 - s) * param - update                   k = s
+//   Cautious   AdamW       the same, where update and param do not differ in sign; else z
 //   ProxSqL2   AdamProx    param <- z / (1 + s)                                k = s / (1 + s)
 //   ProxL1     AdamProxL1  param <- sign(z) * max(abs(z) - s, 0)               k = s
 //   ProxL2     AdamProxL2  param <- max(1 - s / norm(z), 0) * z                k = s
@@ -19,11 +20,12 @@ namespace adamprox {
 
 // A line each: the struct, what a param group's "decay" says, and the option of the group, if any, that
 // must be on as well.
-#define ADAMPROX_RULES(RULE)           \
-  RULE(Coupled, "coupled", nullptr)    \
-  RULE(Decoupled, "decoupled", nullptr) \
-  RULE(ProxSqL2, "prox_sq_l2", nullptr) \
-  RULE(ProxL1, "prox_l1", nullptr)     \
+#define ADAMPROX_RULES(RULE)               \
+  RULE(Coupled, "coupled", nullptr)        \
+  RULE(Decoupled, "decoupled", nullptr)    \
+  RULE(Cautious, "decoupled", "cautious")  \
+  RULE(ProxSqL2, "prox_sq_l2", nullptr)    \
+  RULE(ProxL1, "prox_l1", nullptr)         \
   RULE(ProxL2, "prox_l2", nullptr)
 
 enum class Decay : uint8_t {
@@ -71,6 +73,15 @@ struct Decoupled : Rule {
   template <typename T>
   static HOST_DEVICE T apply(T param, T update, const T* k) {
     return param - (update + k[0] * param);
+  }
+};
+
+// Decay must not undo what the update does (arXiv 2510.12402).
+struct Cautious : Rule {
+  template <typename T>
+  static HOST_DEVICE T apply(T param, T update, const T* k) {
+    const bool opposite = (update > 0 && param < 0) || (update < 0 && param > 0);
+    return param - (opposite ? update : update + k[0] * param);
   }
 };
 

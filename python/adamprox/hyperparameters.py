@@ -47,6 +47,7 @@ class Options(TypedDict, total=False):
     differentiable: bool
     fused: bool | None
     decay_by: str
+    cautious: bool
 
 
 # What a group has that does not say: for groups of older checkpoints, too. csrc/math/scalars.h and
@@ -65,7 +66,7 @@ DEFAULTS: dict[str, Any] = {
 # others.
 RULES: dict[str, dict[str, Any]] = {
     "coupled": {},
-    "decoupled": {},
+    "decoupled": {"cautious": False},
     "prox_sq_l2": {},
     "prox_l1": {},
     "prox_l2": {},
@@ -161,6 +162,7 @@ def validate(group: Group) -> None:
     if not 0.0 <= weight_decay:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
     _validate_types_of(betas, host_only)
+    _validate_options(group)
     if group["decay"] not in RULES:
         raise ValueError(f"Invalid decay: {group['decay']!r}, expected one of {', '.join(RULES)}")
     if group["decay_by"] not in ("lr", "schedule"):
@@ -177,6 +179,11 @@ def validate(group: Group) -> None:
         )
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def _validate_options(group: Group) -> None:
+    if not isinstance(group.get("cautious", False), bool):
+        raise TypeError(f"Invalid cautious: {group['cautious']!r}, expected True or False")
 
 
 def _validate_types_of(betas: Collection[Any], host_only: bool) -> None:

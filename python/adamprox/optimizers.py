@@ -250,7 +250,11 @@ class Adam(_FusedAdam):
         )
 
 
-@document()
+@document(
+    more="""
+        cautious: decay only where the update and the param do not have opposite signs, so that the
+            decay never undoes what the update does (arXiv 2510.12402; default: False)."""
+)
 class AdamW(_FusedAdam):
     r"""Adam with decoupled weight decay: the paper's equation (4).
 

@@ -49,7 +49,9 @@ def decay_strength(group: Mapping[str, Any]) -> float:
 
 
 def rule_of(group: Mapping[str, Any]) -> str:
-    """The rule that a group's values choose."""
+    """The rule that a group's values choose: its ``decay``, or ``"cautious"``."""
+    if group["decay"] == "decoupled" and group.get("cautious"):
+        return "cautious"
     return str(group["decay"])
 
 
@@ -149,6 +151,9 @@ def apply_decay(rule: str, param: Tensor, update: Tensor, k: Sequence[Tensor]) -
     """
     if rule == "decoupled":  # (1 - s) * param - update: (4)
         return param - (update + k[0] * param)
+    if rule == "cautious":  # not where decay would undo what the update does
+        opposite = ((update > 0) & (param < 0)) | ((update < 0) & (param > 0))
+        return param - torch.where(opposite, update, update + k[0] * param)
     if rule == "prox_sq_l2":  # (param - update) / (1 + s): (5)
         return param - (update + k[0] * (param - update))
     if rule == "prox_l1":
