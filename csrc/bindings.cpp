@@ -52,14 +52,10 @@ class Table {
     py::list result;
     for (size_t i = 0; i < device_.members.size(); ++i) {
       const Member& m = gather_->members[device_.members[i]];
-      py::dict states;
-      for (int s = 0; s < kStates; ++s) {
-        if (m.states[s].object) states[kStateKeys[s].key] = py::handle(m.states[s].object);
-      }
       const py::object grad = m.grad.object != nullptr
                                   ? py::reinterpret_borrow<py::object>(m.grad.object)
                                   : py::handle(m.owner).attr("grad");
-      result.append(py::make_tuple(py::handle(m.param.object), grad, states, m.group,
+      result.append(py::make_tuple(py::handle(m.param.object), grad, states_of(m), m.group,
                                    device_.counts[i].before + 1, gather_->is_deferred(m)));
     }
     return result;
@@ -76,14 +72,15 @@ class Table {
     return result;
   }
 
-  // (the param itself, its local tensor or stand-in, group's index) where other ranks have parts of a
-  // norm: their params are z after the step.
+  // (the param itself, its local tensor or stand-in, {key: state}, group's index) where other ranks have
+  // parts of a norm: their params are z after the step.
   py::list deferred() const {
     py::list result;
     for (const int index : device_.members) {
       const Member& m = gather_->members[index];
       if (!gather_->is_deferred(m)) continue;
-      result.append(py::make_tuple(py::handle(m.owner), py::handle(m.param.object), m.group));
+      result.append(
+          py::make_tuple(py::handle(m.owner), py::handle(m.param.object), states_of(m), m.group));
     }
     return result;
   }
@@ -188,6 +185,14 @@ class Table {
 #endif
 
  private:
+  static py::dict states_of(const Member& m) {
+    py::dict states;
+    for (int s = 0; s < kStates; ++s) {
+      if (m.states[s].object) states[kStateKeys[s].key] = py::handle(m.states[s].object);
+    }
+    return states;
+  }
+
   std::shared_ptr<Gather> gather_;
   DeviceTable& device_;
   TensorTable& table_;
@@ -211,13 +216,9 @@ py::dict layout() {
   FIELD("row", TensorRow, scalars);
   add("row.types", offsetof(TensorRow, param_dtype));
   add("scalars", sizeof(Scalars));
-  FIELD("scalars", Scalars, one_minus_beta1);
-  FIELD("scalars", Scalars, one_minus_beta2);
-  FIELD("scalars", Scalars, step_size);
-  FIELD("scalars", Scalars, eps);
-  FIELD("scalars", Scalars, grad_scale);
-  FIELD("scalars", Scalars, alpha);
-  FIELD("scalars", Scalars, step);
+#define SCALAR(name) FIELD("scalars", Scalars, name);
+  ADAMPROX_SCALARS(SCALAR)
+#undef SCALAR
   FIELD("scalars", Scalars, decay);
 #undef FIELD
   add("value", sizeof(Value));

@@ -35,7 +35,9 @@ struct Chunk {
   int32_t index;  // within the tensor: it starts at index * kChunkSize
 };
 
-constexpr int64_t num_chunks_of(int64_t numel) { return (numel + kChunkSize - 1) / kChunkSize; }
+HOST_DEVICE constexpr int64_t num_chunks_of(int64_t numel) {
+  return (numel + kChunkSize - 1) / kChunkSize;
+}
 
 // How far a tensor of AdamProxL2 is on a GPU.
 struct Progress {

@@ -18,6 +18,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # They start processes of several threads, so one worker has them all, from the beginning; the many
 # cells of parity come last and fill the gaps.
 PROCESSES = {"test_distributed", "test_cli", "test_paper", "test_bench", "test_examples"}
+PROCESSES |= {"test_torch_abi"}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "both_abis: runs in test_torch_abi.py, too")
 
 
 def pytest_collection_modifyitems(items):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import adamprox
+from adamprox.hyperparameters import COUNT, states_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -115,6 +116,8 @@ class Option(NamedTuple):
     has_grad: Callable[[int, int], bool] = lambda step, index: True
     param_layout: Callable[[int, int], Callable[[Tensor], Tensor]] = lambda s, i: _contiguous
     grad_layout: Callable[[int, int], Callable[[Tensor], Tensor]] = lambda s, i: _contiguous
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    """Those that have it, or that are not all the same with it."""
 
 
 OPTIONS: Mapping[str, Option] = MappingProxyType(
@@ -131,6 +134,18 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
                 {"decay_by": "schedule", "initial_lr": 0.25, "betas": (0.95, 0.9999)},
             )
         ),
+        "cautious": Option({"cautious": True}, optimizers=("AdamW",)),
+        # A group a rule, whatever the class is.
+        "rules": Option(
+            groups=(
+                *(
+                    {"decay": spec.cls.decay, "weight_decay": spec.weight_decay}
+                    for spec in OPTIMIZERS.values()
+                ),
+                {"decay": "decoupled", "weight_decay": 0.5, "cautious": True},
+            ),
+            optimizers=("AdamProx",),
+        ),
         "skipped": Option(has_grad=lambda step, index: (step + index) % 3 != 0),
         "strided": Option(
             param_layout=lambda step, index: LAYOUTS[(step // 10 + index) % 4],
@@ -141,6 +156,14 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             grad_layout=lambda step, index: LAYOUTS[3 * (step % 2)],
         ),
     }
+)
+
+
+CELLS = tuple(
+    (optimizer, option)
+    for optimizer in OPTIMIZERS
+    for option in OPTIONS
+    if optimizer in OPTIONS[option].optimizers
 )
 
 
@@ -163,11 +186,11 @@ def build(
     )
     if state is not None:
         for group in result.param_groups:
-            keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
             for param in group["params"]:
+                starts = {"zeros": torch.zeros_like(param), "param": param.detach()}
                 result.state[param] = {
-                    "step": torch.tensor(0.0),
-                    **{key: torch.zeros_like(param, dtype=state) for key in keys},
+                    COUNT: torch.tensor(0.0),
+                    **{s.key: starts[s.starts].to(state, copy=True) for s in states_of(group)},
                 }
     return result
 

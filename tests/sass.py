@@ -58,15 +58,17 @@ class Loop:
     @cached_property
     def loads_in_flight(self) -> int:
         """How many loads of 128 bits are issued before one's result is needed, and before the
-        first root or division of what has been loaded before."""
+        first branch in a root or a division of what has been loaded before."""
         awaited: set[int] = set()
         count = 0
+        has_begun = False
         for instruction in self.instructions:
             load = _LOAD.fullmatch(instruction.opcode)
             _, _, address = instruction.operands.partition(",")
             used = instruction._replace(operands=address).uses if load else instruction.uses
-            if used & awaited or instruction.opcode.startswith("MUFU"):
+            if used & awaited or (has_begun and instruction.opcode.startswith("BRA")):
                 break
+            has_begun |= instruction.opcode.startswith("MUFU")
             if load:
                 awaited |= instruction.writes
                 count += 1

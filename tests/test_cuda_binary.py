@@ -53,9 +53,11 @@ def cuobjdump(*arguments: str) -> str:
     return sass.cuobjdump(_C.__file__, *arguments)
 
 
-def kernels(text: str, header: str) -> dict[str, str]:
-    """The text of each kernel that updates; there is no other one but that of recipes."""
-    names_and_bodies = re.split(header, text)[1:]
+@functools.cache
+def code(architecture: str) -> dict[str, str]:
+    """The machine code of each kernel that updates; there is no other one but that of recipes."""
+    dump = cuobjdump("--dump-sass", "--gpu-architecture", f"sm_{architecture}")
+    names_and_bodies = re.split(r"Function : (\w+)", dump)[1:]
     found = {}
     for name, body in zip(names_and_bodies[::2], names_and_bodies[1::2], strict=True):
         for_blocks = re.search(r"update_kernelILb([01])E", name)
@@ -68,28 +70,17 @@ def kernels(text: str, header: str) -> dict[str, str]:
 
 
 @functools.cache
-def ptx() -> dict[str, str]:
-    return kernels(cuobjdump("--dump-ptx"), r"\.entry (\w+)")
-
-
-@functools.cache
-def code(architecture: str) -> dict[str, str]:
-    dump = cuobjdump("--dump-sass", "--gpu-architecture", f"sm_{architecture}")
-    return kernels(dump, r"Function : (\w+)")
-
-
-@functools.cache
 def vector_loops(architecture: str, kernel: str) -> list[sass.Loop]:
     return sass.vector_loops(code(architecture)[kernel])
 
 
-@every_kernel
-def test_ptx_rounds_every_operation_once(kernel):
-    assert not re.findall(r"\b(?:fma|mad)\.(?:rn|rz|sat|ftz)\S*", ptx()[kernel])
-    assert not re.findall(r"\S+\.(?:approx|full|ftz)\S*", ptx()[kernel])
+def test_ptx_rounds_every_operation_once():
+    ptx = cuobjdump("--dump-ptx")
+    assert not re.findall(r"\b(?:fma|mad)\.(?:rn|rz|sat|ftz)\S*", ptx)
+    assert not re.findall(r"\S+\.(?:approx|full|ftz)\S*", ptx)
     for operation in ("div", "sqrt"):
         for dtype in ("f32", "f64"):
-            assert f"{operation}.rn.{dtype}" in ptx()[kernel]
+            assert f"{operation}.rn.{dtype}" in ptx
 
 
 @every_architecture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import gc
 import inspect
 import io
@@ -17,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from adamprox import backends
-from registry import OPTIMIZERS, assert_same_bits, bits, same_bits
+from adamprox.hyperparameters import RULES
+from registry import LAYOUTS, OPTIMIZERS, OPTIONS, assert_same_bits, bits, same_bits
 
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 every_twin = pytest.mark.parametrize(
@@ -30,63 +29,8 @@ def make(optimizer: str, params, **arguments) -> torch.optim.Optimizer:
     return spec.cls(params, **{"lr": 1e-2, "weight_decay": spec.weight_decay, **arguments})
 
 
-@pytest.fixture(params=["stable ABI", "DLPack"])
-def reader(request, monkeypatch) -> str:
-    """Both ways of reading tensors; the second is for a torch that lacks what the first needs."""
-    if request.param == "DLPack":
-        monkeypatch.setenv("ADAMPROX_TENSOR_READER", "dlpack")
-    return request.param
-
-
-both_readers = pytest.mark.usefixtures("reader")
-
-
-def test_the_reader_is_the_one_asked_for(reader):
-    assert make("AdamW", make_params((3,)))._gather.reader == reader
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def used_memory():
-    """Where the next tensors will lie: in turns all bits are set, and none."""
-    libc = ctypes.CDLL(None)
-    size_t, pointer = ctypes.c_size_t, ctypes.c_void_p
-    libc.malloc.argtypes, libc.malloc.restype = [size_t], pointer
-    libc.malloc_usable_size.argtypes, libc.malloc_usable_size.restype = [pointer], size_t
-    libc.free.argtypes, libc.free.restype = [pointer], None
-    size = libc.malloc_usable_size(torch.empty(3)._cdata)
-    blocks = [libc.malloc(size) for _ in range(4)]
-    for i, block in enumerate(blocks):
-        ctypes.memset(block, 0xFF if i % 2 else 0, size)
-    for block in blocks:
-        libc.free(block)
-    yield
-
-
-CIRCUMSTANCES = {
-    "usual": contextlib.nullcontext,
-    "used_memory": used_memory,
-    "float64": lambda: default_dtype(torch.float64),
-    "meta": lambda: torch.device("meta"),
-    "inference": torch.inference_mode,
-    "no_grad": torch.no_grad,
-}
-
-
-@pytest.mark.parametrize("circumstances", CIRCUMSTANCES.values(), ids=CIRCUMSTANCES)
-def test_what_the_reader_tries_works_wherever_an_optimizer_is_made(circumstances):
-    params = make_params((3,))
-    with circumstances():
-        optimizer = make("AdamW", params)
-    assert optimizer._gather.reader == "stable ABI"
-    assert optimizer._gather.recognises_tensors
+# Run again where torch's insides are not used: see test_torch_abi.py.
+both_abis = pytest.mark.both_abis
 
 
 def make_params(*shapes: tuple[int, ...], dtype=torch.float32, seed: int = 0) -> list[nn.Parameter]:
@@ -155,6 +99,12 @@ INVALID_HERE = {
     "decay_by": ({"decay_by": "magic"}, ValueError, "decay_by: 'magic'"),
     "initial_lr": ({"decay_by": "schedule", "lr": 0.0}, ValueError, "initial learning rate.*0.0"),
 }
+INVALID_RULES = {
+    "unknown": ({"decay": "magic"}, "decay: 'magic', expected one of coupled, .*prox_l2"),
+    "class": ({"decay": "AdamW"}, "decay: 'AdamW', expected one of"),
+    "None": ({"decay": None}, "decay: None, expected one of"),
+    "option": ({"decay": "prox_l1", "cautious": True}, "cautious: True, .*'prox_l1' has no such"),
+}
 
 
 def refusals(optimizer: str, arguments, error, match: str) -> None:
@@ -183,6 +133,24 @@ def test_invalid_arguments_are_refused_in_torchs_words(optimizer, arguments):
 @every_optimizer
 def test_invalid_arguments_of_our_own_are_refused(optimizer, arguments, error, match):
     refusals(optimizer, arguments, error, match)
+
+
+@pytest.mark.parametrize(("values", "match"), INVALID_RULES.values(), ids=INVALID_RULES)
+@every_optimizer
+def test_invalid_rules_of_a_group_are_refused(optimizer, values, match):
+    a, b = make_params((2,), (3,))
+    with pytest.raises(ValueError, match=match):
+        make(optimizer, [{"params": [a]}, {"params": [b], **values}])
+    opt = make(optimizer, [a])
+    with pytest.raises(ValueError, match=match):
+        opt.add_param_group({"params": [b], **values})
+    assert len(opt.param_groups) == 1
+
+
+@every_optimizer
+def test_the_rule_is_no_argument_of_a_class(optimizer):
+    with pytest.raises(TypeError, match=rf"{optimizer}.*unexpected keyword argument 'decay'"):
+        make(optimizer, make_params((2,)), decay="prox_l1")
 
 
 @every_optimizer
@@ -222,7 +190,7 @@ def test_forms_of_an_argument_give_the_same_bits(optimizer, arguments):
 class Recorder:
     """A backend that only notes that it was called."""
 
-    follows_recipes = False
+    follows_recipes = at_once = False
 
     def __init__(self, why_not: dict[str | None, str] | None = None):
         self.reasons, self.calls = why_not or {}, 0
@@ -230,7 +198,7 @@ class Recorder:
     def why_not(self, device_type=None):
         return self.reasons.get(device_type)
 
-    def step(self, table, decay, groups):
+    def step(self, table, groups):
         self.calls += 1
 
 
@@ -265,18 +233,55 @@ def test_unknown_backend(optimizer, monkeypatch):
         make(optimizer, make_params((2,)))
 
 
-@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.9, 0.9)])
+class Failing(Recorder):
+    """A backend that writes nothing, and raises."""
+
+    def step(self, table, groups):
+        super().step(table, groups)
+        raise MemoryError("no memory left")
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
 @every_optimizer
-def test_betas_are_two_at_each_step(optimizer, betas):
+def test_a_step_that_its_backend_does_not_take_is_not_counted(
+    optimizer, steps_before, monkeypatch
+):
+    params = make_params((2,), ())
+    opt = make(optimizer, params)
+    steps(opt, params, range(steps_before))
+    before = [param.detach().clone() for param in params]
+    failing = Failing()
+    monkeypatch.setitem(backends.BACKENDS, "cpu", failing)
+    opt._backend = "cpu"
+    with pytest.raises(MemoryError, match="no memory left"):
+        steps(opt, params, [steps_before])
+    assert failing.calls == 1
+    assert [opt.state[param]["step"] for param in params] == [steps_before] * 2
+    assert all(map(torch.equal, params, before))
+
+
+SPOILED_GROUPS = {
+    "one_beta": ({"betas": (0.9,)}, r"Invalid betas: \(0.9,\)"),
+    "three_betas": ({"betas": (0.9, 0.9, 0.9)}, r"Invalid betas: \(0.9, 0.9, 0.9\)"),
+    "rule": ({"decay": "magic"}, "Invalid decay: 'magic'"),
+    "no_rule": ({"decay": None}, "Invalid decay: None"),
+    "lr": ({"lr": "fast"}, "must be real number"),
+}
+
+
+@pytest.mark.parametrize(("values", "match"), SPOILED_GROUPS.values(), ids=SPOILED_GROUPS)
+@every_optimizer
+def test_values_of_a_group_are_looked_at_in_each_step(optimizer, values, match):
     params = make_params((2,))
     opt = make(optimizer, params)
     steps(opt, params, [0])
     before = params[0].detach().clone()
-    opt.param_groups[0]["betas"] = betas
-    for _ in range(2):
-        with pytest.raises(TypeError, match=rf"Invalid betas: {re.escape(repr(betas))}"):
+    opt.param_groups[0].update(values)
+    for _ in range(3):
+        with pytest.raises((TypeError, ValueError), match=match):
             steps(opt, params, [1])
         assert torch.equal(params[0], before)
+        assert opt.state[params[0]]["step"] == 1
 
 
 @every_optimizer
@@ -372,6 +377,11 @@ SPOILED_STATES = {
     "step_missing": (drop_state("step"), "step count of"),
     "step_text": (set_state("step", lambda t: "two"), "step count of"),
     "step_two_elements": (set_state("step", lambda t: torch.ones(2)), "step count of"),
+    "step_negative": (set_state("step", lambda t: t - 4), "step count of .*-1.0"),
+    "step_negative_int": (set_state("step", lambda t: -1), "step count of .*-1.0"),
+    "step_nan": (set_state("step", lambda t: t * torch.nan), "step count of .*nan"),
+    "step_infinite": (set_state("step", lambda t: t * torch.inf), "step count of .*inf"),
+    "step_complex": (set_state("step", lambda t: t + 1j), "step count of"),
 }
 
 
@@ -408,7 +418,7 @@ def named(optimizer: str, params) -> torch.optim.Optimizer:
 SHAPES = ((5,), (), (4, 3))
 
 
-@both_readers
+@both_abis
 @pytest.mark.parametrize(
     ("spoil", "match"),
     (SPOILED_PARAMS | SPOILED_STATES).values(),
@@ -433,18 +443,6 @@ def test_bad_tensor_in_the_first_step_leaves_no_state(optimizer, spoil, match):
     spoil(opt, params[-1])
     refuses_to_step(opt, rf"(?=.*{match})(?=.*\(last\))")
     assert not opt.state
-
-
-@pytest.mark.parametrize("steps_before", [0, 3])
-@every_optimizer
-def test_param_that_appears_twice_is_refused(optimizer, steps_before):
-    """torch checks add_param_group; a list of params can be changed behind its back."""
-    params = make_params(*SHAPES)
-    opt = make(optimizer, [{"params": params[:2]}, {"params": params[2:]}])
-    steps(opt, params, range(steps_before))
-    set_grads(params, 3)
-    opt.param_groups[1]["params"].append(params[0])
-    refuses_to_step(opt, r"twice.*param_groups\[1\]\['params'\]\[1\]")
 
 
 @every_optimizer
@@ -490,7 +488,7 @@ def skipping(opt, params, count: int) -> None:
         opt.step()
 
 
-@both_readers
+@both_abis
 @pytest.mark.parametrize("default_dtype", [torch.float32, torch.float64], ids=str)
 @every_optimizer
 def test_step_counts_are_torchs(optimizer, default_dtype):
@@ -509,41 +507,226 @@ def test_step_counts_are_torchs(optimizer, default_dtype):
         assert same_bits(count, expected)
 
 
-def counters(opt, params) -> list[int]:
-    """Which params share a step counter: equal numbers do."""
-    pointers = [opt.state[param]["step"].data_ptr() for param in params]
-    return [pointers.index(pointer) for pointer in pointers]
-
-
 @every_optimizer
-def test_params_at_the_same_step_share_a_counter(optimizer):
+def test_every_param_has_a_step_count_of_its_own(optimizer):
+    """In one buffer, if they are made in one step."""
     params = make_params((2,), (3,), (4,), (5,))
     opt = make(optimizer, [{"params": params[:2]}, {"params": params[2:]}])
-    steps(opt, params, range(2))
-    assert counters(opt, params) == [0, 0, 0, 0]
+    steps(opt, params[:3], range(2))
+    counts = [opt.state[param]["step"] for param in params[:3]]
+    assert len({count.data_ptr() for count in counts}) == 3
+    assert len({count.untyped_storage().data_ptr() for count in counts}) == 1
     set_grads(params, 2)
-    params[1].grad = params[3].grad = None
+    params[1].grad = None
     opt.step()
-    assert counters(opt, params) == [0, 1, 0, 1]
-    assert [opt.state[p]["step"].item() for p in params] == [3, 2, 3, 2]
-    set_grads(params, 3)
-    params[0].grad = params[2].grad = params[3].grad = None
-    opt.step()
-    assert [opt.state[p]["step"].item() for p in params] == [3, 3, 3, 2]
-    steps(opt, params, [4])  # 0, 1, 2 are at the same step again
-    assert [opt.state[p]["step"].item() for p in params] == [4, 4, 4, 3]
-    assert counters(opt, params) == [0, 0, 0, 3]
+    assert [opt.state[p]["step"].item() for p in params] == [3, 2, 3, 1]
+    assert [opt.state[p]["step"] is count for p, count in zip(params, counts)] == [True] * 3  # noqa: B905
+    counts[0].fill_(7)
+    steps(opt, params, [3])
+    assert [opt.state[p]["step"].item() for p in params] == [8, 3, 4, 2]
 
 
 @every_optimizer
-def test_state_dict_has_a_counter_for_each_param(optimizer):
+def test_state_dict_has_the_counts_themselves_as_torchs_does(optimizer):
+    ours, theirs = make_params(*SHAPES), make_params(*SHAPES)
+    pair = (make(optimizer, ours), ours), (torch.optim.AdamW(theirs), theirs)
+    for opt, params in pair:
+        steps(opt, params, range(2))
+        saved = [state["step"] for state in opt.state_dict()["state"].values()]
+        assert len({count.data_ptr() for count in saved}) == len(params)
+        steps(opt, params, [2])
+        assert saved == [3, 3, 3]
+
+
+@pytest.mark.parametrize("copied", ["pickle", "deepcopy", "state_dict"])
+@every_optimizer
+def test_a_count_that_params_share_is_shared_no_more_in_a_copy(optimizer, copied):
+    """As the first edition had it; while it is shared, each param counts, as in torch."""
     params = make_params(*SHAPES)
     opt = make(optimizer, params)
-    steps(opt, params, range(2))
-    saved = [state["step"] for state in opt.state_dict()["state"].values()]
-    assert len({step.data_ptr() for step in saved}) == len(params)
-    steps(opt, params, [2])
-    assert saved == [2, 2, 2]
+    shared = torch.tensor(0.0)
+    steps(opt, params, [0])
+    for state in opt.state.values():
+        state["step"] = shared
+    steps(opt, params, [1])
+    assert shared == 3
+    if copied == "state_dict":
+        others = make_params(*SHAPES)
+        other = make(optimizer, others)
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    else:
+        copying = {"pickle": lambda x: pickle.loads(pickle.dumps(x)), "deepcopy": copy.deepcopy}
+        other, others = copying[copied]((opt, params))
+    steps(other, others, [2])
+    assert [other.state[param]["step"].item() for param in others] == [4, 4, 4]
+    assert shared == 3
+
+
+INTEGERS = (torch.int64, torch.int32, torch.uint8)
+
+
+@both_abis
+@pytest.mark.parametrize("dtype", [*INTEGERS, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@every_optimizer
+def test_a_count_of_another_dtype_is_counted_in_place(optimizer, dtype):
+    params, twins = make_params(*SHAPES), make_params(*SHAPES)
+    opt, twin = make(optimizer, params), make(optimizer, twins)
+    steps(opt, params, [0])
+    steps(twin, twins, [0])
+    counts = [state["step"].to(dtype) for state in opt.state.values()]
+    for state, count in zip(opt.state.values(), counts, strict=True):
+        state["step"] = count
+    steps(opt, params, range(1, 5))
+    steps(twin, twins, range(1, 5))
+    assert counts == [5, 5, 5]
+    for p, q, count in zip(params, twins, counts, strict=True):
+        assert opt.state[p]["step"] is count
+        assert count.dtype == dtype
+        assert same_bits(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("count", [0.5, 2.25, 1e-3, 1e6 + 0.375, 2.0**60])
+@every_twin
+def test_a_fractional_count_gives_torchs_numbers(optimizer, count):
+    spec = OPTIMIZERS[optimizer]
+    ours, theirs = make_params((64,)), make_params((64,))
+    for cls, params in ((spec.cls, ours), (spec.twin, theirs)):
+        opt = cls(params, lr=1e-2, weight_decay=0.1)
+        steps(opt, params, [0])
+        opt.state[params[0]]["step"] = torch.tensor(count, dtype=torch.float64)
+        steps(opt, params, [1, 2])
+        assert opt.state[params[0]]["step"] == count + 2
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [0.5, 2.25, 1e-3, 1e6 + 0.375, 2.0**60])
+@every_optimizer
+def test_a_fractional_count_gives_the_bits_of_the_reference(optimizer, count):
+    pair = []
+    for backend in ("cpu", "reference"):
+        params = make_params((64,), (3,))
+        opt = make(optimizer, params, backend=backend)
+        steps(opt, params, [0])
+        opt.state[params[0]]["step"] = torch.tensor(count, dtype=torch.float64)
+        steps(opt, params, range(1, 4))
+        pair.append(opt)
+    assert_same_bits(*pair)
+
+
+# Params that share memory.
+
+
+def in_turns(optimizer: str, whole: Tensor, views, seeds, **arguments):
+    """The optimizer over views of one tensor; and one optimizer for each, one after the other."""
+    results = []
+    for alone in (False, True):
+        buffer = whole.clone()
+        params = [nn.Parameter(view(buffer)) for view in views]
+        assert all(p.untyped_storage().data_ptr() == buffer.data_ptr() for p in params)
+        groups = [[param] for param in params] if alone else [params]
+        opts = [make(optimizer, group, **arguments) for group in groups]
+        for seed in seeds:
+            set_grads(params, seed)
+            for opt in opts:
+                opt.step()
+        results.append((buffer, [opts[i * alone].state[p] for i, p in enumerate(params)]))
+    return results
+
+
+VIEWS = {
+    "overlapping": (lambda t: t[0, :6], lambda t: t[0, 2:], lambda t: t[0, 3:7]),
+    "the same": (lambda t: t, lambda t: t, lambda t: t[1]),
+    "apart": (lambda t: t[0], lambda t: t[1]),
+    "strided": (lambda t: t[:, ::2], lambda t: t[:, 1::2], lambda t: t[:, :5]),
+    "transposed": (lambda t: t, lambda t: t.T, lambda t: t[1]),
+}
+
+
+@both_abis
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("views", VIEWS.values(), ids=VIEWS)
+@every_optimizer
+def test_params_that_share_memory_are_stepped_one_after_the_other(optimizer, views, backend):
+    whole = make_params((2, 8))[0].detach()
+    together, alone = in_turns(optimizer, whole, views, range(4), backend=backend)
+    assert same_bits(together[0], alone[0])
+    for state, other in zip(together[1], alone[1], strict=True):
+        assert all(same_bits(state[key], value) for key, value in other.items())
+
+
+def as_params_twice(optimizer: str, backend: str, dtype, layout):
+    """An optimizer whose group has the first of two params twice."""
+    params = make_params((4, 3), (5,), dtype=dtype)
+    for param in params:
+        param.data = layout(param.data)
+    with pytest.warns(UserWarning, match="duplicate"):
+        return params, make(optimizer, [params[0], params[1], params[0]], backend=backend)
+
+
+@both_abis
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@every_optimizer
+def test_a_param_twice_in_a_group_is_stepped_twice(optimizer, backend, dtype, layout):
+    """As in torch: one step after the other."""
+    params, opt = as_params_twice(optimizer, backend, dtype, layout)
+    twins = copy.deepcopy(params)
+    alone = [make(optimizer, [twin], backend="reference") for twin in twins]
+    for seed in range(4):
+        set_grads(params, seed)
+        set_grads(twins, seed)
+        opt.step()
+        for index in (0, 1, 0):
+            alone[index].step()
+    assert [opt.state[param]["step"].item() for param in params] == [8, 4]
+    for param, twin, its in zip(params, twins, alone, strict=True):
+        assert same_bits(param.detach(), twin.detach())
+        for key, value in its.state[twin].items():
+            assert same_bits(opt.state[param][key], value), key
+
+
+@every_twin
+def test_a_param_twice_in_a_group_is_torchs(optimizer):
+    params, opt = as_params_twice(optimizer, "cpu", torch.float32, LAYOUTS[0])
+    twins = copy.deepcopy(params)
+    given = {"lr": 1e-2, "weight_decay": OPTIMIZERS[optimizer].weight_decay, "foreach": False}
+    with pytest.warns(UserWarning, match="duplicate"):
+        theirs = OPTIMIZERS[optimizer].twin([twins[0], twins[1], twins[0]], **given)
+    for seed in range(4):
+        for each, its in ((opt, params), (theirs, twins)):
+            set_grads(its, seed)
+            each.step()
+    torch.testing.assert_close(params, twins)
+    assert all(torch.equal(opt.state[p]["step"], theirs.state[q]["step"]) for p, q in zip(params, twins, strict=True))
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+@every_optimizer
+def test_a_param_that_gets_into_two_groups_is_stepped_with_the_values_of_each(
+    optimizer, steps_before
+):
+    """torch checks add_param_group; a list of params can be changed behind its back."""
+    params, twins = make_params(*SHAPES), make_params(*SHAPES)
+    values = {"lr": 0.1, "weight_decay": 0.2}
+    opt = make(optimizer, [{"params": params[:2]}, {"params": params[2:], **values}])
+    twin = make(optimizer, [{"params": twins[:2]}, {"params": twins[2:], **values}])
+    steps(opt, params, range(steps_before))
+    steps(twin, twins, range(steps_before))
+    opt.param_groups[1]["params"].append(params[0])
+    first = twin.param_groups[0]
+    for seed in range(3, 6):
+        steps(opt, params, [seed])
+        steps(twin, twins, [seed])
+        kept = {key: first[key] for key in values}
+        first.update(values)
+        twins[1].grad = twins[2].grad = None
+        twin.step()
+        first.update(kept)
+    assert opt.state[params[0]]["step"] == steps_before + 6
+    for p, q in zip(params, twins, strict=True):
+        assert same_bits(p.detach(), q.detach())
+        assert all(same_bits(opt.state[p][key], value) for key, value in twin.state[q].items())
 
 
 @every_optimizer
@@ -630,7 +813,7 @@ def set_a_counter(opt):
     opt.state[opt.param_groups[0]["params"][1]]["step"] = torch.tensor(77.0)
 
 
-def set_the_shared_counter_in_place(opt):
+def set_a_counter_in_place(opt):
     opt.state[opt.param_groups[0]["params"][1]]["step"].fill_(77.0)
 
 
@@ -656,6 +839,20 @@ def reverse_params(opt):
 
 def replace_a_param(opt):
     (opt.param_groups[0]["params"][1],) = make_params((6, 5), seed=9)
+
+
+def change_the_rule(opt):
+    opt.param_groups[0].update(decay="prox_l1", weight_decay=0.5)
+    opt.step()
+    opt.param_groups[0].update(decay="decoupled")
+    opt.step()
+    opt.param_groups[0].update(decay="".join(["prox", "_l2"]))
+
+
+def turn_an_option_of_the_rule_on(opt):
+    opt.param_groups[0].update(decay="decoupled", weight_decay=0.5, cautious=False)
+    opt.step()
+    opt.param_groups[0]["cautious"] = True
 
 
 def add_a_group(opt):
@@ -685,14 +882,14 @@ def turn_amsgrad_off(opt):
 CHANGES = (
     *(swap_data, replace_states, move_states_there_and_back, replace_state_dicts),
     *(change_hyper_parameters, change_hyper_parameters_in_place, replace_the_group),
-    *(turn_amsgrad_on, turn_amsgrad_off),
+    *(turn_amsgrad_on, turn_amsgrad_off, change_the_rule, turn_an_option_of_the_rule_on),
     *(reload_state_dict, clear_states, drop_one_state),
-    *(set_a_counter, set_the_shared_counter_in_place, counter_of_another_type, counter_in_float64),
+    *(set_a_counter, set_a_counter_in_place, counter_of_another_type, counter_in_float64),
     *(reverse_params, replace_a_param, add_a_group, resize_in_place),
 )
 
 
-@both_readers
+@both_abis
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @every_optimizer
 def test_nothing_stale_is_used(optimizer, change):
@@ -718,6 +915,8 @@ DIFFERENCES = (
     *({"lr": 0.3}, {"betas": (0.5, 0.999)}, {"betas": (0.9, 0.5)}, {"eps": 0.1}),
     *({"weight_decay": 0.7}, {"maximize": True}, {"amsgrad": True}, {"decay_by": "schedule"}),
     *({"initial_lr": 0.05}, {"lr": torch.tensor(0.3)}),
+    *({"decay": rule} for rule in RULES),
+    {"decay": "decoupled", "cautious": True},
 )
 
 
@@ -750,13 +949,28 @@ def test_groups_that_are_alike_share_their_scalars():
     steps(opt, params, range(2))
 
     def num_scalars() -> int:
-        assert not opt._gather.read(opt.param_groups, opt.state, {})
-        (table,) = opt._gather.tables()
-        return table.num_scalars
+        gather = opt._engine.gather
+        assert not gather.read(opt.param_groups, opt.state, {}, False, False, False, 0)
+        assert not gather.findings
+        (table,) = gather.tables()
+        table.begin()
+        try:
+            return table.num_scalars
+        finally:
+            table.undo()
+            gather.release()
 
     assert num_scalars() == 1
     opt.param_groups[4]["lr"] = 0.3
     assert num_scalars() == 3  # those before it, its own, those after it
+    opt.param_groups[4]["lr"] = opt.param_groups[0]["lr"]
+    opt.param_groups[4]["decay"] = "prox_l1"
+    assert num_scalars() == 3
+    opt.param_groups[4]["decay"] = "decoupled"
+    for param in params[::2]:
+        opt.state[param]["step"] += 1
+    assert num_scalars() == 2  # steps in turns
+    assert [opt.state[param]["step"].item() for param in params] == [3, 2] * 4 + [3]
 
 
 def move_by_set(tensor):
@@ -786,7 +1000,7 @@ def tensor_of(opt, name: str) -> Tensor:
     return found[name]
 
 
-@both_readers
+@both_abis
 @pytest.mark.parametrize("move", [move_by_set, move_by_data, move_by_resizing])
 @pytest.mark.parametrize("name", TENSORS)
 def test_memory_may_move_below_a_tensor(name, move):
@@ -804,7 +1018,7 @@ def test_memory_may_move_below_a_tensor(name, move):
         assert same_bits(tensor_of(opt, key), tensor_of(fresh, key)), key
 
 
-@both_readers
+@both_abis
 @pytest.mark.parametrize("name", TENSORS)
 def test_memory_that_a_lazy_clone_shares_is_not_written_to(name):
     params = make_params(*SHAPES)
@@ -820,7 +1034,7 @@ def test_memory_that_a_lazy_clone_shares_is_not_written_to(name):
         assert same_bits(tensor_of(opt, key), tensor_of(fresh, key)), key
 
 
-@both_readers
+@both_abis
 @every_optimizer
 def test_grads_are_not_kept_alive(optimizer):
     params = make_params(*SHAPES)
@@ -848,6 +1062,60 @@ def test_params_are_not_kept_alive():
     del opt, params
     gc.collect()
     assert [param() for param in alive] == [None] * len(alive)
+
+
+# The rule of decay is a value of a group.
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@every_optimizer
+def test_groups_of_different_rules_step_as_their_classes_do(optimizer, backend):
+    class_of = {spec.cls.decay: spec.cls for spec in OPTIMIZERS.values()}
+    values = OPTIONS["rules"].groups
+    alone = [make_params(*SHAPES, seed=seed) for seed in range(len(values))]
+    together = copy.deepcopy(alone)
+    opts = []
+    for params, group in zip(alone, values, strict=True):
+        arguments = {key: value for key, value in group.items() if key != "decay"}
+        opts.append(class_of[group["decay"]](params, lr=1e-2, backend=backend, **arguments))
+    groups = [{"params": params, **group} for params, group in zip(together, values, strict=True)]
+    opt = make(optimizer, groups, backend=backend)
+    assert {group["decay"] for group in opt.param_groups} == set(RULES)
+    for seed in range(5):
+        for params in (*alone, *together):
+            set_grads(params, seed)
+        for each in (*opts, opt):
+            each.step()
+    for params, twins, its in zip(together, alone, opts, strict=True):
+        for p, q in zip(params, twins, strict=True):
+            assert same_bits(p.detach(), q.detach())
+            for key, value in its.state[q].items():
+                assert same_bits(opt.state[p][key], value), key
+
+
+@every_optimizer
+def test_a_group_has_the_rule_of_the_class_and_says_whether_it_is_coupled(optimizer):
+    """torch.optim.Adam goes by the latter."""
+    rule = OPTIMIZERS[optimizer].cls.decay
+    a, b = make_params((2,), (3,))
+    opt = make(optimizer, [a])
+    for decay in (rule, *RULES):
+        opt.add_param_group({"params": make_params((2,)), "decay": decay})
+    opt.add_param_group({"params": [b]})
+    assert [group["decay"] for group in opt.param_groups] == [rule, rule, *RULES, rule]
+    for group in opt.param_groups:
+        assert group["decoupled_weight_decay"] == (group["decay"] != "coupled")
+
+
+def test_options_of_a_rule_are_in_the_groups_that_have_the_rule():
+    params = make_params((2,), (3,), (4,))
+    opt = make("AdamProx", [{"params": [params[0]]}, {"params": [params[1]], "decay": "decoupled"}])
+    opt.add_param_group({"params": [params[2]], "decay": "decoupled", "cautious": True})
+    assert [group.get("cautious") for group in opt.param_groups] == [None, False, True]
+    opt = make("AdamW", params[:1], cautious=True)
+    opt.add_param_group({"params": [params[1]]})
+    opt.add_param_group({"params": [params[2]], "cautious": False})
+    assert [group["cautious"] for group in opt.param_groups] == [True, True, False]
 
 
 # Saving, loading, copying.
@@ -915,7 +1183,7 @@ def test_complex_is_a_pair_of_reals(optimizer):
     assert same_bits(torch.view_as_real(as_complex.detach()), as_real.detach())
 
 
-@both_readers
+@both_abis
 @pytest.mark.parametrize("numel", [1, 2, 3])
 @every_optimizer
 def test_lazy_conjugates_and_negations(optimizer, numel):
@@ -935,7 +1203,7 @@ def test_lazy_conjugates_and_negations(optimizer, numel):
         assert same_bits(p.detach(), q.detach())
 
 
-@both_readers
+@both_abis
 @every_optimizer
 def test_autograd_sees_the_write(optimizer):
     """A tensor that was saved for backward before the step is out of date after it."""

@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adamprox.hyperparameters import RULES
 from adamprox.reference import CHUNK_SIZE, TILE_SIZE
 from registry import (
     BACKENDS,
+    CELLS,
     DTYPES,
     L2,
     OPTIMIZERS,
@@ -83,14 +85,14 @@ def check(
             assert_same_bits(*pair)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("optimizer", "option"), CELLS)
 @every_dtype
-@every_optimizer
 @every_backend
-def test_parity(backend, optimizer, dtype, option):
+def test_parity(backend, dtype, optimizer, option):
     generator = torch.Generator().manual_seed(1)
-    few = SMALL_SHAPES if option in ("groups", "skipped") else FEW_SHAPES
+    few = SMALL_SHAPES if option in ("groups", "rules", "skipped") else FEW_SHAPES
     shapes = SHAPES if backend == "cpu" else few
+    shapes += few * (option == "rules")  # so that each group has some
     values = [randn(generator, shape, DTYPES[dtype].param) for shape in shapes]
     check(backend, optimizer, values, option=OPTIONS[option], state=DTYPES[dtype].state)
 
@@ -135,11 +137,13 @@ def special_values(dtype: torch.dtype) -> Tensor:
     return torch.complex(reals, reals.flip(0)) if dtype.is_complex else reals
 
 
-@pytest.mark.parametrize("option", ["plain", "amsgrad", "maximize"])
+@pytest.mark.parametrize(
+    ("optimizer", "option"),
+    [cell for cell in CELLS if cell[1] in ("plain", "amsgrad", "maximize", "cautious")],
+)
 @every_dtype
-@every_optimizer
 @every_backend
-def test_parity_of_special_values(backend, optimizer, dtype, option):
+def test_parity_of_special_values(backend, dtype, optimizer, option):
     """Every special param with every special grad; blocks of their own where a norm is taken."""
     param_dtype, state = DTYPES[dtype]
     special = special_values(param_dtype)
@@ -236,7 +240,8 @@ def problems(draw):
             "weight_decay": st.floats(0, 30),
             "amsgrad": st.booleans(),
             "maximize": st.booleans(),
-        }
+        },
+        optional={"decay": st.sampled_from(tuple(RULES))},
     )
     return values, grads, draw(st.lists(groups, min_size=1, max_size=3))
 

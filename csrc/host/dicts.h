@@ -136,10 +136,12 @@ class GroupReader {
     for (int f = 0; f < kFlags; ++f) read_flag(f, v);
     if (v.h.flag[kDecayBySchedule]) required(kInitialLr);
     const auto decay = py::reinterpret_borrow<py::object>(required(kDecay));
+    std::vector<py::object> seen;
     if (!v.has_objects && std::all_of(values_.begin(), values_.end(), is_constant)) {
-      for (PyObject* value : values_) v.seen.push_back(py::reinterpret_borrow<py::object>(value));
+      for (PyObject* value : values_) seen.push_back(py::reinterpret_borrow<py::object>(value));
     }
-    read_rule(decay, v);
+    read_rule(decay, v);  // or it throws, and has seen nothing
+    v.seen = std::move(seen);
   }
 
  private:
@@ -244,7 +246,14 @@ class GroupReader {
     for (const auto& [rule, option] : candidates) {
       if (option.ptr() == Py_True || as_bool(option.ptr())) found = rule;
     }
-    if (found < 0) throw py::value_error("Invalid decay: " + std::string(py::repr(decay)));
+    if (found < 0) {
+      std::string known;
+      for (const RuleKey& key : kRuleKeys) {
+        if (key.option == nullptr) known += (known.empty() ? "" : ", ") + std::string(key.decay);
+      }
+      throw py::value_error("Invalid decay: " + std::string(py::repr(decay)) + ", expected one of " +
+                            known + "; nothing was updated");
+    }
     v.rule = static_cast<Decay>(found);
   }
 

@@ -349,6 +349,8 @@ bool Gather::resolve(Member& m, TensorRow& row, void*& grad, Device& device, int
     // The first one says what the moments are.
     accept(m.states[s], kStateKeys[s].key, type, s == kExpAvg ? wide : type, row.states[s]);
     if (s == kExpAvg) row.state_dtype = t.dtype;
+    // It follows from the final param, which this step does not know.
+    if (kStateKeys[s].type == kCompute && is_deferred(m)) row.states[s] = nullptr;
   }
   if (!m.usable) return false;
   device = p.device;

@@ -80,11 +80,8 @@ HOST_DEVICE void count_step(const ScalarsRecipe& r) {
   });
 }
 
-// Follows all recipes and counts the steps; `worker` is one of `workers` threads, all of which call
-// it, and `barrier` holds them together.
-template <typename Barrier>
-HOST_DEVICE void prepare(const RecipesHead& head, PreparedHead& prepared, int worker, int workers,
-                         Barrier barrier) {
+// Follows all recipes and counts the steps; `worker` is one of `workers` threads, all of which call it.
+HOST_DEVICE void prepare(const RecipesHead& head, PreparedHead& prepared, int worker, int workers) {
   const bool skip = read(head.found_inf) != 0;
   const double loss_scale = read(head.loss_scale);
   if (worker == 0) prepared.skip = skip;
@@ -99,7 +96,6 @@ HOST_DEVICE void prepare(const RecipesHead& head, PreparedHead& prepared, int wo
     prepared.scalars()[i] = make_scalars(group.rule, h, bias, loss_scale);
     if (!skip) count_step(recipe);
   }
-  barrier();  // all scalars are there
 }
 
 }  // namespace adamprox

@@ -61,15 +61,20 @@ struct HyperParameters {
 constexpr int kDecayConstants = 2;  // the most that a rule of decay.h has
 
 // What changes with the step count, in double: computed once, rounded once to the compute type where
-// it is used.
+// it is used. A line each:
+#define ADAMPROX_SCALARS(SCALAR)                                                      \
+  SCALAR(one_minus_beta1)                                                             \
+  SCALAR(one_minus_beta2)                                                             \
+  SCALAR(step_size)  /* lr * sqrt(1 - beta2^t) / (1 - beta1^t) */                     \
+  SCALAR(eps)        /* eps * sqrt(1 - beta2^t) */                                    \
+  SCALAR(grad_scale) /* 1, or -1 to maximize, divided by the loss scale */            \
+  SCALAR(alpha)      /* telemetry measures updates by it */                           \
+  SCALAR(step)       /* t, the count with this step */
+
 struct Scalars {
-  double one_minus_beta1;
-  double one_minus_beta2;
-  double step_size;   // lr * sqrt(1 - beta2^t) / (1 - beta1^t)
-  double eps;         // eps * sqrt(1 - beta2^t)
-  double grad_scale;  // multiplies the grads: 1, or -1 to maximize, divided by the loss scale
-  double alpha;       // telemetry measures updates by it
-  double step;        // t, the count with this step
+#define SCALAR(name) double name;
+  ADAMPROX_SCALARS(SCALAR)
+#undef SCALAR
   double decay[kDecayConstants];  // see decay.h: a meaning for each rule
 };
 

@@ -12,6 +12,7 @@ from torch import Tensor, get_num_threads
 from torch.cuda import is_initialized
 
 from . import _C, reference, telemetry
+from .hyperparameters import FOLLOWERS
 
 
 class Backend(Protocol):
@@ -43,12 +44,11 @@ class ReferenceBackend:
             values = groups[group]
             if deferred:  # z first: a soft threshold of zero leaves it, to the bit
                 values = {**values, "decay": "prox_l1", "weight_decay": 0.0}
+                states = {key: state for key, state in states.items() if key not in FOLLOWERS}
             scalars = reference.step_scalars(values, step, table.loss_scale)
-            writes += reference.step(reference.rule_of(values), param, grad, states, scalars)
+            writes += reference.step(values, param, grad, states, scalars)
             notes.append((param, states, scalars, reference.alpha(values), step))
-        with torch.no_grad():
-            for tensor, value in writes:
-                tensor.copy_(value)
+        reference.write(writes)
         if table.records is None:
             return
         for index, (param, states, scalars, alpha, step) in enumerate(notes):
@@ -96,8 +96,8 @@ class CudaBackend:
             captures, upload = capturing(), _upload_to(table)
             stream = torch.cuda.current_stream(device).cuda_stream
             metadata = table.metadata(upload, stream, captures)
-            payload = None  # it rides in the kernel's parameters, unless it has to stay for replays
-            if captures or not table.payload_is_inline:
+            payload = None  # it rides in the kernel's parameters
+            if not table.payload_is_inline:
                 payload = upload(table.payload())
             prepared = torch.empty(table.prepared_size, dtype=torch.uint8, device=device)
             if captures:

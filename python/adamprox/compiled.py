@@ -18,7 +18,7 @@ from torch._dynamo import assume_constant_result
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch.optim import Optimizer
 
-from .hyperparameters import states_of
+from .hyperparameters import STATES, is_on, states_of
 from .loss_scaling import LossScaling
 from .stand_ins import Given, make_states
 from .step import take_step
@@ -74,17 +74,20 @@ def traced_step(optimizer: _FusedAdam, closure: Callable[[], float] | None) -> f
             loss = closure()
     comptime(_break_if_hyper_parameters_wait)
     groups = optimizer._param_groups
-    params, indices = [], []
+    params, indices, keys = [], [], []
     index = 0
     for group in groups:
+        # Read here, so that another graph is made when a state comes or goes.
+        of_group = [s.key for s in STATES if s.needs is None or is_on(group.get(s.needs))]
         for param in group["params"]:
             if param.grad is not None:
                 params.append(param)
                 indices.append(index)
+                keys.append(of_group)
             index += 1
     if not params:
         return loss
-    handle, keys = _prepared(optimizer, indices)
+    handle = _handle_with_states(optimizer, indices)
     grads = [param.grad for param in params]
     states = [
         optimizer.state[param][key]
@@ -109,20 +112,15 @@ observed_traced_step = Optimizer.profile_hook_step(traced_step)
 
 
 @assume_constant_result  # type: ignore[untyped-decorator]
-def _prepared(
-    optimizer: _FusedAdam, indices: Sequence[int]
-) -> tuple[int, tuple[tuple[str, ...], ...]]:
-    """Runs when the graph is made: the handle, and the keys of the states, which are there then."""
+def _handle_with_states(optimizer: _FusedAdam, indices: Sequence[int]) -> int:
+    """Runs when the graph is made: the states that it is going to be handed are there then."""
     flat = [(param, group) for group in optimizer.param_groups for param in group["params"]]
-    chosen = [flat[index] for index in indices]
-    make_states(optimizer, chosen)
+    make_states(optimizer, [flat[index] for index in indices])
     engine = optimizer._engine
     if engine.handle is None:
         engine.handle = next(_handles)
         _optimizers[engine.handle] = optimizer
-    return engine.handle, tuple(
-        tuple(state.key for state in states_of(group)) for _, group in chosen
-    )
+    return engine.handle
 
 
 def _break_if_hyper_parameters_wait(context: ComptimeContext) -> None:

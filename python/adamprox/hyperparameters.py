@@ -28,9 +28,13 @@ STATES = (State("exp_avg"), State("exp_avg_sq"), State("max_exp_avg_sq", needs="
 COUNT = "step"  # beside them: how many steps the param has made, one number
 
 
+# The keys of the states that follow from the param, once it is final.
+FOLLOWERS = tuple(state.key for state in STATES if state.type == "compute")
+
+
 def is_on(value: Any) -> bool:
-    """Whether a value of a group asks for the state that needs it."""
-    return value is not None and bool(value)
+    """Whether a value of a group asks for the state that needs it: 0 is a number."""
+    return value is not None and value is not False
 
 
 def states_of(group: Group) -> Iterator[State]:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, compiler
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
-from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer, ParamsT
 from typing_extensions import Unpack
@@ -170,7 +169,7 @@ class _FusedAdam(Optimizer):
         Raises:
             RuntimeError: a tensor cannot be used or no backend can run; nothing was updated.
         """
-        if is_dynamo_compiling():
+        if compiler.is_dynamo_compiling():  # by a module of torch's: Dynamo looks for one in a frame
             from . import compiled  # and Dynamo, only where it is in use
 
             traced = compiled.observed_traced_step if _has_hooks(self) else compiled.traced_step

@@ -207,7 +207,7 @@ Writes = list[tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def step(
-    rule: str,
+    group: Mapping[str, Any],
     param: Tensor,
     grad: Tensor,
     states: Mapping[str, Tensor],
@@ -218,11 +218,12 @@ def step(
     Every tensor has the param's shape; complex numbers are pairs of reals.
 
     Args:
-        rule: from :func:`rule_of`.
+        group: the values of the param group.
         param, grad: of the same dtype.
         states: by the keys of :data:`adamprox.hyperparameters.STATES`, those that there are.
         scalars: from :func:`step_scalars`.
     """
+    rule = rule_of(group)
     param, grad = _reals(param), _reals(grad)
     own = {key: _reals(state) for key, state in states.items()}
     dtype = _compute_dtype(param)
@@ -245,8 +246,19 @@ def step(
     new = apply_decay(rule, p, update, k).to(param.dtype)
     if rule == "prox_l2" and param.numel() > 0:  # of what is stored
         new = prox_l2(torch.empty_like(param).copy_(new), scalars.decay[0])
-    writes.append((param, new))
-    return writes
+    return [*writes, (param, new), *follow(new, own, group)]
+
+
+def follow(param: Tensor, states: Mapping[str, Tensor], group: Mapping[str, Any]) -> Writes:
+    """What becomes of the states that follow from the final param."""
+    return []
+
+
+@torch.no_grad()
+def write(writes: Writes) -> None:
+    """Writes the new values."""
+    for tensor, value in writes:
+        tensor.copy_(value)
 
 
 def _reals(tensor: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ def _range_of(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.itemsize
 
 
+@torch._disable_dynamo  # which would trace it after a graph break
 def mend(
     optimizer: Optimizer,
     groups: Sequence[dict[str, Any]],
@@ -98,35 +99,37 @@ def mend(
             "captured into a CUDA graph, or each replay would make them anew: step once before, "
             "with the same grads"
         )
-    new = {id(p.param): (p.param, p.group) for p in params if p.key == "state"}
+    new = {id(p.param): (p.param, p.group) for p in params if p.is_missing()}
     make_states(optimizer, new.values())
     with torch.no_grad():
         for param in params:
-            if param.key != "state":
+            if not param.is_missing():
                 param.mend()
 
 
 @torch.no_grad()
 def make_states(optimizer: Optimizer, params_and_groups: Iterable[tuple[Tensor, Group]]) -> None:
     """States and a step count for those that have none; an error leaves all as they are."""
-    wanted = [
-        (param, group)
-        for param, group in params_and_groups
-        if not _has_states(optimizer.state.get(param))
-    ]
+    wanted = [(param, group, _missing(optimizer, param, group)) for param, group in params_and_groups]
     with torch.inference_mode(False):
         # Views of one buffer: they lie side by side, which is what reading them costs.
-        counts = torch.zeros(len(wanted), dtype=_count_dtype(), device="cpu").unbind()
-        made = [
-            {COUNT: count, **{state.key: _start(state, param) for state in states_of(group)}}
-            for count, (param, group) in zip(counts, wanted, strict=True)
-        ]
-    for (param, _), states in zip(wanted, made, strict=True):
-        optimizer.state[param].update(states)
+        fresh = [param for param, _, missing in wanted if missing is None]
+        counts = iter(torch.zeros(len(fresh), dtype=_count_dtype(), device="cpu").unbind())
+        made: list[tuple[Tensor, dict[str, Tensor]]] = []
+        for param, group, missing in wanted:
+            states = states_of(group) if missing is None else missing
+            new = {state.key: _start(state, param) for state in states}
+            made.append((param, new if missing is not None else {COUNT: next(counts), **new}))
+    for param, new in made:
+        optimizer.state[param].update(new)
 
 
-def _has_states(state: Mapping[str, Any] | None) -> bool:
-    return state is not None and any(key in state for key in (COUNT, *_TYPES))
+def _missing(optimizer: Optimizer, param: Tensor, group: Group) -> list[State] | None:
+    """The states that begin beside older ones; None: there are none at all."""
+    state = optimizer.state.get(param)
+    if state is None or not any(key in state for key in (COUNT, *_TYPES)):
+        return None
+    return [s for s in states_of(group) if s.starts == "param" and s.key not in state]
 
 
 def _start(state: State, param: Tensor) -> Tensor:
@@ -165,6 +168,7 @@ class _Param:
         if "param_names" in self.group:
             self.name += f" ({self.group['param_names'][finding.index]})"
         self.state: Any = optimizer.state.get(self.param) or {}
+        self._own_is_missing = self.key not in self.state
 
     def tensor(self, key: str) -> Any:
         """What the step has at ``key``."""
@@ -186,7 +190,7 @@ class _Param:
             self._count()
         else:
             self._check_tensor("param")
-            if not (self.key in _TYPES and self._starts_late()):
+            if not self.is_missing():
                 self._check_tensor(self.key)
 
     def mend(self) -> None:
@@ -201,17 +205,13 @@ class _Param:
                 self.stand_ins.add(self.param, COUNT, copy, own)
             else:
                 self.state[COUNT] = torch.tensor(count, dtype=_count_dtype(), device="cpu")
-        elif self.key in _TYPES and self._starts_late():
-            state = next(state for state in STATES if state.key == self.key)
-            with torch.inference_mode(False):
-                self.state[self.key] = _start(state, self.param)
         elif not self._widened() and not self._laid_out_anew():
             self._copy()
 
-    def _starts_late(self) -> bool:
-        """Whether this state is missing, and may begin beside older ones."""
-        starts = {state.key: state.starts for state in STATES}
-        return self.key not in self.state and starts[self.key] == "param"
+    def is_missing(self) -> bool:
+        """Whether it is to be made: all states, or one that may begin beside older ones."""
+        late = [state.key for state in STATES if state.starts == "param"]
+        return self.key == "state" or (self.key in late and self._own_is_missing)
 
     def _widened(self) -> bool:
         """Moments of mixed dtypes become float32, once and for all."""

@@ -16,7 +16,7 @@ from weakref import WeakSet
 
 import torch
 
-from . import _C, backends
+from . import _C, backends, reference
 from .loss_scaling import LossScaling
 from .stand_ins import Given, StandIns, mend
 
@@ -35,6 +35,7 @@ class Engine:
         self.renew()
         self.tracker: Tracker | None = None
         self.handle: int | None = None  # of compiled.py
+        self.blocked: str | None = None  # why no step may be taken now
         _engines.add(self)
 
     def renew(self) -> None:
@@ -66,6 +67,8 @@ def take_step(
             the optimizer; nothing was updated.
     """
     engine = optimizer._engine
+    if engine.blocked is not None:
+        raise RuntimeError(f"{type(optimizer).__name__}: {engine.blocked}; nothing was updated")
     if engine.lock._is_owned():
         raise RuntimeError(
             f"{type(optimizer).__name__}.step() was called amid a step of the same optimizer; "
@@ -136,6 +139,7 @@ def _take_steps_one_by_one(
             )
 
 
+@torch._disable_dynamo  # which would trace it after a graph break
 def _run(
     optimizer: _FusedAdam,
     groups: list[dict[str, Any]],
@@ -176,7 +180,9 @@ def _run(
         if deferred:
             from .block_norms import Block, shrink
 
-            shrink([Block(param, z, groups[group]) for param, z, group in deferred])
+            shrink([Block(param, z, groups[group]) for param, z, _, group in deferred])
+            for _, z, states, group in deferred:
+                reference.write(reference.follow(z, states, groups[group]))
             if tracker is not None:
                 tracker.note_params(tables)
         if stand_ins is not None:
