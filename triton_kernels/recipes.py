@@ -25,6 +25,7 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, INITIAL_LR = (
     tl.constexpr(_C.numbers.index(key))
     for key in ("lr", "betas[0]", "betas[1]", "eps", "weight_decay", "initial_lr")
 )
+EMA_DECAY = tl.constexpr(_C.numbers.index("ema_decay"))
 MAXIMIZE, DECAY_BY_SCHEDULE = (
     tl.constexpr(_C.flags.index(key)) for key in ("maximize", "decay_by")
 )
@@ -36,6 +37,7 @@ _MADE = (
     "step_size",
     "eps",
     "grad_scale",
+    "one_minus_ema",
     "alpha",
     "step",
 )
@@ -130,6 +132,7 @@ def make_scalars(group, step, loss_scale, mask):
         divide(lr * correction2_sqrt, correction1),
         read(group + EPS * VALUE, mask) * correction2_sqrt,
         divide(sign, loss_scale),
+        1.0 - read(group + EMA_DECAY * VALUE, mask),
         alpha(initial_lr),
         step,
     )

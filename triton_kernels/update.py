@@ -152,7 +152,7 @@ def shrink(z, shrinkage):
 # csrc/math/update.h
 
 # `scalars` are these, and then the tuple k of decay.h, all rounded to the compute type.
-SCALARS = ("one_minus_beta1", "one_minus_beta2", "step_size", "eps", "grad_scale")
+SCALARS = ("one_minus_beta1", "one_minus_beta2", "step_size", "eps", "grad_scale", "one_minus_ema")
 SCALAR_OFFSETS = tl.constexpr(tuple(_C.layout[f"scalars.{name}"] for name in SCALARS))
 
 assert [key for key, type, _ in _C.states if type == "moment"] == [
@@ -166,7 +166,7 @@ assert [key for key, type, _ in _C.states if type == "moment"] == [
 def update(param, grad, moments, scalars, RULE: tl.constexpr):
     """The new param and moments. There is a third moment with amsgrad."""
     exp_avg, exp_avg_sq = moments[0], moments[1]
-    one_minus_beta1, one_minus_beta2, step_size, eps, grad_scale, k = scalars
+    one_minus_beta1, one_minus_beta2, step_size, eps, grad_scale, _, k = scalars
     grad = couple(grad_scale * grad, param, k, RULE)
     exp_avg = update_moment(exp_avg, grad, one_minus_beta1)
     exp_avg_sq = update_moment(exp_avg_sq, grad * grad, one_minus_beta2)
@@ -185,7 +185,8 @@ def noted_update(moments, scalars):
 @triton.jit
 def finish(param, followers, scalars):
     """The new values of the states that follow the final param, which is as it is stored."""
-    return followers
+    (ema,) = followers
+    return (update_moment(ema, param, scalars[5]),)
 
 
 # csrc/math/reduction_tree.h

@@ -15,6 +15,16 @@
 namespace adamprox {
 namespace {
 
+// ema <- ema + (1 - ema_decay) * (param - ema), of the final param.
+template <typename Param>
+MULTIVERSION void average_span(const Span& span, const Scalars& scalars) {
+  using T = Compute<Param>;
+  const auto one_minus_ema = static_cast<T>(scalars.one_minus_ema);
+  const auto average = [=](T& param, T& ema) { update_moment(ema, param, one_minus_ema); };
+  for_each_element(span, average, Read<Param>{span.at<Param>(span.row.param)},
+                   ReadWrite<T>{span.at<T>(span.row.states[kEma])});
+}
+
 // Below this many elements, waking a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;
 
@@ -144,6 +154,7 @@ class Step {
   void finish_chunk(const Span& span, int64_t chunk) const {
     with_dtype(span.row.param_dtype, [&](auto param) {
       using Param = typename decltype(param)::type;
+      if (span.row.states[kEma] != nullptr) average_span<Param>(span, scalars_of(span));
       if (table_.records != nullptr) note_params<Param>(span, table_.records[chunk]);
     });
   }

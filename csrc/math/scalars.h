@@ -11,7 +11,7 @@ namespace adamprox {
 
 // The numbers of a param group. `item`: which one of a pair; `optional`: the key may be missing, or
 // its value None.
-enum Number { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kInitialLr, kNumbers };
+enum Number { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kInitialLr, kEmaDecay, kNumbers };
 struct NumberKey {
   const char* key;
   int item;
@@ -20,10 +20,11 @@ struct NumberKey {
 constexpr NumberKey kNumberKeys[kNumbers] = {
     {"lr", -1, false},  {"betas", 0, false},         {"betas", 1, false},
     {"eps", -1, false}, {"weight_decay", -1, false}, {"initial_lr", -1, true},
+    {"ema_decay", -1, true},
 };
 
 // Its switches. kTruth: on if the value is true; kNotNone: if it is not None; kText: if it is `text`.
-enum Flag { kAmsgrad, kMaximize, kCapturable, kDecayBySchedule, kFlags };
+enum Flag { kAmsgrad, kMaximize, kCapturable, kDecayBySchedule, kAverages, kFlags };
 enum FlagKind { kTruth, kNotNone, kText };
 struct FlagKey {
   const char* key;
@@ -35,11 +36,12 @@ constexpr FlagKey kFlagKeys[kFlags] = {
     {"maximize", kTruth, nullptr},
     {"capturable", kTruth, nullptr},
     {"decay_by", kText, "schedule"},
+    {"ema_decay", kNotNone, nullptr},
 };
 
 // The states of a param, of its shape. Moments have the param's dtype, or float32 for 16-bit params;
 // kCompute: the type that the param is computed in. `flag`: what must be on for it to be there.
-enum StateName { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kStates };
+enum StateName { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kEma, kStates };
 enum StateType : uint8_t { kMoment, kCompute };
 constexpr int kAlways = -1;
 struct StateKey {
@@ -51,6 +53,7 @@ constexpr StateKey kStateKeys[kStates] = {
     {"exp_avg", kMoment, kAlways},
     {"exp_avg_sq", kMoment, kAlways},
     {"max_exp_avg_sq", kMoment, kAmsgrad},
+    {"ema", kCompute, kAverages},
 };
 
 struct HyperParameters {
@@ -68,6 +71,7 @@ constexpr int kDecayConstants = 2;  // the most that a rule of decay.h has
   SCALAR(step_size)  /* lr * sqrt(1 - beta2^t) / (1 - beta1^t) */                     \
   SCALAR(eps)        /* eps * sqrt(1 - beta2^t) */                                    \
   SCALAR(grad_scale) /* 1, or -1 to maximize, divided by the loss scale */            \
+  SCALAR(one_minus_ema)                                                               \
   SCALAR(alpha)      /* telemetry measures updates by it */                           \
   SCALAR(step)       /* t, the count with this step */
 
@@ -139,6 +143,7 @@ HOST_DEVICE Scalars step_scalars(const HyperParameters& h, const BiasCorrections
   s.step_size = h.number[kLr] * bias.correction2_sqrt / bias.correction1;
   s.eps = h.number[kEps] * bias.correction2_sqrt;
   s.grad_scale = (h.flag[kMaximize] ? -1.0 : 1.0) / loss_scale;
+  s.one_minus_ema = 1 - h.number[kEmaDecay];
   s.alpha = alpha(h);
   s.step = bias.step;
   return s;

@@ -24,7 +24,12 @@ class State(NamedTuple):
     """As ``"zeros"``, or as the ``"param"`` before its first step with this state."""
 
 
-STATES = (State("exp_avg"), State("exp_avg_sq"), State("max_exp_avg_sq", needs="amsgrad"))
+STATES = (
+    State("exp_avg"),
+    State("exp_avg_sq"),
+    State("max_exp_avg_sq", needs="amsgrad"),
+    State("ema", "compute", needs="ema_decay", starts="param"),
+)
 COUNT = "step"  # beside them: how many steps the param has made, one number
 
 
@@ -51,6 +56,7 @@ class Options(TypedDict, total=False):
     differentiable: bool
     fused: bool | None
     decay_by: str
+    ema_decay: float | None
     cautious: bool
 
 
@@ -64,6 +70,7 @@ DEFAULTS: dict[str, Any] = {
     "differentiable": False,
     "fused": None,
     "decay_by": "lr",
+    "ema_decay": None,
 }
 
 # The options that only one rule has, with their neutral values: elsewhere these are accepted, and no
@@ -102,7 +109,11 @@ ARGUMENTS = """
             torch (default). ``"schedule"``: ``s = lr / initial_lr * weight_decay``, the paper's
             ``eta_t * lambda``. ``initial_lr`` is the param group's, which torch's schedulers write,
             or else the lr at construction. The same decay needs ``initial_lr`` times the
-            ``weight_decay`` that it takes by ``"lr"``.{more}
+            ``weight_decay`` that it takes by ``"lr"``.
+        ema_decay: keeps a moving average of each param, ``ema += (1 - ema_decay) * (param - ema)``
+            of the new param, in the same pass: state ``"ema"``, float32 for 16-bit params. It
+            starts as the param, without bias correction; see :meth:`ema_weights`. In [0, 1]; None,
+            the default, is off.{more}
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None, the default, takes
             the environment's ``ADAMPROX_BACKEND`` or the best that can run. All give the same bits.
 
@@ -186,6 +197,12 @@ def validate(group: Group) -> None:
 
 
 def _validate_options(group: Group) -> None:
+    ema_decay = group.get("ema_decay")
+    if ema_decay is not None:
+        if isinstance(ema_decay, bool) or not isinstance(ema_decay, Real | Tensor):
+            raise TypeError(f"Invalid ema_decay: {ema_decay!r}, expected a number or None")
+        if not 0.0 <= ema_decay <= 1.0:
+            raise ValueError(f"Invalid ema_decay: {ema_decay}, expected a number from 0 to 1")
     if not isinstance(group.get("cautious", False), bool):
         raise TypeError(f"Invalid cautious: {group['cautious']!r}, expected True or False")
 

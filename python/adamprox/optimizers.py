@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, overload
 
 import torch
@@ -153,6 +154,39 @@ class _FusedAdam(Optimizer):
         """
         tracker = self._engine.tracker
         return [] if tracker is None else tracker.stats()
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """A context in which the params are their moving averages, for evaluation.
+
+        Params without an average stay as they are. In the end params and averages are what they
+        were, to the bit, also after an exception. It takes a copy of the params.
+
+        Raises:
+            RuntimeError: no param has an average (``ema_decay``), or a step is taken within.
+        """
+        averaged = [
+            (param, self.state[param]["ema"])
+            for group in self.param_groups
+            for param in group["params"]
+            if "ema" in self.state.get(param, {})
+        ]
+        if not averaged:
+            raise RuntimeError("no param has an average yet: set ema_decay, and take a step")
+        if self._engine.blocked is not None:
+            raise RuntimeError("ema_weights() is in effect already")
+        saved = [param.detach().clone() for param, _ in averaged]
+        self._engine.blocked = "the params are their averages, within ema_weights()"
+        try:
+            with torch.no_grad():
+                for param, ema in averaged:
+                    param.copy_(ema)
+            yield
+        finally:
+            with torch.no_grad():
+                for (param, _), before in zip(averaged, saved, strict=True):
+                    param.copy_(before)
+            self._engine.blocked = None
 
     @overload
     def step(self, closure: None = None) -> None: ...

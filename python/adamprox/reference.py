@@ -250,8 +250,15 @@ def step(
 
 
 def follow(param: Tensor, states: Mapping[str, Tensor], group: Mapping[str, Any]) -> Writes:
-    """What becomes of the states that follow from the final param."""
-    return []
+    """What becomes of the states that follow from the final param.
+
+    ``ema <- ema + (1 - ema_decay) * (param - ema)``, in the param's compute type.
+    """
+    if "ema" not in states:
+        return []
+    ema, param = _reals(states["ema"]), _reals(param)
+    k = torch.tensor(1 - float(group["ema_decay"]), dtype=ema.dtype, device=ema.device)
+    return [(ema, update_moment(ema, param.to(ema.dtype), k))]
 
 
 @torch.no_grad()
