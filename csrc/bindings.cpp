@@ -119,9 +119,10 @@ class Table {
     const std::vector<TensorRow>& rows = table_.rows;
     const std::vector<TensorRow>& known = device_.uploaded_rows;
     void* const on = reinterpret_cast<void*>(stream);
-    const bool uploaded = device_.uploaded && !capturing && on == device_.uploaded_for &&
-                          rows.size() == known.size() &&
-                          std::memcmp(rows.data(), known.data(), rows.size() * sizeof(TensorRow)) == 0;
+    const bool uploaded =
+        device_.uploaded && !capturing && on == device_.uploaded_for &&
+        rows.size() == known.size() &&
+        std::memcmp(rows.data(), known.data(), rows.size() * sizeof(TensorRow)) == 0;
     if (uploaded) return device_.uploaded;
     std::string bytes;
     append_bytes(bytes, rows);
@@ -174,7 +175,8 @@ class Table {
   // Addresses on the device: of what metadata() gave; of a payload that is too long to be passed inline
   // or stays there for a graph's replays, else 0; and of prepared_size bytes. Then the step is launched,
   // on a stream of torch's.
-  void launch_cuda(uintptr_t stream, uintptr_t metadata, uintptr_t payload, uintptr_t prepared) const {
+  void launch_cuda(uintptr_t stream, uintptr_t metadata, uintptr_t payload,
+                   uintptr_t prepared) const {
     const std::string bytes = payload == 0 ? this->payload() : std::string();
     const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
     device_.launched = true;

@@ -129,11 +129,12 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         "groups": Option(
             groups=(
                 {"lr": 3e-2, "betas": (0.8, 0.95)},
-                {"eps": 1e-3, "weight_decay": 0.0},
+                {"eps": 1e-3, "weight_decay": 0.0, "ema_decay": 0.9},
                 {"betas": (0.0, 0.5), "amsgrad": True, "maximize": True},
                 {"decay_by": "schedule", "initial_lr": 0.25, "betas": (0.95, 0.9999)},
             )
         ),
+        "ema": Option({"ema_decay": 0.75}, optimizers=("AdamProx", "AdamProxL2")),
         "cautious": Option({"cautious": True}, optimizers=("AdamW",)),
         # A group a rule, whatever the class is.
         "rules": Option(

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from adamprox.hyperparameters import DECAY_SETTINGS, RULE_OPTIONS, RULES
+from adamprox.hyperparameters import DECAY_SETTINGS, DEFAULTS, RULE_OPTIONS, RULES
 from registry import OPTIMIZERS, OPTIONS, same_bits
 
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -141,7 +141,8 @@ def test_our_layout_is_torchs_and_more(optimizer):
     assert ours.keys() == theirs.keys()
     assert ours["state"].keys() == theirs["state"].keys()
     [group], [other] = ours["param_groups"], theirs["param_groups"]
-    assert group.keys() - other.keys() == {"decay", "decay_by"} | RULES[group["decay"]].keys()
+    ours_alone = {"decay"} | DEFAULTS.keys() | RULES[group["decay"]].keys()
+    assert group.keys() == other.keys() | ours_alone
     assert {key: group[key] for key in other} == other
     for index, state in ours["state"].items():
         assert list(state) == list(theirs["state"][index])
@@ -521,17 +522,26 @@ def test_what_others_keep_in_the_state_is_passed_through_as_in_torch(optimizer):
             state["note"] = [1, 2]
         state_dict["state"]["head.weight"] = {"seen": 3}
         state_dict["state"][77] = 1.5
-        del state_dict["state"][2]["exp_avg"], state_dict["state"][2]["exp_avg_sq"]
-        del state_dict["state"][2]["step"]  # what remains is none of ours
         each.load_state_dict(state_dict)
         assert each.state["head.weight"] == {"seen": 3}
         assert each.state[77] == 1.5
-        assert each.state[its[2]].keys() == {"mu_product", "note"}
         assert each.state[its[0]]["note"] == [1, 2]
         assert each.state[its[0]].keys() == {"step", "exp_avg", "exp_avg_sq", "mu_product", "note"}
     state_dict = opt.state_dict()
     assert state_dict["state"]["head.weight"] == {"seen": 3}
     assert state_dict["state"].keys() == theirs.state_dict()["state"].keys()
+    steps(opt, params, [3])
+    assert [opt.state[param]["step"] for param in params] == [4] * 4
+
+
+@every_optimizer
+def test_a_state_that_has_none_of_ours_is_kept_and_ours_begin_beside_it(optimizer):
+    params = make_params()
+    opt = make(optimizer, params)
+    steps(opt, params, range(3))
+    state_dict = copy.deepcopy(opt.state_dict())
+    state_dict["state"][2] = {"mu_product": torch.ones(())}
+    opt.load_state_dict(state_dict)
     steps(opt, params, [3])
     assert [opt.state[param]["step"] for param in params] == [4, 4, 1, 4]
     assert opt.state[params[2]]["mu_product"] == 1
@@ -810,8 +820,10 @@ def test_get_and_set_between_torchs_and_ours(optimizer, direction, flat):
     state_dict = get_optimizer_state_dict(model, first, options=options(flat))
     if flat and direction == "from_torch":
         # torch asks for each key of the optimizer's groups, one by one.
-        rule = rule_of(optimizer)
-        for key, value in {"decay_by": "lr", "decay": rule, **RULES[rule]}.items():
+        theirs = first.param_groups[0].keys()
+        ours_alone = {k: v for k, v in second.param_groups[0].items() if k not in theirs}
+        assert ours_alone.keys() >= {"decay", "decay_by"}
+        for key, value in ours_alone.items():
             with pytest.raises(KeyError, match=r"param_groups\.0\.weight\."):
                 set_optimizer_state_dict(model, second, dict(state_dict), options=options(flat))
             for name, _ in model.named_parameters():

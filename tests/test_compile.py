@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 import adamprox
-from registry import OPTIMIZERS, OPTIONS, Option, assert_same_bits, build, params_of
+from adamprox.hyperparameters import states_of
+from registry import CELLS, OPTIONS, Option, assert_same_bits, build, params_of
 
 dynamo = pytest.importorskip("torch._dynamo")
 
 STEPS = 50
 SHAPES = ((3, 5), (), (7,), (2, 2))
-every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 every_compiler = pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 # Inductor's own machinery warns on import of what it itself uses.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -51,8 +51,10 @@ def set_grads(opt: torch.optim.Optimizer, step: int, option: Option = OPTIONS["p
         param.grad = option.grad_layout(step, i)(randn(100 * step + i, param))
 
 
-@pytest.mark.parametrize("option", ["plain", "groups", "amsgrad", "schedule"])
-@every_optimizer
+@pytest.mark.parametrize(
+    ("optimizer", "option"),
+    [cell for cell in CELLS if cell[1] in ("plain", "groups", "amsgrad", "schedule", "rules")],
+)
 @every_compiler
 def test_one_graph_for_every_learning_rate_and_step_count(compiler, optimizer, option):
     compiled, eager = (make(optimizer, option) for _ in range(2))
@@ -176,6 +178,22 @@ def test_changes_between_steps_are_seen(compiler):
     assert not torch.equal(added[0], torch.ones(3))
 
 
+@every_compiler
+def test_a_rule_or_an_option_that_changes_is_seen(compiler):
+    compiled, eager = (make("AdamProx") for _ in range(2))
+    step = torch.compile(lambda: compiled.step(), backend=compiler, fullgraph=True)
+    changes = ({"decay": "prox_l1"}, {"amsgrad": True}, {"decay": "prox_l2"}, {"amsgrad": False})
+    for i, change in enumerate(({}, *changes, {"maximize": True})):
+        for opt in (compiled, eager):
+            for state in opt.state.values():
+                state.setdefault("max_exp_avg_sq", state["exp_avg_sq"].clone())
+            opt.param_groups[0].update(change)
+            set_grads(opt, i)
+        step()
+        eager.step()
+        assert_same_bits(compiled, eager)
+
+
 @pytest.mark.parametrize("option", ["strided", "maximize"])
 @every_compiler
 def test_options(compiler, option):
@@ -247,7 +265,9 @@ def test_opcheck():
     set_grads(opt, 0)
     params = params_of(opt)
     handle = compiled._handle_with_states(opt, range(len(params)))
-    states = [opt.state[param] for param in params]
+    [group] = opt.param_groups
+    states = [opt.state[param][state.key] for param in params for state in states_of(group)]
+    assert len(states) >= 2 * len(params)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     with torch.no_grad():
         torch.library.opcheck(
@@ -255,9 +275,7 @@ def test_opcheck():
             (
                 [param.detach() for param in params],
                 [param.grad for param in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
+                states,
                 None,
                 None,
                 list(range(len(params))),

@@ -1176,15 +1176,6 @@ def test_a_state_made_in_inference_mode_is_stepped_or_refused(key, strided):
     assert_same_bits(opt, twin)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_states_that_a_step_in_inference_mode_has_made_can_be_stepped_later(backend):
-    def step(opt, param):
-        with torch.inference_mode():
-            opt.step()
-
-    alike(step, lambda opt, param: opt.step(), steps=0, backend=backend)
-
-
 BAD = {
     "lr": ("fast", None, [0.1]),
     "betas": (0.9, (0.9,), (0.9, "x"), None),
@@ -1222,11 +1213,41 @@ def unusual(opt) -> torch.optim.Optimizer:
 
 
 SITUATIONS = {
-    "the first step": lambda: ready(steps=0),
+    "the first step": functools.partial(ready, steps=0),
     "a later step": ready,
-    "a step with copies": lambda: unusual(ready()),
-    "a first step with copies": lambda: unusual(ready(steps=0)),
+    "a step with copies": lambda **arguments: unusual(ready(**arguments)),
+    "a first step with copies": lambda **arguments: unusual(ready(steps=0, **arguments)),
 }
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_a_step_in_inference_mode_is_one_as_any_other(situation, backend):
+    """What it has made, later steps can write to, those of telemetry too."""
+    opt, twin = (SITUATIONS[situation](backend=backend) for _ in range(2))
+    for each, context in (opt, torch.inference_mode), (twin, torch.no_grad):
+        each.track_updates()
+        with context():
+            each.step()
+        run(each, 5, 6)
+    assert_same_bits(opt, twin)
+
+
+PROBLEMS = {
+    "dtype": lambda state: state.update(exp_avg=state["exp_avg"].to(torch.int32)),
+    "missing": lambda state: state.pop("max_exp_avg_sq"),
+    "freed": lambda state: state["exp_avg_sq"].untyped_storage().resize_(0),
+    "count": lambda state: state.update(step=torch.tensor(-1.0)),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_a_step_that_is_refused_has_made_no_states_of_others(problem):
+    def spoil(opt, param):
+        opt.state.pop(params_of(opt)[0])
+        problem(opt.state[param])
+
+    refused(spoil, NAME, amsgrad=True)
 
 
 def with_zeros(opt) -> list:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import warnings
 import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -182,7 +184,7 @@ def test_params_that_are_not_the_models_are_left_to_step(optimizer):
 
 
 def test_a_params_step_leaves_the_others_counts_alone():
-    """Although they share one after a plain step."""
+    """Although they lie in one buffer after a plain step."""
     model = make_model()
     opt = make("AdamW", model.parameters())
     backward(model, 0)
@@ -216,6 +218,155 @@ def test_removed(optimizer):
     assert all(p.grad is not None for p in model.parameters())
     opt.step()
     adamprox.step_in_backward(model, opt)
+
+
+# Params that replace others in the model, and in the optimizer.
+
+
+def new_tensor(shape, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def in_place_of(opt, old: list[nn.Parameter], new: list[nn.Parameter]) -> None:
+    [group] = opt.param_groups
+    turned = dict(zip(old, new, strict=True))
+    group["params"] = [turned.get(param, param) for param in group["params"]]
+    for param in old:
+        opt.state.pop(param, None)
+
+
+def assign_a_param(model) -> None:
+    model[1].weight = nn.Parameter(new_tensor((6, 6), 1))
+
+
+def register_a_param(model) -> None:
+    del model[1].bias
+    model[1].register_parameter("bias", nn.Parameter(new_tensor((6,), 2)))
+
+
+def assign_a_module(model) -> None:
+    layer = nn.Linear(6, 6)
+    layer.weight.data, layer.bias.data = new_tensor((6, 6), 3), new_tensor((6,), 4)
+    model[2] = nn.Sequential(layer)
+
+
+def assign_a_param_of_a_new_module(model) -> None:
+    assign_a_module(model)
+    model[2][0].weight = nn.Parameter(new_tensor((6, 6), 5))
+
+
+ASSIGNMENTS = (assign_a_param, register_a_param, assign_a_module, assign_a_param_of_a_new_module)
+
+
+@pytest.mark.parametrize("assign", ASSIGNMENTS, ids=lambda assign: assign.__name__)
+@every_optimizer
+def test_params_assigned_to_the_model_later_take_their_steps_in_backward(optimizer, assign):
+    def change(model, opt, step):
+        if step == 4:
+            old = list(model.parameters())
+            assign(model)
+            new = list(model.parameters())
+            assert any(p is not q for p, q in zip(old, new, strict=True))
+            in_place_of(opt, old, new)
+
+    both_ways(optimizer, change)
+
+
+def test_what_is_assigned_elsewhere_or_after_the_end_is_left_alone():
+    model, other = make_model(), make_model()
+    opt = make("AdamW", [*model.parameters(), *other.parameters()])
+    handle = adamprox.step_in_backward(model, opt)
+    before = repr(handle)
+    assign_a_param_of_a_new_module(other)
+    in_place_of(opt, [other[1].weight], [other[1].weight])
+    assert repr(handle) == before
+    backward(other, 0)
+    assert not any(freed(other))
+    handle.remove()
+    assign_a_param(model)
+    opt.add_param_group({"params": [model[1].weight]})
+    backward(model, 0)
+    assert not any(freed(model))
+    assert not opt.state
+
+
+def test_an_error_names_a_param_that_was_assigned_later():
+    model = make_model()
+    opt = make("AdamW", model.parameters())
+    handle = adamprox.step_in_backward(model, opt)
+    old = list(model.parameters())
+    assign_a_param_of_a_new_module(model)
+    in_place_of(opt, old, list(model.parameters()))
+    backward(model, 0)
+    opt.state[model[2][0].weight]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"exp_avg of .*\(2\.0\.weight\) has shape \(3,\)"):
+        backward(model, 1)
+    handle.remove()
+
+
+# A backward within another one.
+
+
+class Checkpointed(nn.Module):
+    """The second layer twice, each time in a checkpoint; the first and the last one outside."""
+
+    def __init__(self, use_reentrant: bool):
+        super().__init__()
+        self.layers, self.use_reentrant = make_model(), use_reentrant
+
+    def forward(self, x):
+        def middle(x):
+            return self.layers[1](x).tanh()
+
+        x = self.layers[0](x)
+        for _ in range(2):
+            x = torch.utils.checkpoint.checkpoint(middle, x, use_reentrant=self.use_reentrant)
+        return self.layers[4](self.layers[3](self.layers[2](x)))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@every_optimizer
+def test_checkpoints_within_the_model(optimizer, use_reentrant):
+    """Params in a reentrant one may get several gradients: step() follows, and a warning says so."""
+    pair = []
+    for in_backward in (False, True):
+        model = Checkpointed(use_reentrant)
+        opt = make(optimizer, model.parameters())
+        if in_backward:
+            adamprox.step_in_backward(model, opt)
+        for step in range(4):
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                backward(model, step)
+            about = [str(w.message) for w in warned if "step_in_backward" in str(w.message)]
+            if in_backward and use_reentrant and step == 0:
+                assert sorted(text.split()[1] for text in about) == [
+                    "layers.1.bias",
+                    "layers.1.weight",
+                ]
+                assert all("optimizer.step()" in text for text in about)
+            else:
+                assert about == []
+            if in_backward:
+                left = [False, use_reentrant, False, False, False]
+                assert freed(model) == [not x for x in left for _ in range(2)]
+            opt.step()
+            opt.zero_grad()
+        pair.append((model, opt))
+    assert_same_bits(*pair)
+
+
+def test_a_backward_within_a_hook_takes_its_steps():
+    """Only a gradient that an autograd function's backward makes may be one of several."""
+    model, other = make_model(), make_model()
+    opt = make("AdamW", [*model.parameters(), *other.parameters()])
+    handles = [adamprox.step_in_backward(each, opt) for each in (model, other)]
+    x = torch.ones(2, 6, requires_grad=True)
+    x.register_hook(lambda grad: torch.enable_grad()(backward)(other, 0))
+    model(x).sum().backward()
+    assert all(freed(model) + freed(other))
+    for handle in handles:
+        handle.remove()
 
 
 @every_optimizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import weakref
 
 import pytest
 import torch
@@ -98,11 +99,11 @@ def test_parity(backend, optimizer, state):
     check(backend, optimizer, values, OPTIONS["groups"], state, steps=2)
 
 
-@pytest.mark.parametrize("option", ["strided", "skipped", "schedule"])
+@pytest.mark.parametrize("option", ["strided", "skipped", "schedule", "rules"])
 @every_backend
 def test_parity_of_other_uses(backend, option):
     generator = torch.Generator().manual_seed(1)
-    values = [randn(generator, shape, torch.float32) for shape in SHAPES]
+    values = [randn(generator, shape, torch.float32) for shape in (*SHAPES, (3,), (6,))]
     for optimizer in ("AdamProx", "AdamProxL2"):
         check(backend, optimizer, values, OPTIONS[option])
 
@@ -296,6 +297,81 @@ def test_a_tensors_name_is_its_own():
     opt.track_updates(per="tensor")
     opt.step()
     assert [stats.name for stats in opt.update_stats()] == ["weight", "bias"]
+
+
+def renamed(opt) -> None:
+    opt.param_groups[0]["param_names"] = ["other", "names"]
+
+
+def in_another_order(opt) -> None:
+    for group in opt.param_groups:
+        group["params"].reverse()
+        group["param_names"].reverse()
+
+
+def with_others(opt) -> None:
+    opt.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(5))]
+    opt.param_groups[0]["param_names"] = ["fifth"]
+    opt.add_param_group({"params": [("sixth", torch.nn.Parameter(torch.ones(1)))]})
+
+
+def without_a_group(opt) -> None:
+    del opt.param_groups[0]
+
+
+def without_names(opt) -> None:
+    for group in opt.param_groups:
+        del group["param_names"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [renamed, in_another_order, with_others, without_a_group, without_names],
+    ids=lambda change: change.__name__,
+)
+def test_names_are_those_of_the_tracked_step(change):
+    """By the places that the params had then."""
+    params = [torch.nn.Parameter(torch.full((4,), float(i))) for i in range(4)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    params[1].grad = None
+    named = list(zip(("a", "b", "c", "d"), params, strict=True))
+    opt = adamprox.AdamW([{"params": named[:2]}, {"params": named[2:]}], lr=0.5, weight_decay=0.0)
+    opt.track_updates(per="tensor")
+    opt.step()
+    change(opt)
+    stats = opt.update_stats()
+    assert [of_tensor.name for of_tensor in stats] == ["a", "c", "d"]
+    assert [of_tensor.param_norm.item() for of_tensor in stats] == [1.0, 3.0, 5.0]
+
+
+def test_notes_keep_no_param_alive():
+    opt = small()
+    opt.track_updates(per="tensor")
+    opt.step()
+    alive = [weakref.ref(param) for param in opt.state]
+    for group in opt.param_groups:
+        group["params"].clear()
+    opt.state.clear()
+    assert [param() for param in alive] == [None] * 4
+    assert len(opt.update_stats()) == 4
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_param_twice_in_a_group_has_notes_of_both_its_steps(backend):
+    param = torch.nn.Parameter(torch.tensor([4.0, 0.0]))
+    param.grad = torch.ones(2)
+    with pytest.warns(UserWarning, match="duplicate"):
+        opt = adamprox.AdamW(
+            [param, param], lr=1.0, eps=0.0, weight_decay=0.0, backend=backend
+        )
+    opt.track_updates(per="tensor")
+    opt.step()
+    first, second = opt.update_stats()
+    assert (first.step, second.step) == (1, 2)
+    assert (first.zeros, second.zeros) == (0, 0)
+    torch.testing.assert_close(first.param_norm, torch.tensor([3.0, -1.0]).double().norm())
+    torch.testing.assert_close(second.param_norm, param.detach().double().norm(), rtol=1e-6, atol=0)
 
 
 def test_every_so_many_steps():

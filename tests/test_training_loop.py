@@ -15,6 +15,7 @@ from torch.optim.optimizer import (
 )
 from torch.profiler import ProfilerActivity, profile
 
+from adamprox.hyperparameters import DEFAULTS, RULE_OPTIONS
 from registry import OPTIMIZERS, rounding_bound, same_bits
 
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -106,8 +107,11 @@ def advance(schedule) -> None:
     schedule.step(*loss)
 
 
+SOME = [nn.Parameter(torch.ones(1))]
+
+
 def hyper_parameters(opt) -> list[dict]:
-    hidden = {"params", "decay_by"}
+    hidden = {"params", "decay", *RULE_OPTIONS, *DEFAULTS} - torch.optim.AdamW(SOME).defaults.keys()
     return [{k: copy.copy(v) for k, v in g.items() if k not in hidden} for g in opt.param_groups]
 
 

@@ -110,16 +110,17 @@ template <typename F, typename... Streams>
 HOST_DEVICE void for_each_in_batch(bool ahead, F f, Streams... streams) {
   const auto run = [&](auto... elements) __attribute__((always_inline)) {
     // Addresses in registers: a sum of two would take a second slot of the processor's.
-    const auto in_register = [](auto& data) __attribute__((always_inline)) { asm("" : "+r"(data)); };
+    const auto in_register = [](auto& data) __attribute__((always_inline)) {
+      asm("" : "+r"(data));
+    };
     (in_register(elements.data), ...);
 #pragma GCC unroll 4
     for (int first = 0; first < kBatchSize; first += kStripSize) {
       for_each_in_strip(first, ahead, f, elements...);
     }
   };
-  const auto call = [&](auto&&... batches) __attribute__((always_inline)) {
-    run(batches.elements()...);
-  };
+  const auto call = [&](auto&&... batches)
+                        __attribute__((always_inline)) { run(batches.elements()...); };
   call(Batch<Streams>(streams, ahead)...);
 }
 

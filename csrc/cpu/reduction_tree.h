@@ -6,9 +6,9 @@
 #include <cstring>
 
 #include "../math/convert.h"
-#include "loop.h"
 #include "../math/reduction_tree.h"
 #include "../math/telemetry.h"
+#include "loop.h"
 
 namespace adamprox {
 

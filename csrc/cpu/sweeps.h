@@ -14,7 +14,9 @@ namespace adamprox {
 template <typename Param, typename State, typename F>
 HOST_DEVICE void with_streams(const Span& span, F f) {
   const TensorRow& row = span.row;
-  const auto state = [&](StateName name) { return ReadWrite<State>{span.at<State>(row.states[name])}; };
+  const auto state = [&](StateName name) {
+    return ReadWrite<State>{span.at<State>(row.states[name])};
+  };
   const auto call = [&](auto... max_exp_avg_sq) __attribute__((always_inline)) {
     f(ReadWrite<Param>{span.at<Param>(row.param)}, Read<Param>{span.at<Param>(span.grad)},
       state(kExpAvg), state(kExpAvgSq), max_exp_avg_sq...);

@@ -146,13 +146,19 @@ class GroupReader {
 
  private:
   // The places of what is read: numbers, switches, the options of rules, and then
-  enum { kFlagsAt = kNumbers, kOptionsAt = kFlagsAt + kFlags, kParams = kOptionsAt + kRules, kDecay };
+  enum {
+    kFlagsAt = kNumbers,
+    kOptionsAt = kFlagsAt + kFlags,
+    kParams = kOptionsAt + kRules,
+    kDecay
+  };
 
   static std::vector<PyObject*> names() {
     std::vector<PyObject*> names;
     for (const NumberKey& key : kNumberKeys) names.push_back(interned(key.key));
     for (const FlagKey& key : kFlagKeys) names.push_back(interned(key.key));
-    for (const RuleKey& key : kRuleKeys) names.push_back(key.option ? interned(key.option) : nullptr);
+    for (const RuleKey& key : kRuleKeys)
+      names.push_back(key.option ? interned(key.option) : nullptr);
     names.push_back(interned("params"));
     names.push_back(interned("decay"));
     return names;
@@ -222,7 +228,8 @@ class GroupReader {
     if (key.kind == kNotNone) {
       v.h.flag[f] = value != Py_None;
     } else if (key.kind == kText) {
-      v.h.flag[f] = PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, key.text) == 0;
+      v.h.flag[f] =
+          PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, key.text) == 0;
     } else if (value == Py_True || value == Py_False || value == Py_None) {
       v.h.flag[f] = value == Py_True;
     } else {
@@ -251,8 +258,8 @@ class GroupReader {
       for (const RuleKey& key : kRuleKeys) {
         if (key.option == nullptr) known += (known.empty() ? "" : ", ") + std::string(key.decay);
       }
-      throw py::value_error("Invalid decay: " + std::string(py::repr(decay)) + ", expected one of " +
-                            known + "; nothing was updated");
+      throw py::value_error("Invalid decay: " + std::string(py::repr(decay)) +
+                            ", expected one of " + known + "; nothing was updated");
     }
     v.rule = static_cast<Decay>(found);
   }

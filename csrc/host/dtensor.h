@@ -17,8 +17,7 @@ class Placements {
   bool is_distributed(PyObject* object) {
     PyTypeObject* type = Py_TYPE(object);
     return learnt(types_, type, [&] {
-      PyObject* module =
-          PyDict_GetItemString(PyImport_GetModuleDict(), "torch.distributed.tensor");
+      PyObject* module = PyDict_GetItemString(PyImport_GetModuleDict(), "torch.distributed.tensor");
       if (module == nullptr) return false;
       const py::object base = py::getattr(module, "DTensor", py::none());
       return PyType_Check(base.ptr()) &&
@@ -44,16 +43,15 @@ class Placements {
   Kind kind_of(PyObject* dtensor) {
     Kind kind = Kind::kReplicate;
     for (const py::handle placement : part(spec_of(dtensor), "placements")) {
-      kind = std::max(kind, learnt(kinds_, Py_TYPE(placement.ptr()), [&] {
-                        const auto shard =
-                            py::module_::import("torch.distributed.tensor").attr("Shard");
-                        // FSDP2's over tensor parallel has a split_factor.
-                        return placement.attr("is_replicate")().cast<bool>() ? Kind::kReplicate
-                               : py::isinstance(placement, shard) ||
-                                       py::hasattr(placement, "split_factor")
-                                   ? Kind::kShard
-                                   : Kind::kOther;
-                      }));
+      kind = std::max(
+          kind, learnt(kinds_, Py_TYPE(placement.ptr()), [&] {
+            const auto shard = py::module_::import("torch.distributed.tensor").attr("Shard");
+            // FSDP2's over tensor parallel has a split_factor.
+            return placement.attr("is_replicate")().cast<bool>() ? Kind::kReplicate
+                   : py::isinstance(placement, shard) || py::hasattr(placement, "split_factor")
+                       ? Kind::kShard
+                       : Kind::kOther;
+          }));
     }
     return kind;
   }

@@ -16,7 +16,8 @@ namespace {
 constexpr int64_t kBriefNumel = 1 << 15;
 
 struct Names {
-  PyObject *grad = interned("grad"), *param = interned("param"), *step = interned("step"), *state[kStates];
+  PyObject *grad = interned("grad"), *param = interned("param"), *step = interned("step"),
+           *state[kStates];
   Names() {
     for (int s = 0; s < kStates; ++s) state[s] = interned(kStateKeys[s].key);
   }
@@ -64,7 +65,9 @@ bool is_dense(const TensorView& t) {
   return true;
 }
 
-int64_t size_of(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
+int64_t size_of(DType type) {
+  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+}
 
 DType compute_type(DType type) {
   return type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -81,7 +84,8 @@ void append_written(const TensorRow& row, int index, std::vector<Interval>& out)
   out.emplace_back(row.param, row.numel * size_of(row.param_dtype), index, true);
   for (int s = 0; s < kStates; ++s) {
     if (row.states[s] == nullptr) continue;
-    const DType type = kStateKeys[s].type == kMoment ? row.state_dtype : compute_type(row.param_dtype);
+    const DType type =
+        kStateKeys[s].type == kMoment ? row.state_dtype : compute_type(row.param_dtype);
     out.emplace_back(row.states[s], row.numel * size_of(type), index, true);
   }
 }
@@ -119,7 +123,8 @@ bool Gather::read(const py::list& groups, const py::dict& state, const py::dict&
   for (const DeviceTable* t : all) {
     if (t->device.gpu) return false;
   }
-  if (std::any_of(members.begin(), members.end(), [this](const Member& m) { return is_deferred(m); })) {
+  if (std::any_of(members.begin(), members.end(),
+                  [this](const Member& m) { return is_deferred(m); })) {
     return false;
   }
   returned_ = !abi_.fast();  // then Python code tells autograd
@@ -223,7 +228,8 @@ void Gather::find_state(Member& m, PyObject* stand_ins) {
     std::vector<PyObject*> found(1 + kStates, nullptr);
     for (size_t i = 0; i < found.size(); ++i) {
       PyObject* value = PyObject_GetItem(m.state, state_order_.name(i));
-      if (value == nullptr && !PyErr_ExceptionMatches(PyExc_KeyError)) throw py::error_already_set();
+      if (value == nullptr && !PyErr_ExceptionMatches(PyExc_KeyError))
+        throw py::error_already_set();
       PyErr_Clear();
       if (value != nullptr) found[i] = hold(py::reinterpret_steal<py::object>(value).ptr());
     }
@@ -272,8 +278,7 @@ bool Gather::settle(Member& m, TensorRef& tensor) {
       const Placements::Kind kind = placements_.kind_of(m.owner);
       if (kind == Placements::Kind::kOther) return false;
       m.sharded = kind == Placements::Kind::kShard;
-    } else if (!placements_.is_distributed(m.owner) ||
-               !Placements::alike(tensor.object, m.owner)) {
+    } else if (!placements_.is_distributed(m.owner) || !Placements::alike(tensor.object, m.owner)) {
       return false;
     }
     tensor.object = hold(Placements::local_of(tensor.object).ptr());
@@ -401,7 +406,8 @@ void Gather::find_numbers(GroupValues& v, bool on_host) {
   for (int n = 0; n < kNumbers; ++n) {
     if (!v.objects[n]) continue;
     v.has_tensors |= abi_.is_tensor(v.objects[n].ptr());
-    if (on_host || !abi_.is_tensor(v.objects[n].ptr())) v.h.number[n] = as_double(v.objects[n].ptr());
+    if (on_host || !abi_.is_tensor(v.objects[n].ptr()))
+      v.h.number[n] = as_double(v.objects[n].ptr());
   }
 }
 
@@ -554,9 +560,11 @@ int32_t Gather::scalars_of(DeviceTable& t, const Member& m, double step) {
     if (t.scalars_of[i] == owner && all[i].step == step) return static_cast<int32_t>(i);
   }
   HyperParameters h = groups_[m.group].h;
-  if (deferred) h.number[kWeightDecay] = 0;  // z first: a soft threshold of zero leaves it, to the bit
+  if (deferred)
+    h.number[kWeightDecay] = 0;  // z first: a soft threshold of zero leaves it, to the bit
   bias_.update(h, step);
-  all.push_back(make_scalars(deferred ? Decay::kProxL1 : groups_[m.group].rule, h, bias_, t.loss_scale));
+  all.push_back(
+      make_scalars(deferred ? Decay::kProxL1 : groups_[m.group].rule, h, bias_, t.loss_scale));
   t.scalars_of.push_back(owner);
   return static_cast<int32_t>(all.size() - 1);
 }

@@ -59,12 +59,12 @@ struct StepCount {
 struct DeviceTable {
   Device device;
   TensorTable table;
-  std::vector<int> members;        // one a row
-  std::vector<StepCount> counts;   // one a row
-  std::vector<int64_t> grad_bytes;  // one a row
+  std::vector<int> members;                      // one a row
+  std::vector<StepCount> counts;                 // one a row
+  std::vector<int64_t> grad_bytes;               // one a row
   std::vector<std::pair<int, bool>> scalars_of;  // one a scalars: whose they are
   double loss_scale = 1;                         // the host's
-  bool recipes = false;            // whether the scalars are made on the device
+  bool recipes = false;                          // whether the scalars are made on the device
   bool begun = false, launched = false;
   py::object records;  // what table.records points to
 
@@ -118,9 +118,7 @@ class Gather {
   // A tensor of one number on the table's device is read there; any other number, here and now.
   Value value_of(const Device& device, PyObject* object, double value);
 
-  bool is_deferred(const Member& m) const {
-    return m.sharded && has_blocks(groups_[m.group].rule);
-  }
+  bool is_deferred(const Member& m) const { return m.sharded && has_blocks(groups_[m.group].rule); }
 
   std::vector<Member> members;
   std::vector<py::object> captured;  // what CUDA graphs of earlier steps read

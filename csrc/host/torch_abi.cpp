@@ -103,7 +103,8 @@ bool TorchAbi::find_insides() {
   py::dict trials;
   py::exec(kTrials, trials, trials);
   const py::list plain = trials["plain"], others = trials["others"];
-  const py::object first = trials["first"], param = trials["param"], with_grad = trials["with_grad"];
+  const py::object first = trials["first"], param = trials["param"],
+                   with_grad = trials["with_grad"];
   for (const py::handle tensor : plain) {
     if (implementation(handle_of(tensor.ptr())) != address(tensor)) return false;
   }
@@ -185,7 +186,8 @@ bool TorchAbi::find_insides() {
     return false;
   }
   // A dying grad has one reference, as a tensor has that only Python knows.
-  const auto of_python = head_of(address(py::object(plain[1]))).count, of_grad = head_of(grad).count;
+  const auto of_python = head_of(address(py::object(plain[1]))).count,
+             of_grad = head_of(grad).count;
   tells_dying_ = true;
   tells_dying_ = is_dying(of_python) && !is_dying(of_grad);
 
@@ -215,7 +217,9 @@ bool TorchAbi::ask_ordinary(PyObject* object) const {
   const auto device = tensor.attr("device").attr("type").cast<std::string>();
   const auto answers = [&](const char* predicate) { return tensor.attr(predicate)().cast<bool>(); };
   const bool ordinary =
-      py::type::of(tensor).attr("__torch_dispatch__").is(internals.attr("_disabled_torch_dispatch_impl")) &&
+      py::type::of(tensor)
+          .attr("__torch_dispatch__")
+          .is(internals.attr("_disabled_torch_dispatch_impl")) &&
       !internals.attr("_functorch").attr("is_functorch_wrapped_tensor")(tensor).cast<bool>() &&
       !torch.attr("_is_functional_tensor")(tensor).cast<bool>() &&
       tensor.attr("layout").is(torch.attr("strided")) && (device == "cpu" || device == "cuda") &&

@@ -156,9 +156,7 @@ class TorchAbi {
     return result;
   }
   static void* implementation(const void* handle) { return at<void*>(handle, 0); }
-  uint64_t keys_of(const void* handle) const {
-    return at<uint64_t>(implementation(handle), keys_);
-  }
+  uint64_t keys_of(const void* handle) const { return at<uint64_t>(implementation(handle), keys_); }
 
   bool ask_layout(void* handle, TensorView& out, int32_t& dtype, int64_t& offset) const;
 

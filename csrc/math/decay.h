@@ -20,12 +20,12 @@ namespace adamprox {
 
 // A line each: the struct, what a param group's "decay" says, and the option of the group, if any, that
 // must be on as well.
-#define ADAMPROX_RULES(RULE)               \
-  RULE(Coupled, "coupled", nullptr)        \
-  RULE(Decoupled, "decoupled", nullptr)    \
-  RULE(Cautious, "decoupled", "cautious")  \
-  RULE(ProxSqL2, "prox_sq_l2", nullptr)    \
-  RULE(ProxL1, "prox_l1", nullptr)         \
+#define ADAMPROX_RULES(RULE)              \
+  RULE(Coupled, "coupled", nullptr)       \
+  RULE(Decoupled, "decoupled", nullptr)   \
+  RULE(Cautious, "decoupled", "cautious") \
+  RULE(ProxSqL2, "prox_sq_l2", nullptr)   \
+  RULE(ProxL1, "prox_l1", nullptr)        \
   RULE(ProxL2, "prox_l2", nullptr)
 
 enum class Decay : uint8_t {

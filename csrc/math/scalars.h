@@ -18,8 +18,8 @@ struct NumberKey {
   bool optional;
 };
 constexpr NumberKey kNumberKeys[kNumbers] = {
-    {"lr", -1, false},  {"betas", 0, false},         {"betas", 1, false},
-    {"eps", -1, false}, {"weight_decay", -1, false}, {"initial_lr", -1, true},
+    {"lr", -1, false},       {"betas", 0, false},         {"betas", 1, false},
+    {"eps", -1, false},      {"weight_decay", -1, false}, {"initial_lr", -1, true},
     {"ema_decay", -1, true},
 };
 
@@ -32,10 +32,8 @@ struct FlagKey {
   const char* text;
 };
 constexpr FlagKey kFlagKeys[kFlags] = {
-    {"amsgrad", kTruth, nullptr},
-    {"maximize", kTruth, nullptr},
-    {"capturable", kTruth, nullptr},
-    {"decay_by", kText, "schedule"},
+    {"amsgrad", kTruth, nullptr},     {"maximize", kTruth, nullptr},
+    {"capturable", kTruth, nullptr},  {"decay_by", kText, "schedule"},
     {"ema_decay", kNotNone, nullptr},
 };
 
@@ -65,15 +63,15 @@ constexpr int kDecayConstants = 2;  // the most that a rule of decay.h has
 
 // What changes with the step count, in double: computed once, rounded once to the compute type where
 // it is used. A line each:
-#define ADAMPROX_SCALARS(SCALAR)                                                      \
-  SCALAR(one_minus_beta1)                                                             \
-  SCALAR(one_minus_beta2)                                                             \
-  SCALAR(step_size)  /* lr * sqrt(1 - beta2^t) / (1 - beta1^t) */                     \
-  SCALAR(eps)        /* eps * sqrt(1 - beta2^t) */                                    \
-  SCALAR(grad_scale) /* 1, or -1 to maximize, divided by the loss scale */            \
-  SCALAR(one_minus_ema)                                                               \
-  SCALAR(alpha)      /* telemetry measures updates by it */                           \
-  SCALAR(step)       /* t, the count with this step */
+#define ADAMPROX_SCALARS(SCALAR)                                           \
+  SCALAR(one_minus_beta1)                                                  \
+  SCALAR(one_minus_beta2)                                                  \
+  SCALAR(step_size)  /* lr * sqrt(1 - beta2^t) / (1 - beta1^t) */          \
+  SCALAR(eps)        /* eps * sqrt(1 - beta2^t) */                         \
+  SCALAR(grad_scale) /* 1, or -1 to maximize, divided by the loss scale */ \
+  SCALAR(one_minus_ema)                                                    \
+  SCALAR(alpha) /* telemetry measures updates by it */                     \
+  SCALAR(step)  /* t, the count with this step */
 
 struct Scalars {
 #define SCALAR(name) double name;

@@ -74,8 +74,8 @@ class CpuBackend:
 class CudaBackend:
     """CUDA C++ on NVIDIA GPUs, on the current stream.
 
-    One launch for all elementwise rules, one for all blocks, and a small one before if the scalars are
-    made there.
+    One launch for all elementwise rules, one for all blocks, and a small one before if the scalars
+    are made there.
     """
 
     follows_recipes = True
@@ -184,8 +184,8 @@ def recipes_and_threads(name: str | None) -> tuple[bool, bool, int]:
     """What reading a step must know of the backends that may run it.
 
     Returns:
-        Whether tensors on a GPU, and those on the CPU, are stepped by one that follows recipes; and how
-        many threads read and run a step in one call if all is on the CPU, or 0 if none may.
+        Whether tensors on a GPU, and those on the CPU, are stepped by one that follows recipes; and
+        how many threads read and run a step in one call if all is on the CPU, or 0 if none may.
     """
     if name is None:
         return True, False, get_num_threads()

@@ -1,4 +1,4 @@
-"""Loading a state dict, torch's or ours: checked first, float32 moments kept, foreign entries too."""
+"""Loading a state dict, torch's or ours: checked first; float32 moments and foreign entries stay."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ def load(
 ) -> None:
     """Loads ``state_dict`` by ``torchs_load``, among the hooks that users have registered."""
     wide: list[tuple[Tensor, str, Tensor]] = []
+    others: list[int] = []
 
     # Registered now, so it sees what the users' hooks have made of the state dict.
     def check(_: Optimizer, state_dict: StateDict) -> StateDict:
-        groups = _completed_groups(optimizer, state_dict)
+        groups = _completed_groups(optimizer, state_dict, others)
         _refuse(optimizer, _problems(state_dict, groups))
         wide.extend(_wide_states(optimizer, state_dict))
         return {**state_dict, "param_groups": groups}
@@ -55,6 +56,13 @@ def load(
     finally:
         for handle in handles:
             handle.remove()
+    if others:
+        warnings.warn(
+            f"{type(optimizer).__name__}: param_groups{others} of this state dict were saved under "
+            "another rule of decay, whose weight_decay means something else: the optimizer's own "
+            f"{', '.join(DECAY_SETTINGS)} stay",
+            stacklevel=3,
+        )
 
 
 def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -113,9 +121,14 @@ def _quoted(keys: list[str]) -> str:
     return ", ".join(map(repr, keys))
 
 
-def _completed_groups(optimizer: Optimizer, state_dict: StateDict) -> list[dict[str, Any]]:
-    """The saved groups, with the settings of the decay that the optimizer is to have."""
-    completed, others = [], []
+def _completed_groups(
+    optimizer: Optimizer, state_dict: StateDict, others: list[int]
+) -> list[dict[str, Any]]:
+    """The saved groups, with the settings of the decay that the optimizer is to have.
+
+    Notes in ``others`` which of them were saved under another rule.
+    """
+    completed = []
     for index, saved in enumerate(state_dict["param_groups"]):
         own: dict[str, Any] = dict(
             optimizer.param_groups[index]
@@ -135,13 +148,6 @@ def _completed_groups(optimizer: Optimizer, state_dict: StateDict) -> list[dict[
             if key not in own:
                 group.pop(key, None)
         completed.append(group)
-    if others:
-        warnings.warn(
-            f"{type(optimizer).__name__}: param_groups{others} of this state dict were saved under "
-            "another rule of decay, whose weight_decay means something else: the optimizer's own "
-            f"{', '.join(key for key in DECAY_SETTINGS if key in own)} stay",
-            stacklevel=6,
-        )
     return completed
 
 

@@ -1,4 +1,4 @@
-"""The states of a param and the values of a param group: a line each; and which values are refused."""
+"""The states of a param and the values of a param group, a line each; which values are refused."""
 
 from __future__ import annotations
 
@@ -73,8 +73,7 @@ DEFAULTS: dict[str, Any] = {
     "ema_decay": None,
 }
 
-# The options that only one rule has, with their neutral values: elsewhere these are accepted, and no
-# others.
+# The options that only one rule has, with their neutral values, which are accepted elsewhere, too.
 RULES: dict[str, dict[str, Any]] = {
     "coupled": {},
     "decoupled": {"cautious": False},
@@ -117,9 +116,9 @@ ARGUMENTS = """
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None, the default, takes
             the environment's ``ADAMPROX_BACKEND`` or the best that can run. All give the same bits.
 
-    All of them but ``params`` and ``backend`` are values of the param groups, and so is ``decay``, the
-    rule: ``"coupled"``, ``"decoupled"``, ``"prox_sq_l2"``, ``"prox_l1"`` or ``"prox_l2"``. The class
-    sets its default. A group may have another one; a change takes effect at the next step.
+    All of them but ``params`` and ``backend`` are values of the param groups. So is ``decay``, the
+    rule: ``"coupled"``, ``"decoupled"``, ``"prox_sq_l2"``, ``"prox_l1"`` or ``"prox_l2"``. The
+    class sets its default. A group may have another one; a change takes effect at the next step.
 
     Raises:
         ValueError, TypeError: an argument is out of its range or of a wrong type; the message names
@@ -201,7 +200,7 @@ def _validate_options(group: Group) -> None:
     if ema_decay is not None:
         if isinstance(ema_decay, bool) or not isinstance(ema_decay, Real | Tensor):
             raise TypeError(f"Invalid ema_decay: {ema_decay!r}, expected a number or None")
-        if not 0.0 <= ema_decay <= 1.0:
+        if not 0.0 <= float(ema_decay) <= 1.0:
             raise ValueError(f"Invalid ema_decay: {ema_decay}, expected a number from 0 to 1")
     if not isinstance(group.get("cautious", False), bool):
         raise TypeError(f"Invalid cautious: {group['cautious']!r}, expected True or False")
@@ -230,8 +229,8 @@ def refuse_foreign_options(group: Group, given: Collection[str]) -> None:
         ValueError: the message names the option and the rule.
     """
     for key in given:
-        if key in RULE_OPTIONS and key not in RULES[group["decay"]]:
-            if group[key] != RULE_OPTIONS[key]:
-                raise ValueError(
-                    f"Invalid {key}: {group[key]!r}, decay={group['decay']!r} has no such option"
-                )
+        foreign = key in RULE_OPTIONS and key not in RULES[group["decay"]]
+        if foreign and group[key] != RULE_OPTIONS[key]:
+            raise ValueError(
+                f"Invalid {key}: {group[key]!r}, decay={group['decay']!r} has no such option"
+            )

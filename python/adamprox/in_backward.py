@@ -19,8 +19,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.hooks import RemovableHandle
 
 from .freed_grad import FreedGrad
 from .optimizers import _FusedAdam
@@ -149,8 +149,10 @@ class _Steps:
 
     def _registered(self, module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         prefix = self._names.get(module)
-        if prefix is not None and param is not None and (
-            param.is_floating_point() or param.is_complex()
+        if (
+            prefix is not None
+            and param is not None
+            and (param.is_floating_point() or param.is_complex())
         ):
             self._add(param, f"{prefix}.{name}" if prefix else name)
 
@@ -228,9 +230,9 @@ class _ParamStep:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"step_in_backward: {self._name} gets its gradient in a backward within another one, "
-                "as reentrant checkpoints make it. It may be one of several, so that its step is "
-                "left to optimizer.step(), which must follow; or use use_reentrant=False",
+                f"step_in_backward: {self._name} gets its gradient in a backward within another "
+                "one, as reentrant checkpoints make it. It may be one of several, so that its step "
+                "is left to optimizer.step(), which must follow; or use use_reentrant=False",
                 stacklevel=3,
             )
 

@@ -17,6 +17,7 @@ from . import backends, checkpoints
 from .hyperparameters import (
     COUNT,
     DEFAULTS,
+    RULE_OPTIONS,
     RULES,
     Options,
     document,
@@ -79,7 +80,8 @@ class _FusedAdam(Optimizer):
             group = {**self.defaults, **options, **param_group}
             validate(group)
             refuse_foreign_options(group, param_group)
-            for key, value in options.items():
+            others = {k: v for k, v in RULE_OPTIONS.items() if k in self.defaults and k not in own}
+            for key, value in {**options, **others}.items():
                 param_group.setdefault(key, value)
             # For torch's layout, without effect.
             param_group["decoupled_weight_decay"] = rule != "coupled"
@@ -112,6 +114,8 @@ class _FusedAdam(Optimizer):
         self.param_groups = state["param_groups"]
         if "_engine" not in self.__dict__:
             self._engine = Engine()
+        # The first edition's defaults lack some.
+        self.defaults = {**DEFAULTS, "decay": self.decay, **self.defaults}
         for group in self.param_groups:
             checkpoints.complete(group, self.defaults)
         _unshare_counts(self)
@@ -203,7 +207,8 @@ class _FusedAdam(Optimizer):
         Raises:
             RuntimeError: a tensor cannot be used or no backend can run; nothing was updated.
         """
-        if compiler.is_dynamo_compiling():  # by a module of torch's: Dynamo looks for one in a frame
+        # By a module of torch's, since Dynamo looks for one in a frame.
+        if compiler.is_dynamo_compiling():
             from . import compiled  # and Dynamo, only where it is in use
 
             traced = compiled.observed_traced_step if _has_hooks(self) else compiled.traced_step
@@ -278,9 +283,7 @@ class Adam(_FusedAdam):
         backend: str | None = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, backend=backend, **options
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, backend=backend, **options)
 
 
 @document(

@@ -5,11 +5,12 @@ Nothing is written before everything has been checked, so an error leaves every 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import _C
@@ -76,7 +77,7 @@ def _range_of(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.itemsize
 
 
-@torch._disable_dynamo  # which would trace it after a graph break
+@_disable_dynamo  # which would trace it after a graph break
 def mend(
     optimizer: Optimizer,
     groups: Sequence[dict[str, Any]],
@@ -90,7 +91,9 @@ def mend(
         RuntimeError: a tensor cannot be used; the message names it and says why.
     """
     findings = _without_freed_grads(findings)
-    params = [_Param(optimizer, groups[f.group], f, stand_ins) for f in findings]
+    # A param that is listed twice is mended once.
+    once = {(id(f.param), f.key): f for f in reversed(findings)}
+    params = [_Param(optimizer, groups[f.group], f, stand_ins) for f in once.values()]
     for param in params:
         param.check()
     if capturing and any(param.key not in ("param", "grad") for param in params):
@@ -110,7 +113,9 @@ def mend(
 @torch.no_grad()
 def make_states(optimizer: Optimizer, params_and_groups: Iterable[tuple[Tensor, Group]]) -> None:
     """States and a step count for those that have none; an error leaves all as they are."""
-    wanted = [(param, group, _missing(optimizer, param, group)) for param, group in params_and_groups]
+    wanted = [
+        (param, group, _missing(optimizer, param, group)) for param, group in params_and_groups
+    ]
     with torch.inference_mode(False):
         # Views of one buffer: they lie side by side, which is what reading them costs.
         fresh = [param for param, _, missing in wanted if missing is None]
@@ -274,8 +279,7 @@ class _Param:
             self.refuse(f"{what} is {tensor!r}, expected a tensor")
         if tensor.is_sparse and key == "grad":
             self.refuse(
-                "sparse gradients are not supported, please consider SparseAdam: "
-                f"{self.name}.grad"
+                f"sparse gradients are not supported, please consider SparseAdam: {self.name}.grad"
             )
         if is_distributed(tensor):
             if problem := why_not(tensor, param, may_move=key == "grad"):
@@ -285,7 +289,9 @@ class _Param:
         elif torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(
             tensor
         ):
-            self.refuse(f"{what} belongs to a transformation of torch.func, expected a plain tensor")
+            self.refuse(
+                f"{what} belongs to a transformation of torch.func, expected a plain tensor"
+            )
         if tensor.layout != torch.strided or tensor.is_nested:
             self.refuse(f"{what} has layout={tensor.layout}, expected torch.strided")
         if tensor.device.type not in ("cpu", "cuda"):
@@ -301,7 +307,9 @@ class _Param:
         if key != "grad":
             self._check_writable(tensor, what)
             if torch._debug_has_internal_overlap(local_of(tensor)) == 1:
-                self.refuse(f"{what} is expanded: several of its elements share one place in memory")
+                self.refuse(
+                    f"{what} is expanded: several of its elements share one place in memory"
+                )
 
     def _check_dtype(self, key: str, tensor: Tensor, what: str) -> None:
         param = self.param
@@ -315,8 +323,7 @@ class _Param:
         if is_distributed(tensor) or tensor.numel() == 0 or torch._is_zerotensor(tensor):
             return
         last = tensor.storage_offset() + sum(
-            (size - 1) * stride
-            for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
         )
         if (last + 1) * tensor.itemsize > tensor.untyped_storage().nbytes():
             self.refuse(f"{what} has a storage of too few bytes: it was freed or resized")

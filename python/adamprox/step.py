@@ -1,7 +1,7 @@
 """One step: read everything, mend what can be, choose the backends, run them, count.
 
-There is one way through. On the CPU, reading and running are one call of C++, so no Python code runs
-between them; a backend that Python drives is begun, run, and taken back if it fails.
+There is one way through. On the CPU, reading and running are one call of C++, so no Python code
+runs between them; a backend that Python drives is begun, run, and taken back if it fails.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-import torch
+from torch._compile import _disable_dynamo
 
 from . import _C, backends, reference
 from .loss_scaling import LossScaling
@@ -139,7 +139,7 @@ def _take_steps_one_by_one(
             )
 
 
-@torch._disable_dynamo  # which would trace it after a graph break
+@_disable_dynamo  # which would trace it after a graph break
 def _run(
     optimizer: _FusedAdam,
     groups: list[dict[str, Any]],
