@@ -1,4 +1,4 @@
-"""Loading a state dict, torch's or ours: checked first; float32 moments and foreign entries stay."""
+"""Loading a state dict, torch's or ours: checked first; float32 moments, foreign entries stay."""
 
 from __future__ import annotations
 
