@@ -17,30 +17,10 @@
 namespace adamprox {
 namespace {
 
-template <typename T>
-void append_bytes(std::string& out, const std::vector<T>& values) {
-  out.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
-}
-
-// What changes at each step: the grads' pointers, void*[num_rows], and then Scalars[], or RecipesHead,
-// GroupRecipe[] and ScalarsRecipe[].
-std::string payload(const TensorTable& t) {
-  std::string bytes;
-  append_bytes(bytes, t.grads);
-  if (t.has_recipes()) {
-    bytes.append(reinterpret_cast<const char*>(&t.head), sizeof(t.head));
-    append_bytes(bytes, t.group_recipes);
-    append_bytes(bytes, t.scalars_recipes);
-  } else {
-    append_bytes(bytes, t.scalars);
-  }
-  return bytes;
-}
-
 // What a backend sees of the rows on one device.
 class Table {
  public:
-  Table(std::shared_ptr<Gather> gather, DeviceTable& device)
+  Table(std::shared_ptr<Gather> gather, HeldTable& device)
       : gather_(std::move(gather)), device_(device), table_(device.table) {}
 
   py::tuple device() const {
@@ -99,42 +79,22 @@ class Table {
   int64_t num_of_blocks() const { return table_.num_of_blocks; }
   int64_t num_scalars() const { return static_cast<int64_t>(table_.scalars.size()); }
 
-  // The distinct (param's dtype, moments' dtype, rule, which states are there as bits) of the rows.
-  std::set<std::tuple<int, int, int, int>> variants() const {
-    std::set<std::tuple<int, int, int, int>> result;
-    for (const TensorRow& row : table_.rows) {
-      if (row.numel == 0) continue;
-      int states = 0;
-      for (int s = 0; s < kStates; ++s) states |= (row.states[s] != nullptr) << s;
-      result.emplace(static_cast<int>(row.param_dtype), static_cast<int>(row.state_dtype),
-                     static_cast<int>(row.rule), states);
-    }
-    return result;
-  }
+  std::set<std::tuple<int, int, int, int>> variants() const { return device_.variants(); }
 
-  // What seldom changes, TensorRow[num_rows] and Chunk[num_chunks], and a Workspace, as upload(bytes)
-  // puts it on the device. It is uploaded again if the rows or the stream have changed, so two streams
-  // never share a Workspace. A capture records its own upload, which only its replays carry out.
+  // The metadata as upload(bytes) puts it on the device. It is uploaded again if the rows or the stream
+  // have changed, so two streams never share a Workspace. A capture records its own upload, which only
+  // its replays carry out.
   py::object metadata(const py::function& upload, uintptr_t stream, bool capturing) const {
-    const std::vector<TensorRow>& rows = table_.rows;
-    const std::vector<TensorRow>& known = device_.uploaded_rows;
-    void* const on = reinterpret_cast<void*>(stream);
-    const bool uploaded =
-        device_.uploaded && !capturing && on == device_.uploaded_for &&
-        rows.size() == known.size() &&
-        std::memcmp(rows.data(), known.data(), rows.size() * sizeof(TensorRow)) == 0;
+    const bool uploaded = device_.uploaded && !capturing && stream == device_.uploaded_for &&
+                          device_.metadata_is_uploaded();
     if (uploaded) return device_.uploaded;
-    std::string bytes;
-    append_bytes(bytes, rows);
-    append_bytes(bytes, table_.chunks);
-    bytes.append(Workspace::bytes(device_.blocks(), num_chunks()), '\0');
-    const py::object made = upload(py::bytes(bytes));
+    const py::object made = upload(py::bytes(device_.metadata()));
     if (capturing) {
       keep(made);
     } else {
       device_.uploaded = made;
-      device_.uploaded_rows = rows;
-      device_.uploaded_for = on;
+      device_.uploaded_for = stream;
+      device_.note_upload();
     }
     return made;
   }
@@ -163,13 +123,13 @@ class Table {
   }
 
   void begin() const { gather_->begin(device_); }
-  void undo() const { gather_->undo(device_); }
-  std::string payload() const { return adamprox::payload(table_); }
+  void undo() const { device_.undo(); }
+  py::bytes payload() const { return device_.payload(); }
   void step_cpu(int threads) const { gather_->step_on_cpu(device_, threads); }
 
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
   bool payload_is_inline() const {
-    return static_cast<int64_t>(payload().size()) <= cuda_inline_payload();
+    return static_cast<int64_t>(device_.payload().size()) <= cuda_inline_payload();
   }
 
   // Addresses on the device: of what metadata() gave; of a payload that is too long to be passed inline
@@ -177,7 +137,7 @@ class Table {
   // on a stream of torch's.
   void launch_cuda(uintptr_t stream, uintptr_t metadata, uintptr_t payload,
                    uintptr_t prepared) const {
-    const std::string bytes = payload == 0 ? this->payload() : std::string();
+    const std::string bytes = payload == 0 ? device_.payload() : std::string();
     const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
     device_.launched = true;
     const py::gil_scoped_release release;
@@ -196,13 +156,13 @@ class Table {
   }
 
   std::shared_ptr<Gather> gather_;
-  DeviceTable& device_;
+  HeldTable& device_;
   TensorTable& table_;
 };
 
 std::vector<Table> tables(const std::shared_ptr<Gather>& gather) {
   std::vector<Table> result;
-  for (DeviceTable* device : gather->tables()) result.emplace_back(gather, *device);
+  for (HeldTable* device : gather->tables()) result.emplace_back(gather, *device);
   return result;
 }
 
@@ -293,7 +253,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("found_inf"))
       .def("begin", &Table::begin)
       .def("undo", &Table::undo)
-      .def("payload", [](const Table& table) { return py::bytes(table.payload()); })
+      .def("payload", &Table::payload)
 #if defined(ADAMPROX_CUDA_ARCHITECTURES)
       .def_property_readonly("payload_is_inline", &Table::payload_is_inline)
       .def("launch_cuda", &Table::launch_cuda, py::arg("stream"), py::arg("metadata"),

@@ -51,11 +51,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def make(name: str, params: Iterable[Tensor], **arguments: Any) -> torch.optim.Optimizer:
+def decay_of(name: str) -> float:
     # Adam's first steps are lr long in each coordinate; the norms here are about 1, and some
     # blocks of AdamProxL2 vanish.
-    decay = {"AdamProxL2": 3.0}.get(name, OPTIMIZERS[name].weight_decay)
-    return OPTIMIZERS[name].cls(params, **{"lr": 1e-2, "weight_decay": decay, **arguments})
+    return {"AdamProxL2": 3.0}.get(name, OPTIMIZERS[name].weight_decay)
+
+
+def make(name: str, params: Iterable[Any], **arguments: Any) -> torch.optim.Optimizer:
+    given = {"lr": 1e-2, "weight_decay": decay_of(name), **arguments}
+    return OPTIMIZERS[name].cls(params, **given)
 
 
 def model() -> nn.Module:
@@ -165,6 +169,32 @@ def case_fsdp_in_bfloat16_with_amsgrad(world: int, name: str) -> None:
         twin.step(net)
         optimizer.step()
         twin.check(net, optimizer)
+
+
+def of_every_rule(net: nn.Module) -> list[dict[str, Any]]:
+    """A group for each param, of the rules in turns; the last ones have the rule of the class."""
+    rules = [{"decay": o.cls.decay, "weight_decay": decay_of(n)} for n, o in OPTIMIZERS.items()]
+    params = list(net.parameters())
+    assert len(params) > len(rules)
+    return [
+        {"params": [param], **(rules[i] if i < len(rules) else {})}
+        for i, param in enumerate(params)
+    ]
+
+
+def case_fsdp_with_a_rule_for_each_param(world: int, name: str) -> None:
+    """And averages of the params as they are in the end."""
+    net = model()
+    twin = Twin(net, name)
+    twin.optimizer = make(name, of_every_rule(twin.net), ema_decay=0.75)
+    fsdp(net, init_device_mesh("cpu", (world,)))
+    optimizer = make(name, of_every_rule(net), ema_decay=0.75)
+    for step in range(STEPS):
+        backward(net, step)
+        twin.step(net)
+        optimizer.step()
+        twin.check(net, optimizer)
+    assert all("ema" in optimizer.state[p] for p in net.parameters())
 
 
 def case_fsdp_tracked(world: int, name: str) -> None:

@@ -6,7 +6,9 @@ they make of it has the very bits of what the host computes: the difference is z
 
 from __future__ import annotations
 
+import decimal
 import math
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +17,16 @@ import torch
 from torch import Tensor
 
 from adamprox import backends, reference
-from registry import BACKENDS, DTYPES, OPTIMIZERS, Option, assert_same_bits, build, params_of
+from registry import (
+    BACKENDS,
+    DTYPES,
+    OPTIMIZERS,
+    OPTIONS,
+    Option,
+    assert_same_bits,
+    build,
+    params_of,
+)
 
 SHAPES = ((3, 5), (), (7,), (2, 2))
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -41,7 +52,7 @@ def numbers(wrap: Any) -> tuple[dict[str, Any], ...]:
     return (
         {"lr": wrap(2.0**-5), "weight_decay": wrap(0.5), "betas": (wrap(0.75), wrap(0.875))},
         {"lr": wrap(2.0**-6), "decay_by": "schedule", "initial_lr": wrap(0.25), "maximize": True},
-        {"betas": (wrap(0.9), wrap(0.98)), "amsgrad": True},
+        {"betas": (wrap(0.9), wrap(0.98)), "amsgrad": True, "ema_decay": wrap(0.75)},
     )
 
 
@@ -107,10 +118,10 @@ def test_every_dtype_of_a_number_in_triton(dtype):
     assert_same_bits(*pair)
 
 
-@pytest.mark.parametrize("change", ["lr", "betas", "weight_decay"])
+@pytest.mark.parametrize("change", ["lr", "betas", "weight_decay", "ema_decay"])
 @every_optimizer
 def test_replays_equal_eager_steps_while_hyper_parameters_change(optimizer, change, cuda):
-    """100 times the same launches with the same arguments; lr, betas or decay change in place."""
+    """100 times the same launches with the same arguments; hyper-parameters change in place."""
 
     def tensor(value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64)
@@ -181,6 +192,36 @@ def test_loaded_and_skipped_step_counts(backend):
     assert_same_bits(ours, theirs)
 
 
+@pytest.mark.parametrize("count", [0.5, 2.25, 1e6 + 0.375, 2.0**60])
+@every_backend
+def test_fractional_step_counts(backend, count):
+    ours = make("AdamProx", backend, numbers(float), capturable=True)
+    theirs = make("AdamProx", "reference", numbers(float), capturable=False)
+    for opt in (ours, theirs):
+        for step in range(4):
+            set_grads(opt, step)
+            opt.step()
+            if step == 1:
+                opt.state[params_of(opt)[step]]["step"].copy_(torch.tensor(count))
+    assert_same_bits(ours, theirs)
+
+
+@every_backend
+def test_groups_of_different_rules(backend):
+    groups = OPTIONS["rules"].groups
+    values = [randn(i, shape) for i, shape in enumerate((*SHAPES, (3,), (2, 4)))]
+    ours, theirs = (
+        build("AdamProx", values, Option({"capturable": capturable}, groups), name, None)
+        for name, capturable in ((backend, True), ("reference", False))
+    )
+    assert all(group["params"] for group in ours.param_groups)
+    for opt in (ours, theirs):
+        for step in range(3):
+            set_grads(opt, step)
+            opt.step()
+    assert_same_bits(ours, theirs)
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_a_capturable_group_beside_others(backend):
     """Scalars of the host and of the device in one launch."""
@@ -204,6 +245,18 @@ def test_power(base):
         assert error <= true * exponent / 2**53 + Fraction(1, 2**1000)  # where it underflows
     assert reference.power(0.5, 1000) == 2.0**-1000
     assert math.isclose(reference.power(base, 10**6), base**10**6, rel_tol=2e-10, abs_tol=5e-324)
+
+
+@pytest.mark.parametrize("base", [0.5, 0.9, 0.999, 1 - 2.0**-20])
+def test_power_of_a_fraction(base):
+    """Each of its binary places is a square root, and perhaps a product."""
+    for exponent, places in ((0.5, 1), (2.25, 2), (1e-3, 62), (100.1, 46), (1000.375, 3)):
+        true = Fraction(decimal.Context(60).power(Decimal(base), Decimal(exponent)))
+        error = abs(Fraction(reference.power(base, exponent)) - true)
+        assert error <= true * Fraction(exponent + 4 * places) / 2**53
+    assert reference.power(0.25, 1.5) == 0.125
+    assert reference.power(base, 2.0**63) == reference.power(0.0, 0.5) == 0.0
+    assert all(math.isnan(reference.power(base, t)) for t in (-1.0, -0.5, math.nan, -math.inf))
 
 
 # What a capture refuses; torch's own refusal needs a GPU: test_gpu.py.

@@ -95,6 +95,7 @@ def rule_of(optimizer: str) -> str:
 TORCHS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
 
+@pytest.mark.both_abis
 @with_amsgrad
 @pytest.mark.parametrize("direction", ["from_torch", "to_torch"])
 @pytest.mark.parametrize("implementation", TORCHS)
@@ -384,6 +385,7 @@ def widen(opt) -> None:
             state[key] = state[key].float()
 
 
+@pytest.mark.both_abis
 @with_amsgrad
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @every_optimizer

@@ -1242,10 +1242,15 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_a_step_that_is_refused_has_made_no_states_of_others(problem):
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_step_that_is_refused_has_made_no_states_of_others(copied, problem):
+    """Even if the param's grad is to be copied first."""
+
     def spoil(opt, param):
         opt.state.pop(params_of(opt)[0])
         problem(opt.state[param])
+        if copied:
+            param.grad = param.grad.t().contiguous().t()
 
     refused(spoil, NAME, amsgrad=True)
 

@@ -78,6 +78,7 @@ def both_ways(optimizer: str, change=lambda model, opt, step: None, dtype=torch.
     return opts[1]
 
 
+@pytest.mark.both_abis
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
 @every_optimizer
@@ -91,6 +92,7 @@ def test_on_the_backend_asked_for(backend):
     both_ways("AdamProxL2", backend=backend)
 
 
+@pytest.mark.both_abis
 @every_optimizer
 def test_frozen_and_thawed_params(optimizer):
     def change(model, opt, step):
@@ -324,6 +326,7 @@ class Checkpointed(nn.Module):
         return self.layers[4](self.layers[3](self.layers[2](x)))
 
 
+@pytest.mark.both_abis
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @every_optimizer
 def test_checkpoints_within_the_model(optimizer, use_reentrant):

@@ -111,6 +111,7 @@ def test_parity_at_chunk_edges(backend, optimizer, dtype):
     check(backend, optimizer, values, state=state, steps=2)
 
 
+@pytest.mark.both_abis
 @every_optimizer
 @every_backend
 def test_parity_of_all_dtypes_in_one_step(backend, optimizer):
@@ -246,6 +247,7 @@ def problems(draw):
     return values, grads, draw(st.lists(groups, min_size=1, max_size=3))
 
 
+@pytest.mark.both_abis
 @settings(
     max_examples=150,
     deadline=None,

@@ -226,6 +226,7 @@ def small(optimizer: str = "AdamW", **arguments) -> torch.optim.Optimizer:
     return OPTIMIZERS[optimizer].cls(groups, weight_decay=0.0, **arguments)
 
 
+@pytest.mark.both_abis
 def test_norms_and_counts_are_of_the_new_param_and_of_adams_update():
     opt = small("AdamProxL1", eps=0.0)
     opt.param_groups[1]["weight_decay"] = 2.0
@@ -357,6 +358,7 @@ def test_notes_keep_no_param_alive():
     assert len(opt.update_stats()) == 4
 
 
+@pytest.mark.both_abis
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_param_twice_in_a_group_has_notes_of_both_its_steps(backend):
     param = torch.nn.Parameter(torch.tensor([4.0, 0.0]))

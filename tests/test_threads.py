@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from adamprox import backends
 from registry import OPTIMIZERS, params_of
 
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -75,6 +77,104 @@ def test_optimizers_in_several_python_threads_step_at_once(optimizer):
     for worker in workers:
         worker.join(TIMEOUT)
     assert [results.get(seed) for seed in range(3)] == expected
+
+
+def in_threads(count: int, work) -> list[BaseException | None]:
+    """What each call of ``work(index)`` raises, all at once."""
+    barrier, errors = threading.Barrier(count), [None] * count
+
+    def run(index: int) -> None:
+        torch.set_num_threads(2)
+        barrier.wait(TIMEOUT)
+        try:
+            work(index)
+        except BaseException as error:
+            errors[index] = error
+
+    workers = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(TIMEOUT)
+    assert not any(worker.is_alive() for worker in workers)
+    return errors
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@every_optimizer
+def test_threads_that_step_one_optimizer_wait_for_each_other(optimizer, backend):
+    """The grads stay, so that it does not matter whose turn it is."""
+    opt, twin = stepped(optimizer), stepped(optimizer)
+    opt._backend = backend
+    threads, steps = (4, 8) if backend == "cpu" else (2, 1)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        errors = in_threads(threads, lambda index: [opt.step() for _ in range(steps)])
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == [None] * threads
+    for _ in range(threads * steps):
+        twin.step()
+    assert digest(opt) == digest(twin)
+    assert {state["step"].item() for state in opt.state.values()} == {2 + threads * steps}
+
+
+class Calling:
+    """A backend that calls something amid a step, and takes none."""
+
+    follows_recipes = at_once = False
+
+    def __init__(self, call):
+        self.call, self.inside, self.most = call, 0, 0
+
+    def why_not(self, device_type=None):
+        return None
+
+    def step(self, table, groups):
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        try:
+            self.call()
+        finally:
+            self.inside -= 1
+
+
+def test_no_thread_is_amid_an_optimizers_step_while_another_one_is(monkeypatch):
+    """Steps of two optimizers do not wait for each other."""
+    backend = Calling(lambda: time.sleep(0.01))
+    monkeypatch.setitem(backends.BACKENDS, "calling", backend)
+    opt, other = stepped("AdamW"), stepped("AdamW")
+    opt._backend = other._backend = "calling"
+    assert in_threads(4, lambda index: opt.step()) == [None] * 4
+    assert backend.most == 1
+    both_inside = threading.Barrier(2)
+    backend.call = lambda: both_inside.wait(TIMEOUT)
+    assert in_threads(2, lambda index: (opt, other)[index].step()) == [None] * 2
+
+
+def test_a_step_amid_a_step_of_the_same_thread_is_an_error(monkeypatch):
+    """It would wait for itself. What is called may catch it, and the step goes on."""
+    opt, caught = stepped("AdamW"), []
+
+    def call():
+        with pytest.raises(RuntimeError, match=r"AdamW.step\(\) was called amid.*nothing was upd"):
+            opt.step()
+        caught.append(threading.get_ident())
+
+    monkeypatch.setitem(backends.BACKENDS, "calling", Calling(call))
+    monkeypatch.setitem(backends.BACKENDS, "again", Calling(opt.step))
+    opt._backend = "calling"
+    opt.step()
+    assert caught == [threading.get_ident()]
+    assert {state["step"].item() for state in opt.state.values()} == {3}
+    opt._backend = "again"
+    with pytest.raises(RuntimeError, match="amid a step of the same optimizer"):
+        opt.step()
+    assert {state["step"].item() for state in opt.state.values()} == {3}
+    opt._backend = "cpu"
+    assert in_threads(1, lambda index: opt.step()) == [None]  # nobody holds it
+    assert {state["step"].item() for state in opt.state.values()} == {4}
 
 
 @every_optimizer

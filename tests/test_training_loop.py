@@ -155,6 +155,7 @@ def test_scheduled_steps_are_torchs(optimizer, scheduler):
     assert_like_torchs(optimizer, loop, lr=0.05)
 
 
+@pytest.mark.both_abis
 @pytest.mark.parametrize("decay_by", ["lr", "schedule"])
 @every_scheduler
 @every_optimizer
@@ -287,6 +288,7 @@ def hooked(opt, params) -> list[str]:
     return events
 
 
+@pytest.mark.both_abis
 @every_optimizer
 def test_hooks_of_a_step_are_called_as_torchs_are(optimizer):
     ours, theirs = make_params(), make_params()
@@ -337,6 +339,7 @@ def test_a_profiler_sees_the_labels_of_torch(optimizer):
 # Gradients, closures.
 
 
+@pytest.mark.both_abis
 @pytest.mark.parametrize("set_to_none", [True, False])
 @every_optimizer
 def test_zero_grad(optimizer, set_to_none):
@@ -353,6 +356,7 @@ def test_zero_grad(optimizer, set_to_none):
     assert_like_torchs(optimizer, loop)
 
 
+@pytest.mark.both_abis
 @every_optimizer
 def test_closures(optimizer):
     """With gradients on, although the caller has turned them off; the loss is returned."""
@@ -391,6 +395,7 @@ def test_an_error_in_a_closure_updates_nothing(optimizer):
 # Param groups.
 
 
+@pytest.mark.both_abis
 @pytest.mark.parametrize("when", [0, 1, 5])
 @every_optimizer
 def test_add_param_group_at_any_time(optimizer, when):
@@ -438,12 +443,14 @@ def freezing(in_groups):
     return loop
 
 
+@pytest.mark.both_abis
 @pytest.mark.parametrize("in_groups", [False, True], ids=["requires_grad", "and groups"])
 @every_optimizer
 def test_freezing_and_thawing(optimizer, in_groups):
     assert_like_torchs(optimizer, freezing(in_groups))
 
 
+@pytest.mark.both_abis
 @every_optimizer
 def test_a_frozen_param_with_a_grad_is_stepped_as_in_torch(optimizer):
     """Whoever freezes a param has to clear its grad; torch asks for the grad only."""

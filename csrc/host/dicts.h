@@ -87,6 +87,13 @@ class KeyOrder {
   std::vector<Entry> order_;
 };
 
+// The keys of a param's state: its step count, then its states.
+inline std::vector<PyObject*> state_names() {
+  std::vector<PyObject*> names{interned("step")};
+  for (const StateKey& key : kStateKeys) names.push_back(interned(key.key));
+  return names;
+}
+
 // A param group's values. What is no plain number or switch of Python's (a tensor, a number of NumPy) is
 // kept in `objects` until Python code may run.
 struct GroupValues {

@@ -4,7 +4,6 @@
 //             before, since Python code may run in between (a tensor subclass, a number's __float__)
 //   settle    finds local tensors of DTensors, and what is no ordinary tensor
 //   resolve   reads addresses; no Python code runs from here to the update
-//   begin     counts the step and makes the scalars
 #pragma once
 
 #include <deque>
@@ -12,15 +11,14 @@
 #include <string>
 #include <vector>
 
-#include "../table.h"
+#include "../device_table.h"
 #include "dicts.h"
 #include "dtensor.h"
-#include "overlaps.h"
 #include "torch_abi.h"
 
 namespace adamprox {
 
-// A tensor of this step: a Python object, a handle, or both.
+// A tensor of this step: a Python object, a handle that is ours, or both.
 struct TensorRef {
   PyObject* object = nullptr;
   void* owned = nullptr;
@@ -39,51 +37,16 @@ struct Member {
   bool usable = true;
 };
 
-struct StepCount {
-  void* at = nullptr;
-  bool is_double = false;
-  Device device{};
-  double before = 0;  // this step, once it is counted
-
-  // On the host.
-  double read() const { return is_double ? *static_cast<double*>(at) : *static_cast<float*>(at); }
-  void write(double value) const {
-    if (is_double) {
-      *static_cast<double*>(at) = value;
-    } else {
-      *static_cast<float*>(at) = static_cast<float>(value);
-    }
-  }
-};
-
-struct DeviceTable {
-  Device device;
-  TensorTable table;
-  std::vector<int> members;                      // one a row
-  std::vector<StepCount> counts;                 // one a row
-  std::vector<int64_t> grad_bytes;               // one a row
-  std::vector<std::pair<int, bool>> scalars_of;  // one a scalars: whose they are
-  double loss_scale = 1;                         // the host's
-  bool recipes = false;                          // whether the scalars are made on the device
-  bool begun = false, launched = false;
-  py::object records;  // what table.records points to
-
-  // Kept from step to step. The rows as they were when the chunks were laid out:
-  std::vector<TensorRow> known_rows;
-  std::vector<void*> known_counts;
-  WrittenMemory written;
-  bool overlaps = false;
-  // and as they were copied to the device, with the chunks; the copy, and its stream, whose steps work
-  // in the memory behind it.
-  std::vector<TensorRow> uploaded_rows;
-  py::object uploaded;
-  void* uploaded_for = nullptr;
-
-  bool blocks() const { return table.num_of_blocks > 0; }
+// What the bindings keep beside a table.
+struct HeldTable : DeviceTable {
+  using DeviceTable::DeviceTable;
+  py::object records;                  // what table.records points to
+  py::object uploaded;                 // the metadata, with the memory behind it
+  uintptr_t uploaded_for = 0;          // its stream, whose steps work there
 };
 
 // What cannot be used as it is. `key`: "param", "grad", "step", a state's, or "state" for all of them;
-// "step on device"; "overlap".
+// "step on device"; "overlap": it shares memory with an earlier one.
 struct Finding {
   int group, index;
   py::object param;
@@ -104,21 +67,21 @@ class Gather {
             const Request& request);
 
   const std::vector<Finding>& findings() const { return findings_; }
-  std::vector<DeviceTable*> tables();
+  std::vector<HeldTable*> tables();
 
-  // Tells autograd that the params are written to, counts the step, and makes the scalars; undo() takes
-  // the count back, unless the step was launched.
-  void begin(DeviceTable& table);
-  void undo(DeviceTable& table);
-  void step_on_cpu(DeviceTable& table, int threads);
+  // Tells autograd that the params are written to, counts the step, and makes the scalars.
+  void begin(HeldTable& table);
+  void step_on_cpu(HeldTable& table, int threads);
 
   // Lets go of every tensor.
   void release();
 
-  // A tensor of one number on the table's device is read there; any other number, here and now.
+  // A tensor of one number on that device is read there; any other number, here and now.
   Value value_of(const Device& device, PyObject* object, double value);
 
-  bool is_deferred(const Member& m) const { return m.sharded && has_blocks(groups_[m.group].rule); }
+  bool is_deferred(const Member& m) const {
+    return m.sharded && has_blocks(groups_[m.group].rule);
+  }
 
   std::vector<Member> members;
   std::vector<py::object> captured;  // what CUDA graphs of earlier steps read
@@ -126,50 +89,47 @@ class Gather {
 
  private:
   void collect(const py::list& groups, const py::dict& state, const py::dict& stand_ins);
+  void collect_groups(const py::list& groups);
   bool find_grad(Member& m, PyObject* stand_ins);
   void find_state(Member& m, PyObject* stand_ins);
   void settle(Member& m);
   bool settle(Member& m, TensorRef& tensor);
   void resolve();
-  bool resolve(Member& m, TensorRow& row, void*& grad, Device& device, int64_t& grad_bytes);
+  bool resolve(Member& m, TensorRow& row, void*& grad, Device& device);
   StepCount read_count(const Member& m);
   void place_counts();
   void find_numbers(GroupValues& values, bool on_host);
-  void find_overlaps(size_t table);
-  void split(size_t table, const std::vector<int>& turns);
-  void refresh(DeviceTable& table);
-  int32_t scalars_of(DeviceTable& table, const Member& m, double step);
-  void follow_recipes(DeviceTable& table);
-  DeviceTable& table_on(const Device& device);
-  PyObject* hold(PyObject* object);
+  void number_values();
+  void make_recipes(const Device& device);
+  void refresh(HeldTable& table);
+  HeldTable& table_on(const Device& device);
+  void report(Member& m, const char* key);
+
+  PyObject* hold(PyObject* object) {
+    Py_INCREF(object);
+    held_.push_back(object);
+    return object;
+  }
   template <typename T>
   void* own(T tensor_or_handle) {
     if (used_slots_ == slots_.size()) slots_.push_back(nullptr);
-    void*& slot = slots_[used_slots_];
-    abi_.own(tensor_or_handle, slot);
-    ++used_slots_;
-    return &slot;
+    abi_.own(tensor_or_handle, slots_[used_slots_]);
+    return &slots_[used_slots_++];
   }
-  void report(Member& m, const char* key);
 
   const TorchAbi& abi_ = TorchAbi::get();
   Placements placements_;
   GroupReader group_reader_;
-  KeyOrder state_order_{[] {
-    std::vector<PyObject*> names{interned("step")};
-    for (const StateKey& key : kStateKeys) names.push_back(interned(key.key));
-    return names;
-  }()};
+  KeyOrder state_order_{state_names()};
   Request request_;
   std::vector<GroupValues> groups_;
-  std::vector<int> runs_;  // of each group: the first of those before it that are alike
-  std::vector<std::unique_ptr<DeviceTable>> tables_;
+  std::vector<RowValues> row_values_;  // of groups that are alike, once
+  std::vector<int> values_of_;         // one a member
+  std::vector<std::unique_ptr<HeldTable>> tables_;
   std::vector<Finding> findings_;
-  std::vector<PyObject*> held_;
+  std::vector<PyObject*> held_, values_;
   std::deque<void*> slots_;  // which do not move, and stay: a step allocates nothing
   size_t used_slots_ = 0;
-  std::vector<PyObject*> values_;
-  BiasCorrections bias_;
   bool returned_ = false;  // to Python since addresses were read
 };
 

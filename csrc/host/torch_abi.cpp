@@ -3,9 +3,11 @@
 #include <dlfcn.h>
 #include <pybind11/eval.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <string>
+#include <utility>
 
 namespace adamprox {
 namespace {
@@ -31,8 +33,6 @@ with torch.inference_mode(False):
 with torch.inference_mode():
     others.append(new(3))
 )";
-
-constexpr int kMostDims = 5;  // whose sizes lie in the implementation
 
 void* address(py::handle tensor) { return PyLong_AsVoidPtr(tensor.attr("_cdata").ptr()); }
 
@@ -127,39 +127,6 @@ bool TorchAbi::find_insides() {
   if (keys == 0) return false;
   keys_ = (keys - 1) * sizeof(void*);
 
-  // Sizes, strides, the offset in the storage and the dtype of all plain tensors are where the first
-  // one's are, with the number of dims before the sizes.
-  const auto find = [&](py::handle tensor, ptrdiff_t& sizes_at, ptrdiff_t& strides_at) {
-    TensorView view;
-    int32_t dtype;
-    int64_t offset;
-    const auto* bytes = static_cast<const char*>(address(tensor));
-    if (!ask_layout(handle_of(tensor.ptr()), view, dtype, offset)) return false;
-    sizes_at = reinterpret_cast<const char*>(view.sizes) - bytes;
-    strides_at = reinterpret_cast<const char*>(view.strides) - bytes;
-    const bool inside = sizes_at >= 8 && strides_at > sizes_at && strides_at + 40 <= keys_;
-    return inside && at<int64_t>(bytes, sizes_at - 8) == view.dim &&
-           at<int64_t>(bytes, strides_at + 8 * kMostDims) == offset;
-  };
-  if (!find(first, sizes_at_, strides_at_)) return false;
-  offset_at_ = strides_at_ + 8 * kMostDims;
-  for (dtype_at_ = offset_at_; dtype_at_ < keys_; dtype_at_ += 2) {
-    bool all = true;
-    for (const py::handle tensor : plain) {
-      int32_t dtype;
-      all &= dtype_(handle_of(tensor.ptr()), &dtype) == 0 &&
-             dtype == at<uint16_t>(address(tensor), dtype_at_);
-    }
-    if (all) break;
-  }
-  if (dtype_at_ >= keys_) return false;
-  for (const py::handle tensor : plain) {
-    ptrdiff_t sizes_at, strides_at;
-    if (!find(tensor, sizes_at, strides_at) || sizes_at != sizes_at_ || strides_at != strides_at_) {
-      return false;
-    }
-  }
-
   // A tensor with a grad points to autograd's data, and a new one without to nothing.
   const Words with = words_of(with_grad), without = words_of(trials["grad"]);
   const void* grad = address(trials["grad"]);
@@ -229,30 +196,16 @@ bool TorchAbi::ask_ordinary(PyObject* object) const {
   return ordinary;
 }
 
-bool TorchAbi::ask_layout(void* handle, TensorView& out, int32_t& dtype, int64_t& offset) const {
-  int64_t dim, *sizes, *strides;
-  if (dtype_(handle, &dtype) != 0 || dim_(handle, &dim) != 0 || sizes_(handle, &sizes) != 0 ||
-      strides_(handle, &strides) != 0 || storage_offset_(handle, &offset) != 0) {
-    return false;
-  }
-  out.dim = static_cast<int>(dim);
-  out.sizes = sizes;
-  out.strides = strides;
-  return true;
-}
-
 bool TorchAbi::read(void* handle, TensorView& out) const {
   int32_t dtype, device_type, device_index = 0;
   int64_t offset, storage_size;
   void* data;
-  const auto* bytes = static_cast<const char*>(implementation(handle));
-  out.dim = fast_ ? static_cast<int>(at<int64_t>(bytes, sizes_at_ - 8)) : kMostDims + 1;
-  if (out.dim <= kMostDims) {
-    out.sizes = reinterpret_cast<const int64_t*>(bytes + sizes_at_);
-    out.strides = reinterpret_cast<const int64_t*>(bytes + strides_at_);
-    offset = at<int64_t>(bytes, offset_at_);
-    dtype = at<uint16_t>(bytes, dtype_at_);
-  } else if (!ask_layout(handle, out, dtype, offset)) {
+  if (dtype_(handle, &dtype) != 0 || device_type_(handle, &device_type) != 0 ||
+      (device_type != cpu_ && device_type != gpu_) ||
+      (device_type == gpu_ && device_index_(handle, &device_index) != 0) ||
+      data_(handle, &data) != 0 || dim_(handle, &out.dim) != 0 ||
+      sizes_(handle, &out.sizes) != 0 || strides_(handle, &out.strides) != 0 ||
+      storage_offset_(handle, &offset) != 0 || storage_size_(handle, &storage_size) != 0) {
     return false;
   }
   const auto* known = dtypes_;
@@ -261,11 +214,6 @@ bool TorchAbi::read(void* handle, TensorView& out) const {
   }
   out.dtype = known->type;
   out.complex = known->complex;
-  if (device_type_(handle, &device_type) != 0 || (device_type != cpu_ && device_type != gpu_) ||
-      (device_type == gpu_ && device_index_(handle, &device_index) != 0) ||
-      data_(handle, &data) != 0 || storage_size_(handle, &storage_size) != 0) {
-    return false;
-  }
   out.data = static_cast<char*>(data);
   out.device = {device_type == gpu_, device_index};
   int64_t last = offset;  // of the elements in the storage
@@ -274,6 +222,37 @@ bool TorchAbi::read(void* handle, TensorView& out) const {
     last += (out.sizes[i] - 1) * out.strides[i];
   }
   return data != nullptr && (last + 1) * out.itemsize() <= storage_size;
+}
+
+bool TensorView::lies_as(const TensorView& other) const {
+  if (dim != other.dim || complex != other.complex || !(device == other.device)) return false;
+  for (int i = 0; i < dim; ++i) {
+    if (sizes[i] != other.sizes[i]) return false;
+    if (sizes[i] != 1 && strides[i] != other.strides[i]) return false;
+  }
+  return true;
+}
+
+bool TensorView::is_dense() const {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  int64_t expected = 1;
+  bool row_major = true;
+  for (int64_t i = dim; i-- > 0 && row_major;) {
+    row_major = sizes[i] == 1 || strides[i] == expected;
+    expected *= sizes[i];
+  }
+  if (row_major) return true;
+  for (int64_t i = 0; i < dim; ++i) {
+    if (sizes[i] == 0) return true;
+    if (sizes[i] != 1) dims.emplace_back(strides[i], sizes[i]);
+  }
+  std::sort(dims.begin(), dims.end());
+  expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
 }
 
 void TorchAbi::mark_written(PyObject* tensor) const {

@@ -7,7 +7,6 @@
 //   - that pointer is the first field after a Python tensor's head; `_cdata` is it, too
 //   - where an implementation keeps its dispatch keys, which tell an ordinary tensor from a lazy, fake or
 //     wrapped one; the caller asks predicates
-//   - where it keeps sizes, strides, offset and dtype; the ABI's functions, which take three times as long
 //   - where it keeps its grad, which then needs no Python object; `tensor.grad`. Another thread that sets
 //     it lets go of the GIL amid that, while the grad is still there but dying: its head tells
 //   - the C++ function that counts a write; `torch.autograd.graph.increment_version`
@@ -18,26 +17,23 @@
 #include <cstring>
 #include <vector>
 
-#include "../math/dispatch.h"
+#include "../device_table.h"
 
 namespace adamprox {
 
 namespace py = pybind11;
 
-struct Device {
-  bool gpu;
-  int id;
-  bool operator==(const Device& o) const { return gpu == o.gpu && id == o.id; }
-};
-
 // How a tensor lies in memory.
 struct TensorView {
   char* data;
-  const int64_t *sizes, *strides;
-  int dim;
+  int64_t *sizes, *strides;
+  int64_t dim;
   DType dtype;  // of its real numbers
   bool complex;
   Device device;
+
+  bool lies_as(const TensorView& other) const;  // with the same shape, strides and device
+  bool is_dense() const;  // whether it fills one piece of memory without gaps, in any order of dims
 
   int64_t numel() const {
     int64_t product = 1;
@@ -158,8 +154,6 @@ class TorchAbi {
   static void* implementation(const void* handle) { return at<void*>(handle, 0); }
   uint64_t keys_of(const void* handle) const { return at<uint64_t>(implementation(handle), keys_); }
 
-  bool ask_layout(void* handle, TensorView& out, int32_t& dtype, int64_t& offset) const;
-
   int32_t (*data_)(void*, void**);
   int32_t (*dim_)(void*, int64_t*);
   int32_t (*sizes_)(void*, int64_t**);
@@ -179,8 +173,7 @@ class TorchAbi {
   } dtypes_[6];  // the usual one first
 
   bool fast_ = false;
-  ptrdiff_t keys_ = 0, autograd_ = 0, grad_ = 0, sizes_at_ = 0, strides_at_ = 0, offset_at_ = 0,
-            dtype_at_ = 0;
+  ptrdiff_t keys_ = 0, autograd_ = 0, grad_ = 0;
   void* undefined_ = nullptr;  // what is there instead of a grad
   const void* vtable_ = nullptr;
   bool tells_dying_ = false;

@@ -48,7 +48,8 @@ class StandIns:
     def overlap(self, tables: Iterable[_C.Table]) -> bool:
         """Whether what is written back may share memory with any other tensor of the step."""
         ranges = [(*_range_of(original), True) for original, _ in self._copies]
-        if not ranges:
+        tables = list(tables)
+        if not ranges or sum(table.num_rows for table in tables) == 1:
             return False
         for table in tables:
             for param, grad, states, *_ in table.rows():
@@ -92,7 +93,9 @@ def mend(
     """
     findings = _without_freed_grads(findings)
     # A param that is listed twice is mended once.
-    once = {(id(f.param), f.key): f for f in reversed(findings)}
+    once: dict[tuple[int, str], _C.Finding] = {}
+    for finding in findings:
+        once.setdefault((id(finding.param), finding.key), finding)
     params = [_Param(optimizer, groups[f.group], f, stand_ins) for f in once.values()]
     for param in params:
         param.check()
@@ -190,7 +193,9 @@ class _Param:
             self._check_tensor("param")
             self._check_tensor("grad")
         elif self.key == "overlap":
-            self.refuse(f"the param and the states of {self.name} share memory")
+            if "grad" in self.stand_ins.by_id.get(id(self.param), {}):
+                self.refuse(f"the param and the states of {self.name} share memory")
+            self.key = "grad"  # which may be amid what is written: it is copied before
         elif self.key in (COUNT, "step on device"):
             self._count()
         else:
@@ -258,6 +263,8 @@ class _Param:
         what = f"the step count of {self.name}"
         if COUNT not in self.state:
             self.refuse(f"{what} is missing")
+        if isinstance(self.state[COUNT], Tensor):
+            self._check_memory(self.state[COUNT], what)
         try:
             count = float(self.state[COUNT])
         except (TypeError, ValueError, RuntimeError) as error:
@@ -320,7 +327,9 @@ class _Param:
             self.refuse(f"{what} has dtype={tensor.dtype}, and the param {param.dtype}")
 
     def _check_memory(self, tensor: Tensor, what: str) -> None:
-        if is_distributed(tensor) or tensor.numel() == 0 or torch._is_zerotensor(tensor):
+        plain = type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+        on_device = tensor.device.type in ("cpu", "cuda") and tensor.layout == torch.strided
+        if not plain or not on_device or tensor.numel() == 0 or torch._is_zerotensor(tensor):
             return
         last = tensor.storage_offset() + sum(
             (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -23,6 +23,8 @@ from .stand_ins import Given, StandIns, mend
 if TYPE_CHECKING:
     from .optimizers import _FusedAdam
     from .telemetry import Tracker
+
+Groups = list[dict[str, Any]]
 
 # What is missing may turn out to lie otherwise than it must once it is made, and so on.
 _MOST_ROUNDS = 8
@@ -79,19 +81,19 @@ def take_step(
         if tracker is not None and not tracker.due():
             tracker = None
         try:
-            if not _take_step(optimizer, scaling, given, tracker):
-                _take_steps_one_by_one(optimizer, scaling, given or {})
+            # A copy, since Python code that runs meanwhile may change the list.
+            _take_step(optimizer, [*optimizer._param_groups], scaling, given, tracker)
         finally:
             engine.gather.release()
 
 
 def _take_step(
     optimizer: _FusedAdam,
+    groups: Groups,
     scaling: LossScaling | None,
     given: Given | None,
     tracker: Tracker | None,
-) -> bool:
-    """False: nothing was updated, since params that are copied share memory with others."""
+) -> None:
     gather = optimizer._engine.gather
     stand_ins = StandIns(given) if given else None
     capturing = backends.capturing()
@@ -101,15 +103,19 @@ def _take_step(
     scaled = scaling is not None
     if tracker is not None or scaled or capturing:
         threads = 0
-    # A copy, since Python code that runs meanwhile may change the list.
-    groups, state = [*optimizer._param_groups], optimizer.state
+    state = optimizer.state
     for _ in range(_MOST_ROUNDS):
         by_id = {} if stand_ins is None else stand_ins.by_id
         if gather.read(groups, state, by_id, on_gpu, on_cpu, scaled, threads):
-            return True
+            return
         findings = gather.findings
         if not findings:
             break
+        if later := {(f.group, f.index) for f in findings if f.key == "overlap"}:
+            if len(later) < sum(table.num_rows for table in gather.tables()):
+                first, rest = _divided(groups, later)
+                _take_step(optimizer, first, scaling, given, None)
+                return _take_step(optimizer, rest, scaling, given, None)
         stand_ins = stand_ins or StandIns({})
         threads = 0  # what is copied is written back
         mend(optimizer, groups, findings, stand_ins, capturing)
@@ -119,30 +125,40 @@ def _take_step(
             f"param_groups[{findings[0].group}]['params'][{findings[0].index}] cannot be used; "
             "nothing was updated"
         )
-    if stand_ins is not None and stand_ins.overlap(gather.tables()):
-        return False
+    tables = gather.tables()
+    if stand_ins is not None and stand_ins.overlap(tables):
+        for one in _one_by_one(groups):
+            _take_step(optimizer, one, scaling, given, None)
+        return
     _run(optimizer, groups, scaling, stand_ins, tracker, capturing)
-    return True
 
 
-def _take_steps_one_by_one(
-    optimizer: _FusedAdam, scaling: LossScaling | None, given: Given
-) -> None:
-    """A step for each param; a tracked one is not noted."""
-    params = [param for group in optimizer._param_groups for param in group["params"]]
-    for param in params:
-        others: Given = {other: {"grad": None} for other in params if other is not param}
-        if not _take_step(optimizer, scaling, {**given, **others}, None):
-            raise RuntimeError(
-                f"{type(optimizer).__name__}: the param and the states of a param of shape "
-                f"{tuple(param.shape)} share memory"
-            )
+def _divided(groups: Groups, later: Container[tuple[int, int]]) -> tuple[Groups, Groups]:
+    """The groups without the params at those places, and with them alone: their order stays.
+
+    Params that share memory are stepped one after the other. A step of this kind is not tracked.
+    """
+    halves: tuple[Groups, Groups] = ([], [])
+    for g, group in enumerate(groups):
+        for half, wanted in zip(halves, (False, True), strict=True):
+            kept = [i for i in range(len(group["params"])) if ((g, i) in later) == wanted]
+            lists = {
+                k: [group[k][i] for i in kept] for k in ("params", "param_names") if k in group
+            }
+            half.append({**group, **lists})
+    return halves
+
+
+def _one_by_one(groups: Groups) -> Iterator[Groups]:
+    for g, group in enumerate(groups):
+        for i in range(len(group["params"])):
+            yield _divided(groups, {(g, i)})[1]
 
 
 @_disable_dynamo  # which would trace it after a graph break
 def _run(
     optimizer: _FusedAdam,
-    groups: list[dict[str, Any]],
+    groups: Groups,
     scaling: LossScaling | None,
     stand_ins: StandIns | None,
     tracker: Tracker | None,

@@ -1,0 +1,225 @@
+#include "device_table.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace adamprox {
+namespace {
+
+int64_t size_of(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
+
+// But for the scalars and the chunks, which follow.
+bool same_row(const TensorRow& a, const TensorRow& b) {
+  return a.param == b.param && std::memcmp(a.states, b.states, sizeof(a.states)) == 0 &&
+         a.numel == b.numel && a.param_dtype == b.param_dtype && a.state_dtype == b.state_dtype &&
+         a.rule == b.rule;
+}
+
+template <typename T>
+void append_bytes(std::string& out, const std::vector<T>& values) {
+  out.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+}
+
+}  // namespace
+
+struct DeviceTable::Interval {
+  uintptr_t begin, end;
+  int row;
+  bool written;
+};
+
+void DeviceTable::clear() {
+  table.rows.clear();
+  table.grads.clear();
+  table.numel = 0;
+  table.records = nullptr;
+  table.group_recipes.clear();
+  table.scalars_recipes.clear();
+  table.head = {{1, nullptr, 0}, {0, nullptr, 0}, 0, 0};
+  members.clear();
+  counts.clear();
+  recipes = begun_ = launched = false;
+  loss_scale = 1;
+}
+
+void DeviceTable::add(const TensorRow& row, void* grad, int member, const StepCount& count) {
+  table.rows.push_back(row);
+  table.grads.push_back(grad);
+  table.numel += row.numel;
+  members.push_back(member);
+  counts.push_back(count);
+}
+
+bool DeviceTable::is_same(size_t i, const TensorRow& row, const void* grad,
+                          const StepCount& count) const {
+  return same_row(row, table.rows[i]) && grad == table.grads[i] && count.at == counts[i].at;
+}
+
+void DeviceTable::append_written(size_t i, std::vector<Interval>& out) const {
+  const TensorRow& row = table.rows[i];
+  const auto append = [&](const void* data, int64_t bytes) {
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    if (data != nullptr && bytes > 0) out.push_back({begin, begin + bytes, static_cast<int>(i), true});
+  };
+  append(row.param, row.numel * size_of(row.param_dtype));
+  for (int s = 0; s < kStates; ++s) {
+    const bool moment = kStateKeys[s].type == kMoment;
+    append(row.states[s],
+           row.numel * size_of(moment ? row.state_dtype : compute_type(row.param_dtype)));
+  }
+  // The host counts one row after the other in any case.
+  if (recipes) append(counts[i].at, counts[i].is_double ? 8 : 4);
+}
+
+bool DeviceTable::overlaps_written(size_t i) const {
+  const auto begin = reinterpret_cast<uintptr_t>(table.grads[i]);
+  const uintptr_t end = begin + table.rows[i].numel * size_of(table.rows[i].param_dtype);
+  if (begins_.empty() || begin == end) return false;
+  const uintptr_t* base = begins_.data();  // the last one that begins before the end
+  for (size_t n = begins_.size(); n > 1; n -= n / 2) {
+    base = base[n / 2] < end ? base + n / 2 : base;
+  }
+  return *base < end && ends_[base - begins_.data()] > begin;
+}
+
+std::vector<int> DeviceTable::arrange() {
+  std::vector<TensorRow>& rows = table.rows;
+  const auto count_of = [&](size_t i) { return recipes ? counts[i].at : nullptr; };
+  bool known = rows.size() == known_rows_.size();
+  for (size_t i = 0; known && i < rows.size(); ++i) {
+    known = same_row(rows[i], known_rows_[i]) && count_of(i) == known_counts_[i];
+  }
+  const auto before = [](const Interval& a, const Interval& b) { return a.begin < b.begin; };
+  if (known) {
+    for (size_t i = 0; i < rows.size(); ++i) rows[i].first_chunk = known_rows_[i].first_chunk;
+  } else {
+    table.lay_out_chunks();
+    known_rows_ = rows;
+    known_counts_.clear();
+    std::vector<Interval> written;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      known_counts_.push_back(count_of(i));
+      append_written(i, written);
+    }
+    std::sort(written.begin(), written.end(), before);
+    begins_.clear();
+    ends_.clear();
+    overlap_ = false;
+    for (const Interval& i : written) {
+      overlap_ |= !ends_.empty() && i.begin < ends_.back();
+      if (ends_.empty() || i.begin > ends_.back()) {
+        begins_.push_back(i.begin);
+        ends_.push_back(i.end);
+      }
+      ends_.back() = std::max(ends_.back(), i.end);
+    }
+  }
+  bool overlap = overlap_;
+  for (size_t i = 0; !overlap && i < rows.size(); ++i) overlap = overlaps_written(i);
+  if (!overlap) return {};
+  std::vector<Interval> memory;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    append_written(i, memory);
+    const auto begin = reinterpret_cast<uintptr_t>(table.grads[i]);
+    const uintptr_t bytes = rows[i].numel * size_of(rows[i].param_dtype);
+    memory.push_back({begin, begin + bytes, static_cast<int>(i), false});
+  }
+  std::sort(memory.begin(), memory.end(), before);
+  std::set<int> later;
+  for (size_t i = 0; i < memory.size(); ++i) {
+    for (size_t j = i + 1; j < memory.size() && memory[j].begin < memory[i].end; ++j) {
+      const Interval &a = memory[i], &b = memory[j];
+      if ((a.written || b.written) && b.begin != b.end) later.insert(std::max(a.row, b.row));
+    }
+  }
+  return {later.begin(), later.end()};
+}
+
+void DeviceTable::begin(const std::vector<RowValues>& values, const std::vector<int>& value_of) {
+  begun_ = true;
+  launched = false;
+  table.scalars.clear();
+  scalars_values_.clear();
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const int number = value_of[members[i]];
+    if (recipes) {
+      if (i == 0 || number != value_of[members[i - 1]]) {
+        table.group_recipes.push_back(values[number].recipe);
+      }
+      const auto group = static_cast<int32_t>(table.group_recipes.size() - 1);
+      const auto dtype = counts[i].is_double ? DType::kFloat64 : DType::kFloat32;
+      table.rows[i].scalars = static_cast<int32_t>(i);
+      table.scalars_recipes.push_back({counts[i].at, group, static_cast<int32_t>(dtype)});
+      table.scalars.emplace_back();
+    } else {
+      StepCount& count = counts[i];
+      count.before = count.read();
+      count.write(count.before + 1);
+      table.rows[i].scalars = scalars_of(values[number], number, count.before + 1);
+    }
+  }
+  table.head.num_groups = static_cast<int64_t>(table.group_recipes.size());
+  table.head.num_scalars = static_cast<int64_t>(table.scalars_recipes.size());
+}
+
+void DeviceTable::undo() {
+  for (size_t i = counts.size(); i-- > 0 && begun_ && !launched && !recipes;) {
+    counts[i].write(counts[i].before);
+  }
+  begun_ = false;
+}
+
+// Rows with the same values, at the same step, share them.
+int32_t DeviceTable::scalars_of(const RowValues& values, int number, double step) {
+  std::vector<Scalars>& all = table.scalars;
+  constexpr size_t kRecent = 8;  // steps that params of a group may be at, in turns
+  for (size_t i = all.size(); i-- > 0 && i + kRecent >= all.size();) {
+    if (scalars_values_[i] == number && all[i].step == step) return static_cast<int32_t>(i);
+  }
+  bias_.update(values.h, step);
+  all.push_back(make_scalars(values.rule, values.h, bias_, loss_scale));
+  scalars_values_.push_back(number);
+  return static_cast<int32_t>(all.size() - 1);
+}
+
+std::string DeviceTable::payload() const {
+  std::string bytes;
+  append_bytes(bytes, table.grads);
+  if (recipes) {
+    bytes.append(reinterpret_cast<const char*>(&table.head), sizeof(table.head));
+    append_bytes(bytes, table.group_recipes);
+    append_bytes(bytes, table.scalars_recipes);
+  } else {
+    append_bytes(bytes, table.scalars);
+  }
+  return bytes;
+}
+
+std::string DeviceTable::metadata() const {
+  std::string bytes;
+  append_bytes(bytes, table.rows);
+  append_bytes(bytes, table.chunks);
+  const auto num_chunks = static_cast<int64_t>(table.chunks.size());
+  bytes.append(Workspace::bytes(table.num_of_blocks > 0, num_chunks), '\0');
+  return bytes;
+}
+
+bool DeviceTable::metadata_is_uploaded() const {
+  const std::vector<TensorRow>& rows = table.rows;
+  return rows.size() == uploaded_rows_.size() &&
+         std::memcmp(rows.data(), uploaded_rows_.data(), rows.size() * sizeof(TensorRow)) == 0;
+}
+
+std::set<std::tuple<int, int, int, int>> DeviceTable::variants() const {
+  std::set<std::tuple<int, int, int, int>> result;
+  for (const TensorRow& row : table.rows) {
+    if (row.numel == 0) continue;
+    int states = 0;
+    for (int s = 0; s < kStates; ++s) states |= (row.states[s] != nullptr) << s;
+    result.emplace(static_cast<int>(row.param_dtype), static_cast<int>(row.state_dtype),
+                   static_cast<int>(row.rule), states);
+  }
+  return result;
+}
+
+}  // namespace adamprox
