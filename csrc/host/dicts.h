@@ -233,7 +233,7 @@ class GroupReader {
     if (value == nullptr && key.kind == kNotNone) value = Py_None;
     if (value == nullptr) value = required(kFlagsAt + f);
     if (key.kind == kNotNone) {
-      v.h.flag[f] = value != Py_None;
+      v.h.flag[f] = value != Py_None && value != Py_False;
     } else if (key.kind == kText) {
       v.h.flag[f] =
           PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, key.text) == 0;

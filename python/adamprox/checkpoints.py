@@ -141,7 +141,9 @@ def _completed_groups(
             settings = {k: v for k, v in settings.items() if k not in saved and k != "weight_decay"}
         else:
             others.append(index)
-        group = {**saved, **settings}
+        # What only ours have stays, where the checkpoint is torch's.
+        kept = {key: own[key] for key in DEFAULTS if key in own and key not in saved}
+        group = {**saved, **kept, **settings}
         if group.get("decay_by") == "schedule" and "initial_lr" in own:
             group.setdefault("initial_lr", own["initial_lr"])
         for key in RULE_OPTIONS:  # of the rule that the checkpoint had
@@ -163,14 +165,16 @@ def _rule_of(saved: Mapping[str, Any]) -> str | None:
 def _wide_states(
     optimizer: Optimizer, state_dict: StateDict
 ) -> Iterator[tuple[Tensor, str, Tensor]]:
-    """The float32 states of 16-bit params."""
+    """The states of 16-bit params that are float32, or have to be."""
     ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for index, param in zip(ids, params, strict=False):  # torch refuses unequal numbers
         state = state_dict["state"].get(index)
         if param.dtype not in _16_BITS or not isinstance(state, Mapping):
             continue
-        for key in (s.key for s in STATES):
-            value = state.get(key)
-            if isinstance(value, Tensor) and value.dtype == torch.float32:
-                yield param, key, value.to(param.device)
+        for known in STATES:
+            value = state.get(known.key)
+            if isinstance(value, Tensor) and (
+                value.dtype == torch.float32 or known.type == "compute"
+            ):
+                yield param, known.key, value.to(param.device, torch.float32)

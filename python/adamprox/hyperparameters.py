@@ -200,6 +200,8 @@ def _validate_options(group: Group) -> None:
     if ema_decay is not None:
         if isinstance(ema_decay, bool) or not isinstance(ema_decay, Real | Tensor):
             raise TypeError(f"Invalid ema_decay: {ema_decay!r}, expected a number or None")
+        if isinstance(ema_decay, Tensor) and ema_decay.numel() != 1:
+            raise ValueError("Tensor ema_decay must be 1-element")
         if not 0.0 <= float(ema_decay) <= 1.0:
             raise ValueError(f"Invalid ema_decay: {ema_decay}, expected a number from 0 to 1")
     if not isinstance(group.get("cautious", False), bool):

@@ -210,6 +210,7 @@ class _ParamStep:
             return
         if self._engine is None:
             self._engine = Engine()
+        self._engine.blocked = optimizer._engine.blocked
         state = optimizer.state.get(param, {})
         alone = object.__new__(type(optimizer))
         alone.__dict__.update(

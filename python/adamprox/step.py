@@ -111,11 +111,11 @@ def _take_step(
         findings = gather.findings
         if not findings:
             break
-        if later := {(f.group, f.index) for f in findings if f.key == "overlap"}:
-            if len(later) < sum(table.num_rows for table in gather.tables()):
-                first, rest = _divided(groups, later)
-                _take_step(optimizer, first, scaling, given, None)
-                return _take_step(optimizer, rest, scaling, given, None)
+        later = {(f.group, f.index) for f in findings if f.key == "overlap"}
+        if 0 < len(later) < sum(table.num_rows for table in gather.tables()):
+            first, rest = _divided(groups, later)
+            _take_step(optimizer, first, scaling, given, None)
+            return _take_step(optimizer, rest, scaling, given, None)
         stand_ins = stand_ins or StandIns({})
         threads = 0  # what is copied is written back
         mend(optimizer, groups, findings, stand_ins, capturing)
@@ -142,10 +142,10 @@ def _divided(groups: Groups, later: Container[tuple[int, int]]) -> tuple[Groups,
     for g, group in enumerate(groups):
         for half, wanted in zip(halves, (False, True), strict=True):
             kept = [i for i in range(len(group["params"])) if ((g, i) in later) == wanted]
-            lists = {
-                k: [group[k][i] for i in kept] for k in ("params", "param_names") if k in group
-            }
-            half.append({**group, **lists})
+            part = {**group, "params": [group["params"][i] for i in kept]}
+            if "param_names" in group:
+                part["param_names"] = [group["param_names"][i] for i in kept]
+            half.append(part)
     return halves
 
 
