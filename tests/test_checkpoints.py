@@ -486,7 +486,10 @@ SPOILED = {
     "weight_decay": (with_value("weight_decay", None), r"param_groups\[0\]: Invalid weight_decay"),
     "decay_by": (with_value("decay_by", "magic"), r"param_groups\[0\]: Invalid decay_by: 'magic'"),
     "differentiable": (with_value("differentiable", True), r"\[0\]: differentiable=True"),
-    "two": (with_two_problems, r"\[0\]: Invalid epsilon .*state\[1\], state\[3\]: missing 'exp_avg'"),
+    "two": (
+        with_two_problems,
+        r"\[0\]: Invalid epsilon .*state\[1\], state\[3\]: missing 'exp_avg'",
+    ),
 }
 
 

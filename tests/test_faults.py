@@ -1242,15 +1242,22 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-@pytest.mark.parametrize("copied", [False, True])
-def test_a_step_that_is_refused_has_made_no_states_of_others(copied, problem):
-    """Even if the param's grad is to be copied first."""
+@pytest.mark.parametrize("grad", ["dense", "strided", "in another param"])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_step_that_is_refused_has_done_nothing_to_others(interleaved, grad, problem):
+    """Nor made a state; even if much is copied before, and others must go one after the other."""
 
     def spoil(opt, param):
-        opt.state.pop(params_of(opt)[0])
+        first, _, last = params_of(opt)
+        opt.state.pop(first)
         problem(opt.state[param])
-        if copied:
+        if interleaved:
+            first.data, last.data = (memory := randn(12))[::2], memory[1:4:2]
+        if grad == "strided":
             param.grad = param.grad.t().contiguous().t()
+        elif grad == "in another param":
+            first.data = (memory := randn(12))[:6]
+            param.grad = memory.view(4, 3)
 
     refused(spoil, NAME, amsgrad=True)
 

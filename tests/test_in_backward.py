@@ -330,7 +330,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @every_optimizer
 def test_checkpoints_within_the_model(optimizer, use_reentrant):
-    """Params in a reentrant one may get several gradients: step() follows, and a warning says so."""
+    """Params in a reentrant one may get several gradients: a warning asks for step()."""
     pair = []
     for in_backward in (False, True):
         model = Checkpointed(use_reentrant)

@@ -243,9 +243,7 @@ class Failing(Recorder):
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 @every_optimizer
-def test_a_step_that_its_backend_does_not_take_is_not_counted(
-    optimizer, steps_before, monkeypatch
-):
+def test_a_step_that_its_backend_does_not_take_is_not_counted(optimizer, steps_before, monkeypatch):
     params = make_params((2,), ())
     opt = make(optimizer, params)
     steps(opt, params, range(steps_before))
@@ -567,7 +565,9 @@ INTEGERS = (torch.int64, torch.int32, torch.uint8)
 
 
 @both_abis
-@pytest.mark.parametrize("dtype", [*INTEGERS, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [*INTEGERS, torch.float64, torch.float16, torch.bfloat16], ids=str
+)
 @every_optimizer
 def test_a_count_of_another_dtype_is_counted_in_place(optimizer, dtype):
     params, twins = make_params(*SHAPES), make_params(*SHAPES)
@@ -651,9 +651,7 @@ VIEWS = {
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1, 0)], ids=["once", "one of them twice"])
 @pytest.mark.parametrize("views", VIEWS.values(), ids=VIEWS)
 @every_optimizer
-def test_params_that_share_memory_are_stepped_one_after_the_other(
-    optimizer, views, order, backend
-):
+def test_params_that_share_memory_are_stepped_one_after_the_other(optimizer, views, order, backend):
     whole = make_params((2, 8))[0].detach()
     together, alone = in_turns(optimizer, whole, views, order, range(4), backend=backend)
     assert same_bits(together[0], alone[0])

@@ -11,6 +11,7 @@ from adamprox import _C, hyperparameters, reference
 from adamprox.hyperparameters import DECAY_SETTINGS, DEFAULTS, RULE_OPTIONS, RULES, STATES
 from registry import CELLS, OPTIMIZERS, OPTIONS
 
+# Of each group, beside DEFAULTS and the options of its rule.
 REQUIRED = {"lr", "betas", "eps", "weight_decay"}
 CLASSES = {spec.cls.decay: spec.cls for spec in OPTIMIZERS.values()}
 
@@ -31,7 +32,8 @@ def test_a_group_has_every_value_that_is_read(rule):
     numbers = {key.partition("[")[0] for key in _C.numbers}
     options = set(RULE_OPTIONS) - set(RULES[rule])
     assert numbers | {*_C.flags} <= group.keys() | options
-    assert numbers | {*_C.flags} <= REQUIRED | DEFAULTS.keys() | RULE_OPTIONS.keys() | {"initial_lr"}
+    known = {"initial_lr"} | REQUIRED | DEFAULTS.keys() | RULE_OPTIONS.keys()
+    assert numbers | {*_C.flags} <= known
     assert {key.partition("[")[0] for key in _C.numbers if "[" in key} == {"betas"}
     assert options.isdisjoint(group)
 
@@ -43,7 +45,7 @@ def test_a_group_has_nothing_that_is_unknown(rule):
 
 
 def test_rules():
-    names, decays, options = zip(*_C.rules, strict=True)
+    names, decays, _ = zip(*_C.rules, strict=True)
     assert len({*names}) == len(names)
     assert list(dict.fromkeys(decays)) == list(RULES) == list(reference.DECAYS)
     assert all(option is None or option in RULES[decay] for _, decay, option in _C.rules)
@@ -57,7 +59,8 @@ def test_rules():
 @pytest.mark.parametrize("rule", RULES)
 def test_arguments_of_a_class_are_the_values_of_its_groups(rule):
     parameters = inspect.signature(CLASSES[rule]).parameters
-    assert parameters.keys() == REQUIRED | DEFAULTS.keys() | RULES[rule].keys() | {"params", "backend"}
+    options = DEFAULTS.keys() | RULES[rule].keys()
+    assert parameters.keys() == {"params", "backend"} | REQUIRED | options
     for key, default in {**DEFAULTS, **RULES[rule]}.items():
         assert parameters[key].default is default
     for key in (*DEFAULTS, *RULES[rule], "backend"):

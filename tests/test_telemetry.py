@@ -360,20 +360,19 @@ def test_notes_keep_no_param_alive():
 
 @pytest.mark.both_abis
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_param_twice_in_a_group_has_notes_of_both_its_steps(backend):
-    param = torch.nn.Parameter(torch.tensor([4.0, 0.0]))
-    param.grad = torch.ones(2)
-    with pytest.warns(UserWarning, match="duplicate"):
-        opt = adamprox.AdamW(
-            [param, param], lr=1.0, eps=0.0, weight_decay=0.0, backend=backend
-        )
+def test_a_step_of_params_that_share_memory_is_not_noted(backend):
+    """It is several, one after the other."""
+    opt = small(backend=backend)
     opt.track_updates(per="tensor")
     opt.step()
-    first, second = opt.update_stats()
-    assert (first.step, second.step) == (1, 2)
-    assert (first.zeros, second.zeros) == (0, 0)
-    torch.testing.assert_close(first.param_norm, torch.tensor([3.0, -1.0]).double().norm())
-    torch.testing.assert_close(second.param_norm, param.detach().double().norm(), rtol=1e-6, atol=0)
+    before = [stats.to_dict() for stats in opt.update_stats()]
+    assert len(before) == 4
+    opt.param_groups[1]["params"].append(opt.param_groups[0]["params"][0])
+    opt.step()
+    assert [stats.to_dict() for stats in opt.update_stats()] == before
+    opt.param_groups[1]["params"].pop()
+    opt.step()
+    assert [stats.step for stats in opt.update_stats()] == [4, 3, 3, 3]
 
 
 def test_every_so_many_steps():

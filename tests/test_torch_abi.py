@@ -104,7 +104,9 @@ def test_the_slow_way_gives_the_same_bits_and_errors():
     """All that is marked ``both_abis``."""
     marked = ("-m", "both_abis", "-k", "not triton and not cuda_on_host")
     files = sorted(str(file) for file in TESTS.glob("test_*.py") if "both_abis" in file.read_text())
-    printed = run("-m", "pytest", "-q", "-p", "no:xdist", *marked, *files, ADAMPROX_TORCH_ABI="slow")
+    printed = run(
+        "-m", "pytest", "-q", "-p", "no:xdist", *marked, *files, ADAMPROX_TORCH_ABI="slow"
+    )
     passed = re.search(r"(\d+) passed", printed)
     assert passed is not None, printed
     assert int(passed[1]) > 700

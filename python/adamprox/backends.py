@@ -39,6 +39,10 @@ class ReferenceBackend:
         return None
 
     def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
+        with torch.inference_mode(False):
+            self._step(table, groups)
+
+    def _step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
         writes, notes = [], []
         for param, grad, states, group, step, deferred in table.rows():
             values = groups[group]

@@ -32,18 +32,32 @@ _DTYPES = (
 _TYPES = {state.key: state.type for state in STATES}
 
 
+Made = list[tuple[Tensor, dict[str, Tensor]]]
+"""Params, and states that were made for them."""
+
+
 class StandIns:
     """Tensors that one step uses in place of a param's own, by the param's id and a key."""
 
     def __init__(self, given: Given) -> None:
         self.by_id = {id(param): dict(tensors) for param, tensors in given.items()}
         self._copies: list[tuple[Tensor, Tensor]] = []
+        self.made: Made = []
 
     def add(self, param: Tensor, key: str, copy: Tensor, original: Tensor | None) -> None:
         """Uses ``copy``, which is written back to ``original``, if that is not None."""
         self.by_id.setdefault(id(param), {})[key] = copy
         if original is not None:
             self._copies.append((original, copy))
+
+    def forget_states(self, optimizer: Optimizer) -> None:
+        """Takes away the states that were made for a step that is not taken after all."""
+        for param, new in self.made:
+            state = optimizer.state.get(param, {})
+            for key in new:
+                state.pop(key, None)
+            if not state:
+                optimizer.state.pop(param, None)
 
     def overlap(self, tables: Iterable[_C.Table]) -> bool:
         """Whether what is written back may share memory with any other tensor of the step."""
@@ -106,16 +120,20 @@ def mend(
             "with the same grads"
         )
     new = {id(p.param): (p.param, p.group) for p in params if p.is_missing()}
-    make_states(optimizer, new.values())
-    with torch.no_grad():
+    stand_ins.made += make_states(optimizer, new.values())
+    with torch.inference_mode(False), torch.no_grad():  # so that copies are ordinary tensors
         for param in params:
             if not param.is_missing():
                 param.mend()
 
 
 @torch.no_grad()
-def make_states(optimizer: Optimizer, params_and_groups: Iterable[tuple[Tensor, Group]]) -> None:
-    """States and a step count for those that have none; an error leaves all as they are."""
+def make_states(optimizer: Optimizer, params_and_groups: Iterable[tuple[Tensor, Group]]) -> Made:
+    """States and a step count for those that have none; an error leaves all as they are.
+
+    Returns:
+        what it has made.
+    """
     wanted = [
         (param, group, _missing(optimizer, param, group)) for param, group in params_and_groups
     ]
@@ -123,13 +141,14 @@ def make_states(optimizer: Optimizer, params_and_groups: Iterable[tuple[Tensor, 
         # Views of one buffer: they lie side by side, which is what reading them costs.
         fresh = [param for param, _, missing in wanted if missing is None]
         counts = iter(torch.zeros(len(fresh), dtype=_count_dtype(), device="cpu").unbind())
-        made: list[tuple[Tensor, dict[str, Tensor]]] = []
+        made: Made = []
         for param, group, missing in wanted:
             states = states_of(group) if missing is None else missing
             new = {state.key: _start(state, param) for state in states}
             made.append((param, new if missing is not None else {COUNT: next(counts), **new}))
     for param, new in made:
         optimizer.state[param].update(new)
+    return made
 
 
 def _missing(optimizer: Optimizer, param: Tensor, group: Group) -> list[State] | None:
@@ -211,7 +230,8 @@ class _Param:
         elif self.key == COUNT:
             count, own = self._count(), self.state.get(COUNT)
             if isinstance(own, Tensor):
-                copy = torch.tensor(count, dtype=torch.float64, device="cpu")
+                # The next count as that tensor can have it: bfloat16 cannot have 257.
+                copy = torch.tensor(float(own + 1) - 1, dtype=torch.float64, device="cpu")
                 self.stand_ins.add(self.param, COUNT, copy, own)
             else:
                 self.state[COUNT] = torch.tensor(count, dtype=_count_dtype(), device="cpu")
@@ -263,9 +283,9 @@ class _Param:
         what = f"the step count of {self.name}"
         if COUNT not in self.state:
             self.refuse(f"{what} is missing")
-        if isinstance(self.state[COUNT], Tensor):
-            self._check_memory(self.state[COUNT], what)
         try:
+            if isinstance(self.state[COUNT], Tensor):
+                self._check_memory(self.state[COUNT], what)
             count = float(self.state[COUNT])
         except (TypeError, ValueError, RuntimeError) as error:
             self.refuse(f"{what} cannot be read: {error!r}")

@@ -118,7 +118,11 @@ def _take_step(
             return _take_step(optimizer, rest, scaling, given, None)
         stand_ins = stand_ins or StandIns({})
         threads = 0  # what is copied is written back
-        mend(optimizer, groups, findings, stand_ins, capturing)
+        try:
+            mend(optimizer, groups, findings, stand_ins, capturing)
+        except BaseException:
+            stand_ins.forget_states(optimizer)
+            raise
     else:
         raise RuntimeError(
             f"{type(optimizer).__name__}: {findings[0].key} of "

@@ -1,0 +1,136 @@
+"""``AdamW(cautious=True)``: decay never undoes what the update does."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adamprox
+from registry import BACKENDS, DTYPES, OPTIMIZERS, Option, assert_same_bits, build, params_of
+from test_ema import randn, same_bits
+
+every_backend = pytest.mark.parametrize("backend", [*BACKENDS, "reference"], indirect=True)
+KINDS = (
+    *({}, {"maximize": True}, {"amsgrad": True, "betas": (0.5, 0.75)}),
+    {"decay_by": "schedule", "initial_lr": 0.25, "weight_decay": 3.0},
+)
+
+
+def trajectory(param: np.ndarray, grads: list[np.ndarray], group: dict) -> np.ndarray:
+    """The design's equation."""
+    m, v, largest = (np.zeros_like(param) for _ in range(3))
+    (beta1, beta2), lr, s = group["betas"], group["lr"], group["lr"] * group["weight_decay"]
+    s /= group["initial_lr"] if group["decay_by"] == "schedule" else 1
+    for t, grad in enumerate(grads, 1):
+        grad = -grad if group["maximize"] else grad
+        m, v = m + (1 - beta1) * (grad - m), v + (1 - beta2) * (grad * grad - v)
+        largest = np.maximum(largest, v)
+        root = math.sqrt(1 - beta2**t)
+        d = np.sqrt(largest if group["amsgrad"] else v) + group["eps"] * root
+        update = lr * root / (1 - beta1**t) * m / d
+        param = np.where(update * param < 0, 1, 1 - s) * param - update
+    return param
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_backend
+def test_it_is_the_designs_equation_in_every_dtype(backend, dtype):
+    param_dtype, state = DTYPES[dtype]
+    shapes = [shape for shape in ((3, 5), (0, 3), (), (7,)) for _ in KINDS]
+    values = [randn(i, shape, param_dtype) for i, shape in enumerate(shapes)]
+    grads = [[randn(100 * t + i, v.shape, v.dtype) for i, v in enumerate(values)] for t in range(8)]
+    option = Option({"cautious": True}, KINDS)
+    pair = [build("AdamW", values, option, name, state) for name in (backend, "reference")]
+    for of_step in grads:
+        for opt in pair:
+            for param, grad in zip(params_of(opt), of_step, strict=True):
+                param.grad = grad.clone()
+            opt.step()
+    assert_same_bits(*pair)
+    for i, param in enumerate(params_of(pair[0]) if dtype == "float64" else ()):
+        group = pair[0].param_groups[i % len(KINDS)]
+        expected = trajectory(values[i].numpy(), [of_step[i].numpy() for of_step in grads], group)
+        np.testing.assert_allclose(param.detach().numpy(), expected, 1e-10, 1e-10)
+
+
+TINY = 2.0**-100  # the product of two of them is no float32 number
+LEAST = 2.0**-149  # the update by it is a zero with its sign
+INF, NAN = math.inf, math.nan
+# Param, grad, new param: the update is an eighth with the sign of 1, or a quarter of what is tiny.
+SIGNS = (
+    *((1.0, 1.0, 0.75), (1.0, -1.0, 1.125), (-1.0, 1.0, -1.125), (-1.0, -1.0, -0.75)),
+    *((0.0, 1.0, -0.125), (-0.0, 1.0, -0.125), (0.0, -1.0, 0.125), (-0.0, -1.0, 0.125)),
+    *((1.0, 0.0, 0.875), (-1.0, 0.0, -0.875), (0.0, 0.0, 0.0), (-0.0, 0.0, -0.0)),
+    *((1.0, LEAST, 0.875), (1.0, -LEAST, 0.875), (-1.0, LEAST, -0.875), (-1.0, -LEAST, -0.875)),
+    *((TINY, -TINY, 1.25 * TINY), (-TINY, TINY, -1.25 * TINY), (TINY, TINY, 0.625 * TINY)),
+    *((INF, -1.0, INF), (-INF, 1.0, -INF), (INF, 1.0, NAN), (-INF, -1.0, NAN), (INF, 0.0, NAN)),
+    *((NAN, 1.0, NAN), (NAN, -1.0, NAN), (1.0, NAN, NAN), (-1.0, INF, NAN), (0.0, NAN, NAN)),
+)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@every_backend
+def test_every_combination_of_signs_by_hand(backend, maximize):
+    values, grads, expected = torch.tensor(SIGNS).repeat(9, 1).T.contiguous()
+    param = nn.Parameter(values.clone())
+    numbers = {"lr": 0.25, "betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.5}
+    given = {"cautious": True, "maximize": maximize, "backend": backend}
+    opt = adamprox.AdamW([param], **numbers, **given)
+    param.grad = -grads if maximize else grads
+    opt.step()
+    assert same_bits(param.detach(), expected), torch.stack([values, grads, param, expected])
+
+
+AWAY = torch.linspace(-2, 2, 40)  # params, and updates that shrink them
+
+
+def stepped(grad: Tensor, cautious: list[bool], weight_decay: float = 0.3) -> Tensor:
+    param = nn.Parameter(AWAY.clone())
+    opt = adamprox.AdamW([param], lr=1e-2, weight_decay=weight_decay)
+    for each in cautious:
+        opt.param_groups[0]["cautious"] = each
+        param.grad = grad
+        opt.step()
+    return param.detach()
+
+
+def test_it_is_adamw_where_signs_agree_and_has_no_decay_where_they_differ():
+    on, off = [True] * 3, [False] * 3
+    assert same_bits(stepped(AWAY, on), stepped(AWAY, off))
+    assert same_bits(stepped(-AWAY, on), stepped(-AWAY, off, weight_decay=0.0))
+    assert not torch.equal(stepped(-AWAY, on), stepped(-AWAY, off))
+
+
+def test_a_change_takes_effect_at_the_next_step():
+    orders = ([True] * 2, [True, False], [False, True], [False] * 2)
+    assert len({tuple(stepped(-AWAY, order).tolist()) for order in orders}) == len(orders)
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS.keys() - {"AdamW"}))
+def test_other_rules_refuse_it_by_name_and_accept_its_neutral_value(optimizer):
+    cls = OPTIMIZERS[optimizer].cls
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    match = f"Invalid cautious: True, decay='{cls.decay}' has no such option"
+    with pytest.raises(ValueError, match=match):
+        cls([{"params": [a], "cautious": True}])
+    opt = cls([{"params": [a], "cautious": False}])
+    with pytest.raises(ValueError, match=match):
+        opt.add_param_group({"params": [b], "cautious": True})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'cautious'"):
+        cls([a], cautious=True)
+    opt.add_param_group({"params": [b], "decay": "decoupled", "cautious": True})
+    assert [group["cautious"] for group in opt.param_groups] == [False, True]
+
+
+@pytest.mark.parametrize("value", [None, 1, 0.0, "yes"])
+def test_what_is_no_bool_is_refused(value):
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    match = f"Invalid cautious: {value!r}, expected True or False"
+    with pytest.raises(TypeError, match=match):
+        adamprox.AdamW([a], cautious=value)
+    with pytest.raises(TypeError, match=match):
+        adamprox.AdamW([a]).add_param_group({"params": [b], "cautious": value})
