@@ -138,7 +138,8 @@ class _FusedAdam(Optimizer):
 
         The others cost nothing, and no step waits for the device. It is no part of a checkpoint,
         nor of a copy. A CUDA graph whose capture was such a step notes at each replay. Steps taken
-        by :func:`step_in_backward` are none: with this, they raise a RuntimeError.
+        by :func:`step_in_backward` are none: with this, they raise a RuntimeError. A step of params
+        that share memory is not noted.
 
         Args:
             every: 1 tracks each step; 0 or None, none.

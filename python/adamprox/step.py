@@ -113,9 +113,10 @@ def _take_step(
             break
         later = {(f.group, f.index) for f in findings if f.key == "overlap"}
         if 0 < len(later) < sum(table.num_rows for table in gather.tables()):
-            first, rest = _divided(groups, later)
-            _take_step(optimizer, first, scaling, given, None)
-            return _take_step(optimizer, rest, scaling, given, None)
+            with Uninterrupted():
+                for part in _divided(groups, later):
+                    _take_step(optimizer, part, scaling, given, None)
+            return
         stand_ins = stand_ins or StandIns({})
         threads = 0  # what is copied is written back
         try:
@@ -131,8 +132,9 @@ def _take_step(
         )
     tables = gather.tables()
     if stand_ins is not None and stand_ins.overlap(tables):
-        for one in _one_by_one(groups):
-            _take_step(optimizer, one, scaling, given, None)
+        with Uninterrupted():
+            for one in _one_by_one(groups):
+                _take_step(optimizer, one, scaling, given, None)
         return
     _run(optimizer, groups, scaling, stand_ins, tracker, capturing)
 

@@ -182,7 +182,8 @@ class Tracker:
             records = next(known, None)
             if records is None:
                 shape = table.num_chunks, RECORD_WORDS
-                records = torch.zeros(shape, dtype=torch.int64, device=torch.device(*device))
+                with torch.inference_mode(False):
+                    records = torch.zeros(shape, dtype=torch.int64, device=torch.device(*device))
             if capturing:  # for as long as the graph may write there
                 table.keep(records)
             table.track(records)
