@@ -270,6 +270,7 @@ PYBIND11_MODULE(_C, m) {
            })
       .def_property_readonly("findings", &Gather::findings)
       .def("tables", &tables)
+      .def("groups", &Gather::groups)
       .def("release", &Gather::release)
       .def_readonly("update_seconds", &Gather::update_seconds);
 }

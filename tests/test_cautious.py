@@ -10,18 +10,21 @@ import torch
 from torch import Tensor, nn
 
 import adamprox
-from registry import BACKENDS, DTYPES, OPTIMIZERS, Option, assert_same_bits, build, params_of
-from test_ema import randn, same_bits
+import registry
+from registry import BACKENDS, DTYPES, OPTIMIZERS, params_of, same_bits
+from test_capturable import randn, set_grads
+from test_optimizer import refusals
 
 every_backend = pytest.mark.parametrize("backend", [*BACKENDS, "reference"], indirect=True)
 KINDS = (
     *({}, {"maximize": True}, {"amsgrad": True, "betas": (0.5, 0.75)}),
     {"decay_by": "schedule", "initial_lr": 0.25, "weight_decay": 3.0},
 )
+SHAPES = [shape for shape in ((3, 5), (0, 3), (), (7,)) for _ in KINDS]
 
 
-def trajectory(param: np.ndarray, grads: list[np.ndarray], group: dict) -> np.ndarray:
-    """The design's equation."""
+def equation(param: np.ndarray, grads: list[np.ndarray], group: dict) -> np.ndarray:
+    """The design's, of one param."""
     m, v, largest = (np.zeros_like(param) for _ in range(3))
     (beta1, beta2), lr, s = group["betas"], group["lr"], group["lr"] * group["weight_decay"]
     s /= group["initial_lr"] if group["decay_by"] == "schedule" else 1
@@ -40,20 +43,19 @@ def trajectory(param: np.ndarray, grads: list[np.ndarray], group: dict) -> np.nd
 @every_backend
 def test_it_is_the_designs_equation_in_every_dtype(backend, dtype):
     param_dtype, state = DTYPES[dtype]
-    shapes = [shape for shape in ((3, 5), (0, 3), (), (7,)) for _ in KINDS]
-    values = [randn(i, shape, param_dtype) for i, shape in enumerate(shapes)]
-    grads = [[randn(100 * t + i, v.shape, v.dtype) for i, v in enumerate(values)] for t in range(8)]
-    option = Option({"cautious": True}, KINDS)
-    pair = [build("AdamW", values, option, name, state) for name in (backend, "reference")]
-    for of_step in grads:
+    values = [randn(i, shape, param_dtype) for i, shape in enumerate(SHAPES)]
+    given = values, registry.Option({"cautious": True}, KINDS)
+    pair = ours, _ = [registry.build("AdamW", *given, n, state) for n in (backend, "reference")]
+    grads = []
+    for seed in range(1, 9):
         for opt in pair:
-            for param, grad in zip(params_of(opt), of_step, strict=True):
-                param.grad = grad.clone()
+            set_grads(opt, seed)
             opt.step()
-    assert_same_bits(*pair)
-    for i, param in enumerate(params_of(pair[0]) if dtype == "float64" else ()):
-        group = pair[0].param_groups[i % len(KINDS)]
-        expected = trajectory(values[i].numpy(), [of_step[i].numpy() for of_step in grads], group)
+        grads.append([param.grad.clone() for param in params_of(ours)])
+        registry.assert_same_bits(*pair)
+    for i, param in enumerate(params_of(ours) if dtype == "float64" else ()):
+        of_param = [of_step[i].numpy() for of_step in grads]
+        expected = equation(values[i].numpy(), of_param, ours.param_groups[i % len(KINDS)])
         np.testing.assert_allclose(param.detach().numpy(), expected, 1e-10, 1e-10)
 
 
@@ -85,52 +87,35 @@ def test_every_combination_of_signs_by_hand(backend, maximize):
     assert same_bits(param.detach(), expected), torch.stack([values, grads, param, expected])
 
 
-AWAY = torch.linspace(-2, 2, 40)  # params, and updates that shrink them
-
-
-def stepped(grad: Tensor, cautious: list[bool], weight_decay: float = 0.3) -> Tensor:
-    param = nn.Parameter(AWAY.clone())
+def stepped(sign: float, cautious: list[bool], weight_decay: float = 0.3) -> Tensor:
+    """Params whose updates have their signs, or the opposite ones."""
+    param = nn.Parameter(torch.linspace(-2, 2, 40))
     opt = adamprox.AdamW([param], lr=1e-2, weight_decay=weight_decay)
+    param.grad = sign * param.detach()
     for each in cautious:
         opt.param_groups[0]["cautious"] = each
-        param.grad = grad
         opt.step()
     return param.detach()
 
 
-def test_it_is_adamw_where_signs_agree_and_has_no_decay_where_they_differ():
-    on, off = [True] * 3, [False] * 3
-    assert same_bits(stepped(AWAY, on), stepped(AWAY, off))
-    assert same_bits(stepped(-AWAY, on), stepped(-AWAY, off, weight_decay=0.0))
-    assert not torch.equal(stepped(-AWAY, on), stepped(-AWAY, off))
-
-
-def test_a_change_takes_effect_at_the_next_step():
+def test_where_signs_agree_it_is_adamw_and_elsewhere_without_decay_from_the_next_step_on():
+    assert same_bits(stepped(1.0, [True] * 2), stepped(1.0, [False] * 2))
+    assert same_bits(stepped(-1.0, [True] * 2), stepped(-1.0, [False] * 2, weight_decay=0.0))
     orders = ([True] * 2, [True, False], [False, True], [False] * 2)
-    assert len({tuple(stepped(-AWAY, order).tolist()) for order in orders}) == len(orders)
+    assert len({tuple(stepped(-1.0, order).tolist()) for order in orders}) == len(orders)
 
 
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS.keys() - {"AdamW"}))
-def test_other_rules_refuse_it_by_name_and_accept_its_neutral_value(optimizer):
-    cls = OPTIMIZERS[optimizer].cls
-    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
-    match = f"Invalid cautious: True, decay='{cls.decay}' has no such option"
-    with pytest.raises(ValueError, match=match):
-        cls([{"params": [a], "cautious": True}])
+def test_other_rules_accept_its_neutral_value_alone(optimizer):
+    cls, (a, b) = OPTIMIZERS[optimizer].cls, (nn.Parameter(torch.ones(2)) for _ in range(2))
     opt = cls([{"params": [a], "cautious": False}])
-    with pytest.raises(ValueError, match=match):
-        opt.add_param_group({"params": [b], "cautious": True})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'cautious'"):
-        cls([a], cautious=True)
-    opt.add_param_group({"params": [b], "decay": "decoupled", "cautious": True})
-    assert [group["cautious"] for group in opt.param_groups] == [False, True]
+    match = f"Invalid cautious: True, decay='{cls.decay}' has no such option"
+    for refused in (opt.add_param_group, lambda group: cls([group])):
+        with pytest.raises(ValueError, match=match):
+            refused({"params": [b], "cautious": True})
 
 
 @pytest.mark.parametrize("value", [None, 1, 0.0, "yes"])
 def test_what_is_no_bool_is_refused(value):
-    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
     match = f"Invalid cautious: {value!r}, expected True or False"
-    with pytest.raises(TypeError, match=match):
-        adamprox.AdamW([a], cautious=value)
-    with pytest.raises(TypeError, match=match):
-        adamprox.AdamW([a]).add_param_group({"params": [b], "cautious": value})
+    refusals("AdamW", {"cautious": value}, TypeError, match)

@@ -1241,23 +1241,25 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-@pytest.mark.parametrize("grad", ["dense", "strided", "in another param"])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_a_step_that_is_refused_has_done_nothing_to_others(interleaved, grad, problem):
+OTHERS = ("dense", "strided", "in another param", "interleaved")
+
+
+@alone(*(f"{problem}, {others}" for problem in PROBLEMS for others in OTHERS))
+def test_a_step_that_is_refused_has_done_nothing_to_others(case):
     """Nor made a state; even if much is copied before, and others must go one after the other."""
+    problem, others = case.split(", ")
 
     def spoil(opt, param):
         first, _, last = params_of(opt)
         opt.state.pop(first)
-        problem(opt.state[param])
-        if interleaved:
-            first.data, last.data = (memory := randn(12))[::2], memory[1:4:2]
-        if grad == "strided":
-            param.grad = param.grad.t().contiguous().t()
-        elif grad == "in another param":
+        PROBLEMS[problem](opt.state[param])
+        if others == "in another param":
             first.data = (memory := randn(12))[:6]
             param.grad = memory.view(4, 3)
+        elif others != "dense":
+            param.grad = param.grad.t().contiguous().t()
+        if others == "interleaved":
+            first.data, last.data = (memory := randn(12))[::2], memory[1:4:2]
 
     refused(spoil, NAME, amsgrad=True)
 

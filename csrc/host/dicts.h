@@ -97,6 +97,7 @@ inline std::vector<PyObject*> state_names() {
 // A param group's values. What is no plain number or switch of Python's (a tensor, a number of NumPy) is
 // kept in `objects` until Python code may run.
 struct GroupValues {
+  PyObject* group = nullptr;  // held elsewhere
   HyperParameters h{};
   Decay rule{};
   py::object objects[kNumbers], flag_objects[kFlags], pair, params;

@@ -63,6 +63,7 @@ void Gather::collect_groups(const py::list& groups) {
     PyObject* group = hold(PyList_GET_ITEM(groups.ptr(), g));
     if (groups_.size() == count) groups_.emplace_back();
     GroupValues& values = groups_[count++];
+    values.group = group;
     group_reader_.read(group, values);
     for (int f = 0; f < kFlags; ++f) {
       if (values.flag_objects[f]) values.h.flag[f] = as_bool(values.flag_objects[f].ptr());
@@ -415,6 +416,12 @@ std::vector<HeldTable*> Gather::tables() {
   for (auto& t : tables_) {
     if (!t->members.empty()) result.push_back(t.get());
   }
+  return result;
+}
+
+py::list Gather::groups() const {
+  py::list result;
+  for (const GroupValues& values : groups_) result.append(py::handle(values.group));
   return result;
 }
 

@@ -68,6 +68,7 @@ class Gather {
 
   const std::vector<Finding>& findings() const { return findings_; }
   std::vector<HeldTable*> tables();
+  py::list groups() const;  // that were read: the optimizer's list may have changed since
 
   // Tells autograd that the params are written to, counts the step, and makes the scalars.
   void begin(HeldTable& table);

@@ -81,8 +81,7 @@ def take_step(
         if tracker is not None and not tracker.due():
             tracker = None
         try:
-            # A copy, since Python code that runs meanwhile may change the list.
-            _take_step(optimizer, [*optimizer._param_groups], scaling, given, tracker)
+            _take_step(optimizer, optimizer._param_groups, scaling, given, tracker)
         finally:
             engine.gather.release()
 
@@ -108,7 +107,7 @@ def _take_step(
         by_id = {} if stand_ins is None else stand_ins.by_id
         if gather.read(groups, state, by_id, on_gpu, on_cpu, scaled, threads):
             return
-        findings = gather.findings
+        findings, groups = gather.findings, gather.groups()
         if not findings:
             break
         later = {(f.group, f.index) for f in findings if f.key == "overlap"}
