@@ -65,27 +65,21 @@ def numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().to(torch.float64, copy=True).numpy()
 
 
-class Averages:
-    """What NumPy makes, in double, of the params before and after each step."""
-
-    def __init__(self, opt) -> None:
-        self.of = {p: numpy(state["ema"]) for p, state in opt.state.items() if "ema" in state}
-
-    def step(self, opt) -> None:
-        """And looks at what the step has made."""
-        groups = [(p, group) for group in opt.param_groups for p in group["params"]]
-        stepped = [(p, g["ema_decay"], numpy(p)) for p, g in groups if p.grad is not None]
-        opt.step()
-        for param, decay, start in stepped:
-            if decay is not None:
-                ema = self.of.get(param, start)
-                self.of[param] = ema + (1 - decay) * (numpy(param) - ema)
-        assert {p for p, _ in groups if "ema" in opt.state.get(p, {})} == self.of.keys()
-        for param, expected in self.of.items():
-            ema = opt.state[param]["ema"]
-            assert ema.dtype == (F32 if param.dtype.itemsize == 2 else param.dtype)
-            error = 1e-10 if ema.dtype == torch.float64 else 1e-6
-            np.testing.assert_allclose(numpy(ema), expected, error, error)
+def step(opt, averages: dict[Tensor, np.ndarray]) -> None:
+    """And compares with what NumPy makes, in double, of the params before and after it."""
+    groups = [(p, group) for group in opt.param_groups for p in group["params"]]
+    stepped = [(p, g["ema_decay"], numpy(p)) for p, g in groups if p.grad is not None]
+    opt.step()
+    for param, decay, start in stepped:
+        if decay is not None:
+            ema = averages.get(param, start)
+            averages[param] = ema + (1 - decay) * (numpy(param) - ema)
+    assert {p for p, _ in groups if "ema" in opt.state.get(p, {})} == averages.keys()
+    for param, expected in averages.items():
+        ema = opt.state[param]["ema"]
+        assert ema.dtype == (F32 if param.dtype.itemsize == 2 else param.dtype)
+        error = 1e-10 if ema.dtype == torch.float64 else 1e-6
+        np.testing.assert_allclose(numpy(ema), expected, error, error)
 
 
 GROUPS = Option(
@@ -109,7 +103,8 @@ def test_the_average_is_the_formulas(backend, optimizer, case):
     with it, where that is later too; without a grad, or turned off, it stays.
     """
     pair = ours, theirs = [make(optimizer, n, GROUPS, *CASES[case]) for n in (backend, "reference")]
-    averages, starts = Averages(ours), [p.detach().clone() for p in params_of(ours)]
+    averages = {p: numpy(s["ema"]) for p, s in ours.state.items() if "ema" in s}
+    starts = [p.detach().clone() for p in params_of(ours)]
     for seed, later in enumerate((None, 0.5, 0.5, None, 0.25)):
         for opt in pair:
             set_decay(later, opt.param_groups[4])
@@ -119,10 +114,10 @@ def test_the_average_is_the_formulas(backend, optimizer, case):
             for state in opt.state.values() if seed == 2 else ():
                 if "ema" in state:  # not aligned as the others are
                     state["ema"] = LAYOUTS[3](state["ema"])
-        averages.step(ours)
+        step(ours, averages)
         theirs.step()
         registry.assert_same_bits(*pair)
-    assert len(averages.of) == len(starts)
+    assert len(averages) == len(starts)
     for param, start in list(zip(params_of(ours), starts, strict=True))[3::5]:  # ema_decay=1
         assert torch.equal(ours.state[param]["ema"], start.to(ours.state[param]["ema"].dtype))
 
@@ -222,11 +217,11 @@ def test_after_a_checkpoint_without_it_it_starts_as_the_param_then(optimizer, dt
             del group["ema_decay"]
     with warnings.catch_warnings(action="ignore"):  # that it is another rule's
         opt.load_state_dict(state_dict)
-    averages = Averages(opt)
+    averages = {}
     for seed in (2, 3):
         set_grads(opt, seed)
-        averages.step(opt)
-    assert len(averages.of) == len(groups) - 1
+        step(opt, averages)
+    assert len(averages) == len(groups) - 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -235,13 +230,13 @@ def test_compiled_it_makes_a_new_graph_only_when_it_is_turned_on(optimizer):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled, eager = (make(optimizer) for _ in range(2))
-    step = torch.compile(lambda: compiled.step(), backend="aot_eager", fullgraph=True)
+    traced = torch.compile(lambda: compiled.step(), backend="aot_eager", fullgraph=True)
     # One more, the first time that a number changes.
     changes = ((None, 1), (None, 1), (0.5, 2), (0.5, 2), (0.25, 3), (0.75, 3), (None, 3))
     for seed, (decay, graphs) in enumerate(changes):
         set_decay(decay, *compiled.param_groups, *eager.param_groups)
         set_grads(compiled, seed)
-        step()
+        traced()
         steps(eager, [seed])
         registry.assert_same_bits(compiled, eager)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
@@ -268,13 +263,13 @@ def of_two_ranks(rank: int, folder) -> None:
         opt, other = (make(optimizer, *given) for _ in range(2))
         shards = [distribute_tensor(p.detach(), mesh, place) for p in params_of(opt)]
         opt.param_groups[0]["params"] = [nn.Parameter(shard) for shard in shards]
-        averages = Averages(opt)
+        averages = {}
         for seed, decay in enumerate((None, 0.75, 0.75, 0.5)):
             set_decay(decay, *opt.param_groups, *other.param_groups)
             steps(other, [seed])
             for p, q in zip(params_of(opt), params_of(other), strict=True):
                 p.grad = distribute_tensor(q.grad, mesh, place)
-            averages.step(opt)
+            step(opt, averages)
             opt.load_state_dict(opt.state_dict())
         before = copies(opt)
         opt.found_inf = torch.tensor(1.0)

@@ -953,6 +953,21 @@ def test_moments_of_mixed_dtypes_go_on(optimizer, dtype, wide, way):
     torch.testing.assert_close(mixed, wider, rtol=error, atol=error)
 
 
+@pytest.mark.parametrize("lazy", [None, *MOMENTS])
+@pytest.mark.parametrize("key", MOMENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+def test_moments_of_a_dtype_that_loses_numbers_are_refused_and_stay(dtype, key, lazy):
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+
+    def spoil(opt, param):
+        state = opt.state[param]
+        state[key] = state[key].real.to(other)
+        if lazy is not None:
+            state[lazy] = torch._neg_view(-state[lazy])
+
+    refused(spoil, NAME, dtype=dtype, amsgrad=True)
+
+
 # Steps in backward.
 
 

@@ -165,7 +165,9 @@ class _FusedAdam(Optimizer):
         """A context in which the params are their moving averages, for evaluation.
 
         Params without an average stay as they are. In the end params and averages are what they
-        were, to the bit, also after an exception. It takes a copy of the params.
+        were, to the bit, also after an exception. It takes a copy of the params. With FSDP2, call
+        ``model.reshard()`` before entering and before leaving: a root module that was used stays
+        unsharded, and would go on with the weights that it has.
 
         Raises:
             RuntimeError: no param has an average (``ema_decay``), or a step is taken within.
@@ -188,10 +190,13 @@ class _FusedAdam(Optimizer):
                     param.copy_(ema)
             yield
         finally:
-            with torch.no_grad():
-                for (param, _), before in zip(averaged, saved, strict=True):
-                    param.copy_(before)
             self._engine.blocked = None
+            with (
+                torch.no_grad(),
+                contextlib.ExitStack() as stack,
+            ):  # all of them, whatever one raises
+                for (param, _), before in zip(averaged, saved, strict=True):
+                    stack.callback(param.copy_, before)
 
     @overload
     def step(self, closure: None = None) -> None: ...
