@@ -222,6 +222,26 @@ def test_groups_of_different_rules(backend):
     assert_same_bits(ours, theirs)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@every_backend
+def test_a_param_twice_is_stepped_twice(backend, scaled):
+    """And both times skipped."""
+    ours = make("AdamProxL2", backend, numbers(torch.tensor), capturable=True)
+    theirs = make("AdamProxL2", "reference", numbers(lambda x: torch.tensor(x).item()), False)
+    for opt in (ours, theirs):
+        params = params_of(opt)
+        for step in range(4):
+            set_grads(opt, step)
+            opt.param_groups[1]["params"] = [params[3], params[1], params[0]]
+            if scaled:
+                opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(float(step == 2))
+            opt.step()
+            opt.param_groups[1]["params"] = [params[1]]
+        counts = [int(opt.state[param]["step"]) for param in params]
+        assert counts == ([6, 3, 3, 6] if scaled else [8, 4, 4, 8])
+    assert_same_bits(ours, theirs)
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_a_capturable_group_beside_others(backend):
     """Scalars of the host and of the device in one launch."""

@@ -22,7 +22,7 @@ def group_of(rule: str, **arguments) -> dict:
     return group
 
 
-def test_states():
+def test_python_and_cpp_have_the_same_states():
     assert _C.states == [(state.key, state.type, state.needs) for state in STATES]
 
 
@@ -44,7 +44,7 @@ def test_a_group_has_nothing_that_is_unknown(rule):
     assert group_of(rule).keys() == known | RULES[rule].keys()
 
 
-def test_rules():
+def test_cpp_python_and_triton_have_the_same_rules():
     names, decays, _ = zip(*_C.rules, strict=True)
     assert len({*names}) == len(names)
     assert list(dict.fromkeys(decays)) == list(RULES) == list(reference.DECAYS)

@@ -59,6 +59,8 @@ CIRCUMSTANCES = {
 
 def main() -> None:
     """Prints, of each of them in a process of its own, which way it is then."""
+    import torch._dynamo  # once: an optimizer imports it
+
     assert "adamprox" not in sys.modules
     for name, circumstances in CIRCUMSTANCES.items():
         if os.fork() == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,12 +21,9 @@ from torch.optim import Optimizer
 from .hyperparameters import STATES, is_on, states_of
 from .loss_scaling import LossScaling
 from .stand_ins import Given, make_states
-from .step import take_step
+from .step import Stepped, take_step
 
-if TYPE_CHECKING:
-    from .optimizers import _FusedAdam
-
-_optimizers: WeakValueDictionary[int, _FusedAdam] = WeakValueDictionary()
+_optimizers: WeakValueDictionary[int, Stepped] = WeakValueDictionary()
 _handles = itertools.count()
 
 
@@ -66,7 +63,7 @@ def _(*args: Any) -> None:
     """It returns nothing."""
 
 
-def traced_step(optimizer: _FusedAdam, closure: Callable[[], float] | None) -> float | None:
+def traced_step(optimizer: Stepped, closure: Callable[[], float] | None) -> float | None:
     """``step`` as Dynamo traces it."""
     loss = None
     if closure is not None:
@@ -112,7 +109,7 @@ observed_traced_step = Optimizer.profile_hook_step(traced_step)
 
 
 @assume_constant_result  # type: ignore[untyped-decorator]
-def _handle_with_states(optimizer: _FusedAdam, indices: Sequence[int]) -> int:
+def _handle_with_states(optimizer: Stepped, indices: Sequence[int]) -> int:
     """Runs when the graph is made: the states that it is going to be handed are there then."""
     flat = [(param, group) for group in optimizer.param_groups for param in group["params"]]
     make_states(optimizer, [flat[index] for index in indices])

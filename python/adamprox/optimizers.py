@@ -26,13 +26,13 @@ from .hyperparameters import (
     validate,
 )
 from .loss_scaling import LossScaling
-from .step import Engine, take_step
+from .step import Engine, Stepped, take_step
 from .telemetry import UpdateStats, checked
 
 Betas = tuple[float | Tensor, float | Tensor]
 
 
-class _FusedAdam(Optimizer):
+class _FusedAdam(Stepped):
     """Adam's direction composed with a decay rule; the classes below say which."""
 
     decay: ClassVar[str]

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
 
 from . import _C, backends, reference
 from .loss_scaling import LossScaling
 from .stand_ins import Given, StandIns, mend
 
 if TYPE_CHECKING:
-    from .optimizers import _FusedAdam
     from .telemetry import Tracker
 
 Groups = list[dict[str, Any]]
@@ -46,6 +46,14 @@ class Engine:
         self.gather = _C.Gather()
 
 
+class Stepped(Optimizer):
+    """An optimizer that takes its steps here."""
+
+    _engine: Engine
+    _backend: str | None
+    _param_groups: Groups
+
+
 _engines: WeakSet[Engine] = WeakSet()
 
 
@@ -58,7 +66,7 @@ os.register_at_fork(after_in_child=_renew_all)
 
 
 def take_step(
-    optimizer: _FusedAdam, scaling: LossScaling | None = None, given: Given | None = None
+    optimizer: Stepped, scaling: LossScaling | None = None, given: Given | None = None
 ) -> None:
     """Takes one step; ``given`` has tensors that stand in for the optimizer's own.
 
@@ -87,7 +95,7 @@ def take_step(
 
 
 def _take_step(
-    optimizer: _FusedAdam,
+    optimizer: Stepped,
     groups: Groups,
     scaling: LossScaling | None,
     given: Given | None,
@@ -162,7 +170,7 @@ def _one_by_one(groups: Groups) -> Iterator[Groups]:
 
 @_disable_dynamo  # which would trace it after a graph break
 def _run(
-    optimizer: _FusedAdam,
+    optimizer: Stepped,
     groups: Groups,
     scaling: LossScaling | None,
     stand_ins: StandIns | None,
@@ -246,7 +254,7 @@ class Uninterrupted:
             signal.signal(number, handler)
 
 
-def _check_capture(optimizer: _FusedAdam) -> None:
+def _check_capture(optimizer: Stepped) -> None:
     """Refuses, in torch's words, to be captured into a CUDA graph without ``capturable``."""
     # Its name in newer versions of torch, and in older ones.
     names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
