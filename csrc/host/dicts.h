@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -94,6 +95,9 @@ inline std::vector<PyObject*> state_names() {
   return names;
 }
 
+// How many keys of a param group are read: numbers, switches, the options of rules, params, decay.
+constexpr int kGroupKeys = kNumbers + kFlags + kRules + 2;
+
 // A param group's values. What is no plain number or switch of Python's (a tensor, a number of NumPy) is
 // kept in `objects` until Python code may run.
 struct GroupValues {
@@ -105,7 +109,8 @@ struct GroupValues {
   bool has_tensors = false;  // a number may be read on a device
   // What was read the last time, if none of it can change by itself: held, so that the same address is the
   // same value.
-  std::vector<py::object> seen;
+  std::array<py::object, kGroupKeys> seen;
+  bool is_known = false;
 
   bool has(int flag) const { return flag == kAlways || h.flag[flag]; }
 
@@ -133,23 +138,22 @@ class GroupReader {
     order_.read(group, values_);
     v.params = py::reinterpret_borrow<py::object>(required(kParams));
     values_[kParams] = nullptr;
-    if (std::equal(values_.begin(), values_.end(), v.seen.begin(), v.seen.end(),
-                   [](PyObject* now, const py::object& seen) { return now == seen.ptr(); })) {
-      return;
-    }
-    v.seen.clear();
+    bool same = v.is_known;
+    for (int i = 0; same && i < kGroupKeys; ++i) same = values_[i] == v.seen[i].ptr();
+    if (same) return;
+    v.is_known = false;
     v.has_objects = v.has_tensors = false;
     v.pair = {};
     for (int n = 0; n < kNumbers; ++n) read_number(n, v);
     for (int f = 0; f < kFlags; ++f) read_flag(f, v);
     if (v.h.flag[kDecayBySchedule]) required(kInitialLr);
     const auto decay = py::reinterpret_borrow<py::object>(required(kDecay));
-    std::vector<py::object> seen;
-    if (!v.has_objects && std::all_of(values_.begin(), values_.end(), is_constant)) {
-      for (PyObject* value : values_) seen.push_back(py::reinterpret_borrow<py::object>(value));
+    const bool known = !v.has_objects && std::all_of(values_.begin(), values_.end(), is_constant);
+    for (int i = 0; i < kGroupKeys; ++i) {
+      v.seen[i] = known ? py::reinterpret_borrow<py::object>(values_[i]) : py::object();
     }
-    read_rule(decay, v);  // or it throws, and has seen nothing
-    v.seen = std::move(seen);
+    read_rule(decay, v);  // or it throws, and nothing is known
+    v.is_known = known;
   }
 
  private:

@@ -179,9 +179,12 @@ def requested(backend: str | None) -> str | None:
     return name
 
 
+_HAS_GPUS = torch.version.cuda is not None or torch.version.hip is not None
+
+
 def capturing() -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
-    return is_initialized() and torch.cuda.is_current_stream_capturing()
+    return _HAS_GPUS and is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def recipes_and_threads(name: str | None) -> tuple[bool, bool, int]:

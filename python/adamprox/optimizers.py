@@ -221,7 +221,13 @@ class _FusedAdam(Stepped):
             return traced(self, closure)
         if _profiler_enabled() or _has_hooks(self):  # hooks see no argument where there is none
             return _observed_step(self, *(() if closure is None else (closure,)))
-        return _step(self, closure)
+        if closure is not None:
+            return _step(self, closure)
+        # What _step does then, but for a call: where caches are cold, each call is felt.
+        attributes = self.__dict__
+        scaled = "grad_scale" in attributes or "found_inf" in attributes
+        take_step(self, LossScaling.of(self) if scaled else None)
+        return None
 
     # So that torch leaves it alone: its wrapper, _observed_step here, costs as much as 40 tensors.
     step.hooked = True  # type: ignore[attr-defined]

@@ -43,6 +43,7 @@ class StandIns:
         self.by_id = {id(param): dict(tensors) for param, tensors in given.items()}
         self._copies: list[tuple[Tensor, Tensor]] = []
         self.made: Made = []
+        self._replaced: list[tuple[Any, str, Any]] = []
 
     def add(self, param: Tensor, key: str, copy: Tensor, original: Tensor | None) -> None:
         """Uses ``copy``, which is written back to ``original``, if that is not None."""
@@ -50,8 +51,15 @@ class StandIns:
         if original is not None:
             self._copies.append((original, copy))
 
+    def replace(self, state: Any, key: str, value: Tensor) -> None:
+        """Puts a value of another kind into a param's state, for good."""
+        self._replaced.append((state, key, state[key]))
+        state[key] = value
+
     def forget_states(self, optimizer: Optimizer) -> None:
-        """Takes away the states that were made for a step that is not taken after all."""
+        """Brings back the states as they were before a step that is not taken after all."""
+        for state, key, before in reversed(self._replaced):
+            state[key] = before
         for param, new in self.made:
             state = optimizer.state.get(param, {})
             for key in new:
@@ -226,15 +234,17 @@ class _Param:
         """Makes it, lays it out anew, or copies it."""
         if self.key == "step on device":
             device = local_of(self.param).device
-            self.state[COUNT] = torch.tensor(self._count(), dtype=_count_dtype(), device=device)
+            count = torch.tensor(self._count(), dtype=_count_dtype(), device=device)
+            self.stand_ins.replace(self.state, COUNT, count)
         elif self.key == COUNT:
-            count, own = self._count(), self.state.get(COUNT)
+            number, own = self._count(), self.state.get(COUNT)
             if isinstance(own, Tensor):
                 # The next count as that tensor can have it: bfloat16 cannot have 257.
                 copy = torch.tensor(float(own + 1) - 1, dtype=torch.float64, device="cpu")
                 self.stand_ins.add(self.param, COUNT, copy, own)
             else:
-                self.state[COUNT] = torch.tensor(count, dtype=_count_dtype(), device="cpu")
+                count = torch.tensor(number, dtype=_count_dtype(), device="cpu")
+                self.stand_ins.replace(self.state, COUNT, count)
         elif not self._widened() and not self._laid_out_anew():
             self._copy()
 
@@ -247,10 +257,11 @@ class _Param:
         """Moments of mixed dtypes become float32, once and for all."""
         keys = [state.key for state in states_of(self.group) if state.type == "moment"]
         moments = [self.tensor(key) for key in keys]
-        if self.key not in keys or len({moment.dtype for moment in moments}) == 1:
+        mixed = len({moment.dtype for moment in moments}) > 1
+        if self.key not in keys or self.param.dtype not in _16_BITS or not mixed:
             return False
         for key, moment in zip(keys, moments, strict=True):
-            self.state[key] = moment.to(torch.float32)
+            self.stand_ins.replace(self.state, key, moment.to(torch.float32))
         return True
 
     def _laid_out_anew(self) -> bool:
