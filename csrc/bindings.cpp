@@ -139,10 +139,12 @@ class Table {
                    uintptr_t prepared) const {
     const std::string bytes = payload == 0 ? device_.payload() : std::string();
     const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+    {
+      const py::gil_scoped_release release;
+      step_on_cuda(table_, {device_.device.id, pointer(stream), pointer(metadata), pointer(payload),
+                            bytes.data(), bytes.size(), pointer(prepared)});
+    }
     device_.launched = true;
-    const py::gil_scoped_release release;
-    step_on_cuda(table_, {device_.device.id, pointer(stream), pointer(metadata), pointer(payload),
-                          bytes.data(), bytes.size(), pointer(prepared)});
   }
 #endif
 

@@ -6,7 +6,9 @@
 namespace adamprox {
 namespace {
 
-int64_t size_of(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
+int64_t size_of(DType type) {
+  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+}
 
 // But for the scalars and the chunks, which follow.
 bool same_row(const TensorRow& a, const TensorRow& b) {
@@ -59,7 +61,8 @@ void DeviceTable::append_written(size_t i, std::vector<Interval>& out) const {
   const TensorRow& row = table.rows[i];
   const auto append = [&](const void* data, int64_t bytes) {
     const auto begin = reinterpret_cast<uintptr_t>(data);
-    if (data != nullptr && bytes > 0) out.push_back({begin, begin + bytes, static_cast<int>(i), true});
+    if (data != nullptr && bytes > 0)
+      out.push_back({begin, begin + bytes, static_cast<int>(i), true});
   };
   append(row.param, row.numel * size_of(row.param_dtype));
   for (int s = 0; s < kStates; ++s) {

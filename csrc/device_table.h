@@ -79,7 +79,7 @@ class DeviceTable {
 
   const Device device;
   TensorTable table;
-  std::vector<int> members;       // one a row, as is
+  std::vector<int> members;  // one a row, as is
   std::vector<StepCount> counts;
   bool recipes = false;  // whether the scalars are made on the device
   bool launched = false;

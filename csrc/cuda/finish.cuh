@@ -13,10 +13,9 @@ __device__ __noinline__ void average(Team team, void* params, void* ema, DType d
     using Param = typename decltype(type)::type;
     using T = Compute<Param>;
     const T k = static_cast<T>(one_minus_ema);
-    for_each_element(team, count, aligned,
-                     PerElement{[&](int, T& param, T& e) { update_moment(e, param, k); }},
-                     Read<Param>{known_global<Param>(params)},
-                     Streaming<ReadWrite<T>>{{known_global<T>(ema)}});
+    for_each_element(
+        team, count, aligned, PerElement{[&](int, T& param, T& e) { update_moment(e, param, k); }},
+        Read<Param>{known_global<Param>(params)}, Streaming<ReadWrite<T>>{{known_global<T>(ema)}});
   });
 }
 
@@ -27,8 +26,7 @@ __device__ __forceinline__ void finish_chunk(Team team, const LaunchArgs& args,
                                              const ChunkSpan& chunk) {
   const TensorRow& row = chunk.row;
   if (row.states[kEma] != nullptr) {
-    const DType compute =
-        row.param_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    const DType compute = row.param_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
     average(team, chunk.at(row.param, row.param_dtype), chunk.at(row.states[kEma], compute),
             row.param_dtype, chunk.count, row.aligned != 0, args.scalars_of(row).one_minus_ema);
   }

@@ -126,7 +126,8 @@ __device__ __forceinline__ void update_chunk(Team team, const LaunchArgs& args,
 // Before the update, where the payload has recipes.
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const __grid_constant__ LaunchArgs args) {
-  prepare(args.recipes(), *args.prepared, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads);
+  prepare(args.recipes(), *args.prepared, blockIdx.x * kThreads + threadIdx.x,
+          gridDim.x * kThreads);
 }
 
 template <bool kBlocks>

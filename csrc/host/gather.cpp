@@ -98,7 +98,8 @@ void Gather::collect(const py::list& groups, const py::dict& state, const py::di
   for_each_usual([this](PyObject* param) { abi_.prefetch_grad(param); });
   const auto stand_ins_of = [&](PyObject* param) -> PyObject* {
     if (PyDict_GET_SIZE(stand_ins.ptr()) == 0) return nullptr;
-    return item(stand_ins.ptr(), py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(param)).ptr());
+    return item(stand_ins.ptr(),
+                py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(param)).ptr());
   };
   size_t kept = 0;
   for (size_t i = 0; i < members.size(); ++i) {
@@ -147,7 +148,8 @@ void Gather::find_state(Member& m, PyObject* stand_ins) {
     std::vector<PyObject*> found(1 + kStates, nullptr);
     for (size_t i = 0; i < found.size(); ++i) {
       PyObject* value = PyObject_GetItem(m.state, state_order_.name(i));
-      if (value == nullptr && !PyErr_ExceptionMatches(PyExc_KeyError)) throw py::error_already_set();
+      if (value == nullptr && !PyErr_ExceptionMatches(PyExc_KeyError))
+        throw py::error_already_set();
       PyErr_Clear();
       if (value != nullptr) found[i] = hold(py::reinterpret_steal<py::object>(value).ptr());
     }
@@ -224,8 +226,9 @@ void Gather::resolve() {
     HeldTable& t = table_on(device);
     const StepCount count = read_count(m);
     t.add(row, grad, static_cast<int>(i), count);
-    t.recipes |= (device.gpu ? request_.recipes_on_gpu : request_.recipes_on_cpu) &&
-                 (request_.loss_scaling || groups_[m.group].h.flag[kCapturable] || count.device.gpu);
+    t.recipes |=
+        (device.gpu ? request_.recipes_on_gpu : request_.recipes_on_cpu) &&
+        (request_.loss_scaling || groups_[m.group].h.flag[kCapturable] || count.device.gpu);
   }
   for (const auto& t : tables_) {
     for (const int member : t->members) members[member].on_device = t->recipes;
@@ -378,7 +381,8 @@ void Gather::refresh(HeldTable& t) {
     Device device;
     if (!resolve(m, row, grad, device) || !t.is_same(i, row, grad, read_count(m))) {
       throw std::runtime_error("param_groups[" + std::to_string(m.group) + "]['params'][" +
-                               std::to_string(m.index) + "] or its state was changed while its step "
+                               std::to_string(m.index) +
+                               "] or its state was changed while its step "
                                "was being prepared; nothing was updated");
     }
   }

@@ -40,9 +40,9 @@ struct Member {
 // What the bindings keep beside a table.
 struct HeldTable : DeviceTable {
   using DeviceTable::DeviceTable;
-  py::object records;                  // what table.records points to
-  py::object uploaded;                 // the metadata, with the memory behind it
-  uintptr_t uploaded_for = 0;          // its stream, whose steps work there
+  py::object records;          // what table.records points to
+  py::object uploaded;         // the metadata, with the memory behind it
+  uintptr_t uploaded_for = 0;  // its stream, whose steps work there
 };
 
 // What cannot be used as it is. `key`: "param", "grad", "step", a state's, or "state" for all of them;
@@ -80,9 +80,7 @@ class Gather {
   // A tensor of one number on that device is read there; any other number, here and now.
   Value value_of(const Device& device, PyObject* object, double value);
 
-  bool is_deferred(const Member& m) const {
-    return m.sharded && has_blocks(groups_[m.group].rule);
-  }
+  bool is_deferred(const Member& m) const { return m.sharded && has_blocks(groups_[m.group].rule); }
 
   std::vector<Member> members;
   std::vector<py::object> captured;  // what CUDA graphs of earlier steps read

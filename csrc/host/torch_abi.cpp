@@ -203,9 +203,9 @@ bool TorchAbi::read(void* handle, TensorView& out) const {
   if (dtype_(handle, &dtype) != 0 || device_type_(handle, &device_type) != 0 ||
       (device_type != cpu_ && device_type != gpu_) ||
       (device_type == gpu_ && device_index_(handle, &device_index) != 0) ||
-      data_(handle, &data) != 0 || dim_(handle, &out.dim) != 0 ||
-      sizes_(handle, &out.sizes) != 0 || strides_(handle, &out.strides) != 0 ||
-      storage_offset_(handle, &offset) != 0 || storage_size_(handle, &storage_size) != 0) {
+      data_(handle, &data) != 0 || dim_(handle, &out.dim) != 0 || sizes_(handle, &out.sizes) != 0 ||
+      strides_(handle, &out.strides) != 0 || storage_offset_(handle, &offset) != 0 ||
+      storage_size_(handle, &storage_size) != 0) {
     return false;
   }
   const auto* known = dtypes_;

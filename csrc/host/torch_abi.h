@@ -107,7 +107,8 @@ class TorchAbi {
   // After a backward pass the caches are cold, and a step on many small tensors takes a third less.
   static void prefetch(const void* handle) { prefetch_implementation(implementation(handle)); }
   static void prefetch_storage(const void* handle) {
-    const auto* storage = at<const char*>(implementation(handle), 2 * sizeof(void*));  // a hint only
+    const auto* storage =
+        at<const char*>(implementation(handle), 2 * sizeof(void*));  // a hint only
     __builtin_prefetch(storage + 16);
     __builtin_prefetch(storage + 56);
   }

@@ -107,7 +107,7 @@ def _problems(state_dict: StateDict, groups: list[dict[str, Any]]) -> dict[str, 
             except (TypeError, ValueError, RuntimeError) as error:
                 note(str(error), f"param_groups[{index}]")
     for param, state in state_dict["state"].items():
-        # What is no param's, and what has none of our states, is somebody else's.
+        # Entries that are no param's, or have none of our states, belong to others.
         if param not in of_param or not isinstance(state, Mapping):
             continue
         required = [COUNT, *(s.key for s in states_of(of_param[param]) if s.starts == "zeros")]
