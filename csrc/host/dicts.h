@@ -89,10 +89,13 @@ class KeyOrder {
 };
 
 // The keys of a param's state: its step count, then its states.
-inline std::vector<PyObject*> state_names() {
-  std::vector<PyObject*> names{interned("step")};
-  for (const StateKey& key : kStateKeys) names.push_back(interned(key.key));
-  return names;
+inline const std::vector<PyObject*>& state_names() {
+  static const std::vector<PyObject*> all = [] {
+    std::vector<PyObject*> names{interned("step")};
+    for (const StateKey& key : kStateKeys) names.push_back(interned(key.key));
+    return names;
+  }();
+  return all;
 }
 
 // How many keys of a param group are read: numbers, switches, the options of rules, params, decay.
@@ -165,15 +168,18 @@ class GroupReader {
     kDecay
   };
 
-  static std::vector<PyObject*> names() {
-    std::vector<PyObject*> names;
-    for (const NumberKey& key : kNumberKeys) names.push_back(interned(key.key));
-    for (const FlagKey& key : kFlagKeys) names.push_back(interned(key.key));
-    for (const RuleKey& key : kRuleKeys)
-      names.push_back(key.option ? interned(key.option) : nullptr);
-    names.push_back(interned("params"));
-    names.push_back(interned("decay"));
-    return names;
+  static const std::vector<PyObject*>& names() {
+    static const std::vector<PyObject*> all = [] {
+      std::vector<PyObject*> names;
+      for (const NumberKey& key : kNumberKeys) names.push_back(interned(key.key));
+      for (const FlagKey& key : kFlagKeys) names.push_back(interned(key.key));
+      for (const RuleKey& key : kRuleKeys)
+        names.push_back(key.option ? interned(key.option) : nullptr);
+      names.push_back(interned("params"));
+      names.push_back(interned("decay"));
+      return names;
+    }();
+    return all;
   }
 
   // A list may change, and so may the items of a tuple.

@@ -78,8 +78,9 @@ class _FusedAdam(Stepped):
             own = RULES.get(rule, {})
             options = {key: defaults.get(key, neutral) for key, neutral in own.items()}
             group = {**self.defaults, **options, **param_group}
-            validate(group)
-            refuse_foreign_options(group, param_group)
+            if len(param_group) > 1:  # else all values are the defaults, which have been checked
+                validate(group)
+                refuse_foreign_options(group, param_group)
             others = {k: v for k, v in RULE_OPTIONS.items() if k in self.defaults and k not in own}
             for key, value in {**options, **others}.items():
                 param_group.setdefault(key, value)
