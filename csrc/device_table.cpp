@@ -1,14 +1,11 @@
 #include "device_table.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace adamprox {
 namespace {
-
-int64_t size_of(DType type) {
-  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
-}
 
 // But for the scalars and the chunks, which follow.
 bool same_row(const TensorRow& a, const TensorRow& b) {
@@ -40,16 +37,27 @@ void DeviceTable::clear() {
   table.head = {{1, nullptr, 0}, {0, nullptr, 0}, 0, 0};
   members.clear();
   counts.clear();
+  values.clear();
+  value_of_.clear();
   recipes = begun_ = launched = false;
   loss_scale = 1;
 }
 
-void DeviceTable::add(const TensorRow& row, void* grad, int member, const StepCount& count) {
+void DeviceTable::add(const TensorRow& row, void* grad, int member, const StepCount& count,
+                      const RowValues& row_values) {
   table.rows.push_back(row);
   table.grads.push_back(grad);
   table.numel += row.numel;
   members.push_back(member);
   counts.push_back(count);
+  if (values.empty() || !(row_values == values.back())) values.push_back(row_values);
+  value_of_.push_back(static_cast<int>(values.size() - 1));
+}
+
+bool DeviceTable::is_countable(size_t i) const {
+  const StepCount& count = counts[i];
+  if (count.at == nullptr || !(count.device == (recipes ? device : Device{}))) return false;
+  return recipes || (count.read() >= 0 && std::isfinite(count.read()));
 }
 
 bool DeviceTable::is_same(size_t i, const TensorRow& row, const void* grad,
@@ -138,27 +146,22 @@ std::vector<int> DeviceTable::arrange() {
   return {later.begin(), later.end()};
 }
 
-void DeviceTable::begin(const std::vector<RowValues>& values, const std::vector<int>& value_of) {
+void DeviceTable::begin() {
   begun_ = true;
   launched = false;
   table.scalars.clear();
   scalars_values_.clear();
   for (size_t i = 0; i < counts.size(); ++i) {
-    const int number = value_of[members[i]];
+    StepCount& count = counts[i];
     if (recipes) {
-      if (i == 0 || number != value_of[members[i - 1]]) {
-        table.group_recipes.push_back(values[number].recipe);
-      }
-      const auto group = static_cast<int32_t>(table.group_recipes.size() - 1);
-      const auto dtype = counts[i].is_double ? DType::kFloat64 : DType::kFloat32;
+      const auto dtype = count.is_double ? DType::kFloat64 : DType::kFloat32;
       table.rows[i].scalars = static_cast<int32_t>(i);
-      table.scalars_recipes.push_back({counts[i].at, group, static_cast<int32_t>(dtype)});
+      table.scalars_recipes.push_back({count.at, value_of_[i], static_cast<int32_t>(dtype)});
       table.scalars.emplace_back();
     } else {
-      StepCount& count = counts[i];
       count.before = count.read();
       count.write(count.before + 1);
-      table.rows[i].scalars = scalars_of(values[number], number, count.before + 1);
+      table.rows[i].scalars = scalars_of(value_of_[i], count.before + 1);
     }
   }
   table.head.num_groups = static_cast<int64_t>(table.group_recipes.size());
@@ -173,15 +176,15 @@ void DeviceTable::undo() {
 }
 
 // Rows with the same values, at the same step, share them.
-int32_t DeviceTable::scalars_of(const RowValues& values, int number, double step) {
+int32_t DeviceTable::scalars_of(int value, double step) {
   std::vector<Scalars>& all = table.scalars;
   constexpr size_t kRecent = 8;  // steps that params of a group may be at, in turns
   for (size_t i = all.size(); i-- > 0 && i + kRecent >= all.size();) {
-    if (scalars_values_[i] == number && all[i].step == step) return static_cast<int32_t>(i);
+    if (scalars_values_[i] == value && all[i].step == step) return static_cast<int32_t>(i);
   }
-  bias_.update(values.h, step);
-  all.push_back(make_scalars(values.rule, values.h, bias_, loss_scale));
-  scalars_values_.push_back(number);
+  bias_.update(values[value].h, step);
+  all.push_back(make_scalars(values[value].rule, values[value].h, bias_, loss_scale));
+  scalars_values_.push_back(value);
   return static_cast<int32_t>(all.size() - 1);
 }
 

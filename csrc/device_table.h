@@ -9,14 +9,9 @@
 #include <vector>
 
 #include "table.h"
+#include "tensor_view.h"
 
 namespace adamprox {
-
-struct Device {
-  bool gpu = false;
-  int id = 0;
-  bool operator==(const Device& o) const { return gpu == o.gpu && id == o.id; }
-};
 
 // Where a row's step count lies.
 struct StepCount {
@@ -36,24 +31,25 @@ struct StepCount {
   }
 };
 
-// The values that rows of one or more param groups share: on the host, and as a recipe.
+// The values of a row's param group; some may be known on the device only.
 struct RowValues {
-  HyperParameters h{};
-  Decay rule{};
-  int group = 0;  // one of them
-  GroupRecipe recipe{};
-};
+  HyperParameters h;
+  Decay rule;
+  int group;
+  bool on_device;
 
-inline DType compute_type(DType type) {
-  return type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-}
+  bool operator==(const RowValues& o) const {
+    return rule == o.rule && (group == o.group || (!on_device && !o.on_device && h == o.h));
+  }
+};
 
 class DeviceTable {
  public:
   explicit DeviceTable(Device d) : device(d) {}
 
   void clear();
-  void add(const TensorRow& row, void* grad, int member, const StepCount& count);
+  void add(const TensorRow& row, void* grad, int member, const StepCount& count,
+           const RowValues& values);
 
   // Once all rows are there: lays out the chunks. Returns the rows that share memory with an earlier one
   // where one of the two writes, or with themselves.
@@ -62,9 +58,12 @@ class DeviceTable {
   // Whether a row that is read anew is the one that is there.
   bool is_same(size_t i, const TensorRow& row, const void* grad, const StepCount& count) const;
 
-  // Counts the step and makes the scalars, or the recipes for them; `values[value_of[i]]` are row i's.
-  // undo() takes the count back, unless the step was launched.
-  void begin(const std::vector<RowValues>& values, const std::vector<int>& value_of);
+  // Whether a row's step count lies where it is counted, and can be.
+  bool is_countable(size_t i) const;
+
+  // Counts the step and makes the scalars, or recipes for them if table.group_recipes has one for each of
+  // `values`. undo() takes the count back, unless the step was launched.
+  void begin();
   void undo();
 
   // What changes at each step: the grads' pointers, void*[num_rows], and then Scalars[], or RecipesHead,
@@ -81,7 +80,8 @@ class DeviceTable {
   TensorTable table;
   std::vector<int> members;  // one a row, as is
   std::vector<StepCount> counts;
-  bool recipes = false;  // whether the scalars are made on the device
+  std::vector<RowValues> values;  // rows that follow one another share theirs
+  bool recipes = false;           // whether the scalars are made on the device
   bool launched = false;
   double loss_scale = 1;  // the host's
 
@@ -89,10 +89,11 @@ class DeviceTable {
   struct Interval;
   void append_written(size_t row, std::vector<Interval>& out) const;
   bool overlaps_written(size_t row) const;
-  int32_t scalars_of(const RowValues& values, int number, double step);
+  int32_t scalars_of(int value, double step);
 
   bool begun_ = false;
-  std::vector<int> scalars_values_;  // one a scalars: whose they are
+  std::vector<int> value_of_;        // one a row
+  std::vector<int> scalars_values_;  // one a scalars
   BiasCorrections bias_;
   // Kept from step to step: the rows and counts as they were when arranged, what they write to, sorted
   // and merged, and whether some of it overlaps. So a step compares its new grads, and sorts nothing.

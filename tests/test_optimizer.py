@@ -263,7 +263,7 @@ SPOILED_GROUPS = {
     "three_betas": ({"betas": (0.9, 0.9, 0.9)}, r"Invalid betas: \(0.9, 0.9, 0.9\)"),
     "rule": ({"decay": "magic"}, "Invalid decay: 'magic'"),
     "no_rule": ({"decay": None}, "Invalid decay: None"),
-    "lr": ({"lr": "fast"}, "must be real number"),
+    "lr": ({"lr": "fast"}, "Invalid lr: 'fast', expected a number"),
 }
 
 

@@ -26,9 +26,9 @@ __device__ __forceinline__ void finish_chunk(Team team, const LaunchArgs& args,
                                              const ChunkSpan& chunk) {
   const TensorRow& row = chunk.row;
   if (row.states[kEma] != nullptr) {
-    const DType compute = row.param_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-    average(team, chunk.at(row.param, row.param_dtype), chunk.at(row.states[kEma], compute),
-            row.param_dtype, chunk.count, row.aligned != 0, args.scalars_of(row).one_minus_ema);
+    average(team, chunk.at(row.param, row.param_dtype),
+            chunk.at(row.states[kEma], compute_type(row.param_dtype)), row.param_dtype, chunk.count,
+            row.aligned != 0, args.scalars_of(row).one_minus_ema);
   }
   if (args.records != nullptr) note_params(args, chunk);  // the team is a block then
 }

@@ -14,42 +14,34 @@ namespace {
 // Steps of fewer elements keep the GIL: they are over before another thread would get it.
 constexpr int64_t kBriefNumel = 1 << 15;
 
-PyObject* item(PyObject* dict, PyObject* key) {  // borrowed, or null
-  PyObject* value = dict != nullptr ? PyDict_GetItemWithError(dict, key) : nullptr;
-  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
 }  // namespace
 
 bool Gather::read(const py::list& groups, const py::dict& state, const py::dict& stand_ins,
-                  const Request& request) {
+                  bool recipes_on_gpu, bool recipes_on_cpu, bool loss_scaling, int cpu_threads) {
   release();
-  request_ = request;
+  recipes_on_gpu_ = recipes_on_gpu;
+  recipes_on_cpu_ = recipes_on_cpu;
+  loss_scaling_ = loss_scaling;
   collect(groups, state, stand_ins);
   for (Member& m : members) settle(m);
   resolve();
-  bool ran_python = false;
-  for (size_t g = 0; g < groups_.size(); ++g) {
-    if (!groups_[g].has_objects) continue;
-    ran_python = true;
-    find_numbers(groups_[g], std::any_of(members.begin(), members.end(), [&](const Member& m) {
-                   return m.group == static_cast<int>(g) && m.usable && !m.on_device;
-                 }));
+  if (read_tensors()) resolve();
+  for (const auto& t : tables_) {
+    for (size_t i = 0; i < t->members.size(); ++i) {
+      if (!t->is_countable(i))
+        report(members[t->members[i]], t->recipes ? "step on device" : "step");
+    }
   }
-  if (ran_python) resolve();
-  place_counts();
-  if (!findings_.empty()) return false;
-  number_values();
-  bool at_once = request.cpu_threads > 0;
+  if (!findings.empty()) return false;
+  bool at_once = cpu_threads > 0;
   for (const auto& t : tables_) {
     for (const int row : t->arrange()) report(members[t->members[row]], "overlap");
     at_once &= !t->device.gpu || t->members.empty();
   }
   for (const Member& m : members) at_once &= !is_deferred(m);
   returned_ = !at_once || !abi_.fast();  // in the slow way, Python code tells autograd of the step
-  if (!at_once || !findings_.empty()) return false;
-  for (HeldTable* t : tables()) step_on_cpu(*t, request.cpu_threads);
+  if (!at_once || !findings.empty()) return false;
+  for (HeldTable* t : tables()) step_on_cpu(*t, cpu_threads);
   return true;
 }
 
@@ -62,25 +54,19 @@ void Gather::collect_groups(const py::list& groups) {
     prefetch_entries(PyList_GET_ITEM(groups.ptr(), std::min(g + kAhead, last)));
     PyObject* group = hold(PyList_GET_ITEM(groups.ptr(), g));
     if (groups_.size() == count) groups_.emplace_back();
-    GroupValues& values = groups_[count++];
-    values.group = group;
-    group_reader_.read(group, values);
-    for (int f = 0; f < kFlags; ++f) {
-      if (values.flag_objects[f]) values.h.flag[f] = as_bool(values.flag_objects[f].ptr());
-    }
-    PyObject* params = values.params.ptr();
-    if (!PyList_Check(params) && !PyTuple_Check(params)) {
-      throw py::type_error("param_groups[" + std::to_string(g) + "]['params'] must be a list");
-    }
-    __builtin_prefetch(PySequence_Fast_ITEMS(params));
+    group_reader_.hold(group, groups_[count++]);
   }
   groups_.resize(count);
+  for (GroupValues& values : groups_) {
+    group_reader_.interpret(values);
+    __builtin_prefetch(PySequence_Fast_ITEMS(values.held[kParamsAt].ptr()));
+  }
 }
 
 void Gather::collect(const py::list& groups, const py::dict& state, const py::dict& stand_ins) {
   collect_groups(groups);
   for (size_t g = 0; g < groups_.size(); ++g) {
-    PyObject* params = groups_[g].params.ptr();
+    PyObject* params = groups_[g].held[kParamsAt].ptr();
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params); ++i) {
       PyObject* param = PySequence_Fast_GET_ITEM(params, i);
       __builtin_prefetch(param);
@@ -88,14 +74,11 @@ void Gather::collect(const py::list& groups, const py::dict& state, const py::di
     }
   }
   for (const Member& m : members) hold(m.owner);
-  const auto for_each_usual = [&](auto f) {
+  for (int stage = 0; stage < 3 && abi_.fast(); ++stage) {
     for (const Member& m : members) {
-      if (abi_.fast() && abi_.has_own_grad(m.owner)) f(m.owner);
+      if (abi_.has_own_grad(m.owner)) abi_.prefetch_param(m.owner, stage);
     }
-  };
-  for_each_usual([](PyObject* param) { TorchAbi::prefetch(TorchAbi::handle_of(param)); });
-  for_each_usual([this](PyObject* param) { abi_.prefetch_autograd(param); });
-  for_each_usual([this](PyObject* param) { abi_.prefetch_grad(param); });
+  }
   const auto stand_ins_of = [&](PyObject* param) -> PyObject* {
     if (PyDict_GET_SIZE(stand_ins.ptr()) == 0) return nullptr;
     return item(stand_ins.ptr(),
@@ -134,26 +117,19 @@ bool Gather::find_grad(Member& m, PyObject* stand_ins) {
       TorchAbi::prefetch_storage(grad_handle);
     }
   }
-  if (ask) m.grad.object = hold(attribute(m.owner, name).ptr());
+  if (ask) m.grad.object = hold(py::handle(m.owner).attr(name).ptr());
   return m.grad.object != Py_None;
 }
 
 void Gather::find_state(Member& m, PyObject* stand_ins) {
   static PyObject* const param_name = interned("param");
   if (m.state == nullptr) {
-    values_.assign(1 + kStates, nullptr);
-  } else if (PyDict_Check(m.state)) {
-    state_order_.read(m.state, values_);
-  } else {  // another mapping
-    std::vector<PyObject*> found(1 + kStates, nullptr);
-    for (size_t i = 0; i < found.size(); ++i) {
-      PyObject* value = PyObject_GetItem(m.state, state_order_.name(i));
-      if (value == nullptr && !PyErr_ExceptionMatches(PyExc_KeyError))
-        throw py::error_already_set();
-      PyErr_Clear();
-      if (value != nullptr) found[i] = hold(py::reinterpret_steal<py::object>(value).ptr());
-    }
-    values_ = found;
+    found_.assign(1 + kStates, nullptr);
+  } else {
+    PyObject* state = m.state;
+    if (!PyDict_Check(state))
+      state = hold(py::dict(py::reinterpret_borrow<py::object>(state)).ptr());
+    state_keys_.read(state, found_);
   }
   const auto pick = [&](TensorRef& tensor, PyObject* key, PyObject* own) {
     PyObject* stand_in = item(stand_ins, key);
@@ -163,11 +139,10 @@ void Gather::find_state(Member& m, PyObject* stand_ins) {
     if (abi_.fast() && abi_.has_own_grad(object)) TorchAbi::prefetch(tensor.handle());
   };
   pick(m.param, param_name, m.owner);
-  pick(m.step, state_order_.name(0), values_[0]);
+  pick(m.step, state_keys_.name(0), found_[0]);
   bool any = m.step.exists();
   for (int s = 0; s < kStates; ++s) {
-    if (!groups_[m.group].has(kStateKeys[s].flag)) continue;
-    pick(m.states[s], state_order_.name(1 + s), values_[1 + s]);
+    if (has(m, s)) pick(m.states[s], state_keys_.name(1 + s), found_[1 + s]);
     any |= m.states[s].exists();
   }
   if (!any) report(m, "state");
@@ -179,9 +154,7 @@ void Gather::settle(Member& m) {
   if (!settle(m, m.grad)) report(m, "grad");
   if (!settle(m, m.step)) report(m, "step");
   for (int s = 0; s < kStates; ++s) {
-    if (groups_[m.group].has(kStateKeys[s].flag) && !settle(m, m.states[s])) {
-      report(m, kStateKeys[s].key);
-    }
+    if (has(m, s) && !settle(m, m.states[s])) report(m, kStateKeys[s].key);
   }
 }
 
@@ -196,20 +169,11 @@ bool Gather::settle(Member& m, TensorRef& tensor) {
     TorchAbi::prefetch_storage(tensor.handle());
     return true;
   }
-  if (tensor.object == nullptr) {  // the grad: Python code is to look at it
-    tensor = {hold(py::handle(m.owner).attr("grad").ptr()), nullptr};
-  }
-  if (placements_.is_distributed(tensor.object)) {
-    const bool is_param = tensor.object == m.owner;
-    const auto kind = is_param ? placements_.kind_of(m.owner) : Placements::Kind::kReplicate;
-    m.sharded |= kind == Placements::Kind::kShard;
-    if (kind == Placements::Kind::kOther || !placements_.is_distributed(m.owner) ||
-        !(is_param || Placements::alike(tensor.object, m.owner))) {
-      return false;
-    }
-    tensor.object = hold(Placements::local_of(tensor.object).ptr());
-  }
-  if (!abi_.is_tensor(tensor.object)) return false;
+  if (tensor.object == nullptr) tensor = {hold(py::handle(m.owner).attr("grad").ptr()), nullptr};
+  const py::object local = abi_.ask_local(m.owner, tensor.object);
+  if (local.is_none()) return false;
+  tensor.object = hold(local[py::int_(0)].ptr());
+  m.sharded |= local[py::int_(1)].cast<bool>();
   if (!is_ordinary() && !abi_.ask_ordinary(tensor.object)) return false;
   if (!abi_.fast()) tensor.owned = own(tensor.object);
   return true;
@@ -225,13 +189,13 @@ void Gather::resolve() {
     if (!m.usable || !resolve(m, row, grad, device)) continue;
     HeldTable& t = table_on(device);
     const StepCount count = read_count(m);
-    t.add(row, grad, static_cast<int>(i), count);
-    t.recipes |=
-        (device.gpu ? request_.recipes_on_gpu : request_.recipes_on_cpu) &&
-        (request_.loss_scaling || groups_[m.group].h.flag[kCapturable] || count.device.gpu);
-  }
-  for (const auto& t : tables_) {
-    for (const int member : t->members) members[member].on_device = t->recipes;
+    const GroupValues& v = groups_[m.group];
+    RowValues values{v.h, row.rule, m.group, v.has_tensors};
+    // Without decay: a soft threshold of zero leaves z as it is, to the bit.
+    if (is_deferred(m)) values.h.number[kWeightDecay] = 0;
+    t.add(row, grad, static_cast<int>(i), count, values);
+    t.recipes |= (device.gpu ? recipes_on_gpu_ : recipes_on_cpu_) &&
+                 (loss_scaling_ || v.h.flag[kCapturable] || count.device.gpu);
   }
 }
 
@@ -260,7 +224,7 @@ bool Gather::resolve(Member& m, TensorRow& row, void*& grad, Device& device) {
   const DType wide = compute_type(p.dtype);
   row.state_dtype = p.dtype;
   for (int s = 0; s < kStates; ++s) {
-    if (!groups_[m.group].has(kStateKeys[s].flag)) continue;
+    if (!has(m, s)) continue;
     const DType type = kStateKeys[s].type == kCompute ? wide : row.state_dtype;
     // The first one says what the moments are.
     accept(m.states[s], kStateKeys[s].key, type, s == kExpAvg ? wide : type, row.states[s]);
@@ -278,83 +242,38 @@ bool Gather::resolve(Member& m, TensorRow& row, void*& grad, Device& device) {
 
 StepCount Gather::read_count(const Member& m) {
   TensorView t;
-  if (!abi_.read(m.step.handle(), t) || t.numel() != 1 || t.complex || t.real_size() < 4) return {};
+  if (!abi_.read(m.step.handle(), t) || t.numel() != 1 || t.complex || size_of(t.dtype) < 4)
+    return {};
   return {t.data, t.dtype == DType::kFloat64, t.device};
 }
 
-void Gather::place_counts() {
-  for (auto& t : tables_) {
-    for (size_t i = 0; i < t->members.size(); ++i) {
-      const StepCount& count = t->counts[i];
-      const bool there = count.at != nullptr && count.device == (t->recipes ? t->device : Device{});
-      if (!there || (!t->recipes && !(count.read() >= 0 && std::isfinite(count.read())))) {
-        report(members[t->members[i]], t->recipes ? "step on device" : "step");
+// Numbers that are tensors, where the host makes the scalars. Returns whether Python code may have run.
+bool Gather::read_tensors() {
+  bool any = false;
+  for (const auto& t : tables_) {
+    for (size_t i = 0; i < t->members.size() && !t->recipes; ++i) {
+      GroupValues& v = groups_[members[t->members[i]].group];
+      if (!v.has_tensors || v.on_host) continue;
+      any = v.on_host = true;
+      for (int n = 0; n < kNumbers; ++n) {
+        if (v.tensors[n]) v.h.number[n] = GroupReader::number(kNumberKeys[n].key, v.tensors[n]);
       }
     }
   }
+  return any;
 }
 
-// Numbers that are objects, as doubles; those that a device reads are asked for only if the host needs
-// them, too.
-void Gather::find_numbers(GroupValues& v, bool on_host) {
-  if (v.pair) {
-    const auto pair = py::reinterpret_steal<py::object>(
-        PySequence_Fast(v.pair.ptr(), "Invalid betas: expected two numbers"));
-    if (!pair) throw py::error_already_set();
-    if (PySequence_Fast_GET_SIZE(pair.ptr()) != 2) {
-      throw py::type_error("Invalid betas: " + std::string(py::repr(v.pair)) +
-                           ", expected two numbers");
-    }
-    for (int n = 0; n < kNumbers; ++n) {
-      if (kNumberKeys[n].item < 0) continue;
-      PyObject* number = PySequence_Fast_GET_ITEM(pair.ptr(), kNumberKeys[n].item);
-      v.objects[n] = py::reinterpret_borrow<py::object>(number);
-    }
-  }
-  for (int n = 0; n < kNumbers; ++n) {
-    if (!v.objects[n]) continue;
-    const bool tensor = abi_.is_tensor(v.objects[n].ptr());
-    v.has_tensors |= tensor;
-    if (on_host || !tensor) v.h.number[n] = as_double(v.objects[n].ptr());
-  }
-}
-
-// Groups that follow one another and are alike have the same values; params whose decay is deferred have
-// none of it: a soft threshold of zero leaves z as it is, to the bit.
-void Gather::number_values() {
-  values_of_.resize(members.size());
-  size_t count = 0;
-  const Member* before = nullptr;
-  for (size_t i = 0; i < members.size(); ++i) {
-    const Member& m = members[i];
-    const GroupValues& v = groups_[m.group];
-    const bool same = before != nullptr && is_deferred(m) == is_deferred(*before) &&
-                      (m.group == before->group || alike(v, groups_[before->group]));
-    if (!same) {
-      if (row_values_.size() == count) row_values_.emplace_back();
-      RowValues& values = row_values_[count++];
-      values.h = v.h;
-      values.group = m.group;
-      values.rule = is_deferred(m) ? Decay::kProxL1 : v.rule;
-      if (is_deferred(m)) values.h.number[kWeightDecay] = 0;
-    }
-    values_of_[i] = static_cast<int>(count - 1);
-    before = &m;
-  }
-  row_values_.resize(count);
-}
-
-void Gather::make_recipes(const Device& device) {
-  for (RowValues& values : row_values_) {
+void Gather::make_recipes(HeldTable& t) {
+  for (const RowValues& values : t.values) {
     const GroupValues& v = groups_[values.group];
-    GroupRecipe& recipe = values.recipe;
-    const bool deferred = values.rule != v.rule;
+    GroupRecipe recipe{};
     for (int n = 0; n < kNumbers; ++n) {
-      recipe.number[n] = value_of(device, v.objects[n].ptr(), values.h.number[n]);
+      const bool own = n != kWeightDecay || values.rule == v.rule;  // it is 0 where it is deferred
+      recipe.number[n] = value_of(t.device, own ? v.tensors[n].ptr() : nullptr, values.h.number[n]);
     }
-    if (deferred) recipe.number[kWeightDecay] = {0, nullptr, 0};
     for (int f = 0; f < kFlags; ++f) recipe.flag[f] = values.h.flag[f];
     recipe.rule = values.rule;
+    t.table.group_recipes.push_back(recipe);
   }
 }
 
@@ -366,7 +285,7 @@ Value Gather::value_of(const Device& device, PyObject* object, double value) {
       (abi_.fast() && abi_.is_ordinary(tensor.handle())) || abi_.ask_ordinary(object);
   if (!ordinary || !abi_.read(tensor.handle(), t) || t.numel() != 1 || t.complex ||
       !(t.device == device)) {
-    return {as_double(object), nullptr, 0};
+    return {py::float_(py::reinterpret_borrow<py::object>(object)), nullptr, 0};
   }
   hold(object);
   return {0, t.data, static_cast<int64_t>(t.dtype)};
@@ -380,10 +299,9 @@ void Gather::refresh(HeldTable& t) {
     void* grad = nullptr;
     Device device;
     if (!resolve(m, row, grad, device) || !t.is_same(i, row, grad, read_count(m))) {
-      throw std::runtime_error("param_groups[" + std::to_string(m.group) + "]['params'][" +
-                               std::to_string(m.index) +
-                               "] or its state was changed while its step "
-                               "was being prepared; nothing was updated");
+      throw std::runtime_error("a tensor of param_groups[" + std::to_string(m.group) +
+                               "]['params'][" + std::to_string(m.index) +
+                               "] was changed amid the step; nothing was updated");
     }
   }
 }
@@ -394,9 +312,9 @@ void Gather::begin(HeldTable& t) {
     abi_.mark_written(m.param.object);
     if (m.owner != m.param.object) abi_.mark_written(m.owner);
   }
-  if (t.recipes) make_recipes(t.device);
+  if (t.recipes) make_recipes(t);
   if (returned_) refresh(t);
-  t.begin(row_values_, values_of_);
+  t.begin();
 }
 
 void Gather::step_on_cpu(HeldTable& t, int threads) {
@@ -415,7 +333,7 @@ void Gather::step_on_cpu(HeldTable& t, int threads) {
   t.launched = true;
 }
 
-std::vector<HeldTable*> Gather::tables() {
+std::vector<HeldTable*> Gather::tables() const {
   std::vector<HeldTable*> result;
   for (auto& t : tables_) {
     if (!t->members.empty()) result.push_back(t.get());
@@ -433,30 +351,26 @@ HeldTable& Gather::table_on(const Device& device) {
   for (auto& t : tables_) {
     if (t->device == device) return *t;
   }
-  return *tables_.emplace_back(std::make_unique<HeldTable>(device));
+  return *tables_.emplace_back(std::make_unique<HeldTable>(device, *this));
 }
 
 void Gather::report(Member& m, const char* key) {
   m.usable = false;
-  findings_.push_back({m.group, m.index, py::reinterpret_borrow<py::object>(m.owner), key});
+  findings.push_back({m.group, m.index, py::reinterpret_borrow<py::object>(m.owner), key});
 }
 
 void Gather::release() {
   // Buffers stay, so that a step allocates nothing. What is let go of may run Python code.
   for (auto& t : tables_) {
     t->clear();
-    const py::object records = std::move(t->records);
+    t->records = py::none();
   }
   members.clear();
-  std::vector<PyObject*> objects;
-  objects.swap(held_);
-  const std::vector<Finding> findings = std::move(findings_);
-  findings_.clear();
-  for (GroupValues& v : groups_) v.forget();
-  for (PyObject* object : objects) Py_DECREF(object);
+  findings.clear();
+  for (GroupValues& v : groups_) v.release();
+  for (PyObject* object : held_) Py_DECREF(object);
+  held_.clear();
   while (used_slots_ > 0) abi_.drop(slots_[--used_slots_]);
-  objects.clear();
-  if (held_.empty()) held_.swap(objects);
 }
 
 }  // namespace adamprox

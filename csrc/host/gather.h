@@ -12,9 +12,7 @@
 #include <vector>
 
 #include "../device_table.h"
-#include "dicts.h"
-#include "dtensor.h"
-#include "torch_abi.h"
+#include "groups.h"
 
 namespace adamprox {
 
@@ -32,17 +30,18 @@ struct Member {
   PyObject *owner, *state = nullptr;
   int group, index;
   TensorRef param{}, grad{}, step{}, states[kStates]{};
-  bool sharded = false;    // other ranks have parts of it
-  bool on_device = false;  // its scalars are made there
+  bool sharded = false;  // other ranks have parts of it
   bool usable = true;
 };
 
-// What the bindings keep beside a table.
+class Gather;
+
+// A table, and what a step keeps beside it.
 struct HeldTable : DeviceTable {
-  using DeviceTable::DeviceTable;
-  py::object records;          // what table.records points to
-  py::object uploaded;         // the metadata, with the memory behind it
-  uintptr_t uploaded_for = 0;  // its stream, whose steps work there
+  HeldTable(Device device, Gather& g) : DeviceTable(device), gather(g) {}
+  Gather& gather;
+  py::object records = py::none();   // what table.records points to
+  py::object uploaded = py::none();  // the backend's: metadata, with the memory behind it
 };
 
 // What cannot be used as it is. `key`: "param", "grad", "step", a state's, or "state" for all of them;
@@ -53,21 +52,15 @@ struct Finding {
   std::string key;
 };
 
-struct Request {
-  bool recipes_on_gpu = false, recipes_on_cpu = false;  // whether a backend there follows recipes
-  bool loss_scaling = false;                            // which the host does not know
-  int cpu_threads = 0;  // not 0: steps at once, if all is there and on the CPU
-};
-
 class Gather {
  public:
-  // Reads everything into tables() and findings(). With Request::cpu_threads it also takes the step, if
-  // there is nothing to find; then it returns true.
+  // Reads everything into tables() and findings. recipes_on_...: whether the backend there follows recipes;
+  // loss_scaling: whether there is a scale that the host does not know. cpu_threads, if it is not 0: takes
+  // the step at once if all is there and on the CPU, and then returns true.
   bool read(const py::list& groups, const py::dict& state, const py::dict& stand_ins,
-            const Request& request);
+            bool recipes_on_gpu, bool recipes_on_cpu, bool loss_scaling, int cpu_threads);
 
-  const std::vector<Finding>& findings() const { return findings_; }
-  std::vector<HeldTable*> tables();
+  std::vector<HeldTable*> tables() const;
   py::list groups() const;  // that were read: the optimizer's list may have changed since
 
   // Tells autograd that the params are written to, counts the step, and makes the scalars.
@@ -83,6 +76,7 @@ class Gather {
   bool is_deferred(const Member& m) const { return m.sharded && has_blocks(groups_[m.group].rule); }
 
   std::vector<Member> members;
+  std::vector<Finding> findings;
   std::vector<py::object> captured;  // what CUDA graphs of earlier steps read
   double update_seconds = 0;         // what the CPU's update took: the rest is host time
 
@@ -96,13 +90,14 @@ class Gather {
   void resolve();
   bool resolve(Member& m, TensorRow& row, void*& grad, Device& device);
   StepCount read_count(const Member& m);
-  void place_counts();
-  void find_numbers(GroupValues& values, bool on_host);
-  void number_values();
-  void make_recipes(const Device& device);
+  bool read_tensors();
+  void make_recipes(HeldTable& table);
   void refresh(HeldTable& table);
   HeldTable& table_on(const Device& device);
   void report(Member& m, const char* key);
+  bool has(const Member& m, int state) const {
+    return groups_[m.group].has(kStateKeys[state].flag);
+  }
 
   PyObject* hold(PyObject* object) {
     Py_INCREF(object);
@@ -117,16 +112,12 @@ class Gather {
   }
 
   const TorchAbi& abi_ = TorchAbi::get();
-  Placements placements_;
   GroupReader group_reader_;
-  KeyOrder state_order_{state_names()};
-  Request request_;
+  KeyOrder state_keys_{state_keys()};
+  bool recipes_on_gpu_ = false, recipes_on_cpu_ = false, loss_scaling_ = false;
   std::vector<GroupValues> groups_;
-  std::vector<RowValues> row_values_;  // of groups that are alike, once
-  std::vector<int> values_of_;         // one a member
   std::vector<std::unique_ptr<HeldTable>> tables_;
-  std::vector<Finding> findings_;
-  std::vector<PyObject*> held_, values_;
+  std::vector<PyObject*> held_, found_;
   std::deque<void*> slots_;  // which do not move, and stay: a step allocates nothing
   size_t used_slots_ = 0;
   bool returned_ = false;  // to Python since addresses were read

@@ -1,13 +1,10 @@
 #include "torch_abi.h"
 
 #include <dlfcn.h>
-#include <pybind11/eval.h>
 
-#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <string>
-#include <utility>
 
 namespace adamprox {
 namespace {
@@ -18,22 +15,6 @@ constexpr const char* kLibrary = "libtorch_cpu.dylib";
 constexpr const char* kLibrary = "libtorch_cpu.so";
 #endif
 
-// Tensors to try assumptions on: `plain` ones are ordinary, `others` are not.
-constexpr const char* kTrials = R"(
-import torch
-with torch.inference_mode(False):
-    def new(*shape, dtype=torch.float32, device="cpu"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    first, grad, param = new(3), new(3), torch.nn.Parameter(new(3))
-    with_grad = torch.nn.Parameter(new(3))
-    with_grad.grad = grad
-    numbers = new(3, dtype=torch.complex64)
-    plain = [first, new(2, 3, 4), new(3, dtype=torch.float64), param, with_grad, numbers, new(4)[1:]]
-    others = [torch._neg_view(first), numbers.conj(), new(3, device="meta"), torch._efficientzerotensor(3)]
-with torch.inference_mode():
-    others.append(new(3))
-)";
-
 void* address(py::handle tensor) { return PyLong_AsVoidPtr(tensor.attr("_cdata").ptr()); }
 
 }  // namespace
@@ -43,7 +24,7 @@ const TorchAbi& TorchAbi::get() {
   return *abi;
 }
 
-TorchAbi::TorchAbi() {
+TorchAbi::TorchAbi() : python_(py::module_::import("adamprox.tensors")) {
   find_functions();
   const py::module_ torch = py::module_::import("torch");
   tensor_ = reinterpret_cast<PyTypeObject*>(torch.attr("Tensor").ptr());
@@ -100,8 +81,7 @@ void TorchAbi::find_functions() {
 }
 
 bool TorchAbi::find_insides() {
-  py::dict trials;
-  py::exec(kTrials, trials, trials);
+  const py::dict trials = python_.attr("trials")();
   const py::list plain = trials["plain"], others = trials["others"];
   const py::object first = trials["first"], param = trials["param"],
                    with_grad = trials["with_grad"];
@@ -177,23 +157,13 @@ void TorchAbi::own(PyObject* tensor, void*& slot) const {
 }
 
 bool TorchAbi::ask_ordinary(PyObject* object) const {
-  const py::module_ torch = py::module_::import("torch");
-  const py::handle tensor(object);
-  if (!py::isinstance(tensor, torch.attr("Tensor"))) return false;
-  const py::object internals = torch.attr("_C");
-  const auto device = tensor.attr("device").attr("type").cast<std::string>();
-  const auto answers = [&](const char* predicate) { return tensor.attr(predicate)().cast<bool>(); };
-  const bool ordinary =
-      py::type::of(tensor)
-          .attr("__torch_dispatch__")
-          .is(internals.attr("_disabled_torch_dispatch_impl")) &&
-      !internals.attr("_functorch").attr("is_functorch_wrapped_tensor")(tensor).cast<bool>() &&
-      !torch.attr("_is_functional_tensor")(tensor).cast<bool>() &&
-      tensor.attr("layout").is(torch.attr("strided")) && (device == "cpu" || device == "cuda") &&
-      !tensor.attr("is_nested").cast<bool>() && !answers("is_inference") && !answers("is_conj") &&
-      !answers("is_neg") && !torch.attr("_is_zerotensor")(tensor).cast<bool>();
+  const bool ordinary = python_.attr("is_ordinary")(py::handle(object)).cast<bool>();
   if (ordinary && fast_) ordinary_.push_back(keys_of(handle_of(object)));
   return ordinary;
+}
+
+py::object TorchAbi::ask_local(PyObject* param, PyObject* tensor) const {
+  return python_.attr("local")(py::handle(param), py::handle(tensor));
 }
 
 bool TorchAbi::read(void* handle, TensorView& out) const {
@@ -216,43 +186,7 @@ bool TorchAbi::read(void* handle, TensorView& out) const {
   out.complex = known->complex;
   out.data = static_cast<char*>(data);
   out.device = {device_type == gpu_, device_index};
-  int64_t last = offset;  // of the elements in the storage
-  for (int i = 0; i < out.dim; ++i) {
-    if (out.sizes[i] == 0) return true;
-    last += (out.sizes[i] - 1) * out.strides[i];
-  }
-  return data != nullptr && (last + 1) * out.itemsize() <= storage_size;
-}
-
-bool TensorView::lies_as(const TensorView& other) const {
-  if (dim != other.dim || complex != other.complex || !(device == other.device)) return false;
-  for (int i = 0; i < dim; ++i) {
-    if (sizes[i] != other.sizes[i]) return false;
-    if (sizes[i] != 1 && strides[i] != other.strides[i]) return false;
-  }
-  return true;
-}
-
-bool TensorView::is_dense() const {
-  std::vector<std::pair<int64_t, int64_t>> dims;
-  int64_t expected = 1;
-  bool row_major = true;
-  for (int64_t i = dim; i-- > 0 && row_major;) {
-    row_major = sizes[i] == 1 || strides[i] == expected;
-    expected *= sizes[i];
-  }
-  if (row_major) return true;
-  for (int64_t i = 0; i < dim; ++i) {
-    if (sizes[i] == 0) return true;
-    if (sizes[i] != 1) dims.emplace_back(strides[i], sizes[i]);
-  }
-  std::sort(dims.begin(), dims.end());
-  expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
+  return out.fits(offset, storage_size);
 }
 
 void TorchAbi::mark_written(PyObject* tensor) const {

@@ -1,5 +1,5 @@
 // Every assumption about torch's insides. Each is tried when the module is imported, and has a slow way
-// beside it, which asks Python; ADAMPROX_TORCH_ABI=slow forces it.
+// beside it, which asks Python (tensors.py); ADAMPROX_TORCH_ABI=slow forces it.
 //
 // Tensors are read by libtorch's stable C ABI, found at run time: so one build serves every torch, and
 // none is linked. The ABI takes a handle, which is the address of a pointer to a tensor's
@@ -17,34 +17,11 @@
 #include <cstring>
 #include <vector>
 
-#include "../device_table.h"
+#include "../tensor_view.h"
 
 namespace adamprox {
 
 namespace py = pybind11;
-
-// How a tensor lies in memory.
-struct TensorView {
-  char* data;
-  int64_t *sizes, *strides;
-  int64_t dim;
-  DType dtype;  // of its real numbers
-  bool complex;
-  Device device;
-
-  bool lies_as(const TensorView& other) const;  // with the same shape, strides and device
-  bool is_dense() const;  // whether it fills one piece of memory without gaps, in any order of dims
-
-  int64_t numel() const {
-    int64_t product = 1;
-    for (int i = 0; i < dim; ++i) product *= sizes[i];
-    return product;
-  }
-  int64_t itemsize() const { return real_size() << complex; }
-  int64_t real_size() const {
-    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-  }
-};
 
 class TorchAbi {
  public:
@@ -92,8 +69,10 @@ class TorchAbi {
     }
     return false;
   }
-  // Asks Python, which may run code of the user's, and learns what is ordinary.
+  // These ask Python, which may run code of the user's. The first one learns what is ordinary; the second
+  // one gives (a tensor's local tensor, whether other ranks have parts of it), or None: see tensors.py.
   bool ask_ordinary(PyObject* object) const;
+  py::object ask_local(PyObject* param, PyObject* tensor) const;
 
   // Reads an ordinary tensor. False: it is no floating-point tensor on a CPU or a GPU, or its storage
   // is gone or too small.
@@ -103,22 +82,25 @@ class TorchAbi {
   // an error then.
   void mark_written(PyObject* tensor) const;
 
-  // Prefetch what a read will touch, step by step: each finds in the cache what the one before asked for.
-  // After a backward pass the caches are cold, and a step on many small tensors takes a third less.
+  // Prefetch what a read will touch. A param's stages are 0, 1 and 2: each finds in the cache what the one
+  // before asked for. After a backward pass the caches are cold, and a step on many small tensors takes a
+  // third less.
   static void prefetch(const void* handle) { prefetch_implementation(implementation(handle)); }
   static void prefetch_storage(const void* handle) {
-    const auto* storage =
-        at<const char*>(implementation(handle), 2 * sizeof(void*));  // a hint only
+    const auto* storage = at<const char*>(implementation(handle), 2 * sizeof(void*));  // a hint
     __builtin_prefetch(storage + 16);
     __builtin_prefetch(storage + 56);
   }
-  void prefetch_autograd(PyObject* tensor) const {
-    __builtin_prefetch(at<const void*>(implementation(handle_of(tensor)), autograd_));
-    prefetch_storage(handle_of(tensor));
-  }
-  void prefetch_grad(PyObject* tensor) const {
-    const auto* autograd = at<const char*>(implementation(handle_of(tensor)), autograd_);
-    if (autograd != nullptr) prefetch_implementation(at<const void*>(autograd, grad_));
+  void prefetch_param(PyObject* param, int stage) const {
+    const void* handle = handle_of(param);
+    if (stage == 0) return prefetch(handle);
+    const auto* autograd = at<const char*>(implementation(handle), autograd_);
+    if (stage == 1) {
+      __builtin_prefetch(autograd);
+      prefetch_storage(handle);
+    } else if (autograd != nullptr) {
+      prefetch_implementation(at<const void*>(autograd, grad_));
+    }
   }
 
   // Calls body(begin, end, context) on torch's threads; null where there is no such function.
@@ -181,6 +163,7 @@ class TorchAbi {
   const void* vtable_ = nullptr;
   bool tells_dying_ = false;
   PyTypeObject *tensor_, *parameter_;
+  py::module_ python_;                      // tensors.py
   mutable std::vector<uint64_t> ordinary_;  // keys
 };
 

@@ -8,6 +8,14 @@ namespace adamprox {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+HOST_DEVICE constexpr int64_t size_of(DType type) {
+  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+}
+
+HOST_DEVICE constexpr DType compute_type(DType type) {
+  return type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
 template <typename T>
 struct Type {
   using type = T;

@@ -2,6 +2,7 @@
 // scalars of one step that follow from those values and the step count. For host and device.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -57,6 +58,11 @@ constexpr StateKey kStateKeys[kStates] = {
 struct HyperParameters {
   double number[kNumbers];
   bool flag[kFlags];
+
+  bool operator==(const HyperParameters& o) const {
+    return std::equal(number, number + kNumbers, o.number) &&
+           std::equal(flag, flag + kFlags, o.flag);
+  }
 };
 
 constexpr int kDecayConstants = 2;  // the most that a rule of decay.h has

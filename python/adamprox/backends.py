@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -44,22 +44,22 @@ class ReferenceBackend:
 
     def _step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
         writes, notes = [], []
-        for param, grad, states, group, step, deferred in table.rows():
-            values = groups[group]
-            if deferred:  # z first: a soft threshold of zero leaves it, to the bit
+        for row in table.rows():
+            values, states = groups[row.group], row.states
+            if row.deferred:  # z first: a soft threshold of zero leaves it, to the bit
                 values = {**values, "decay": "prox_l1", "weight_decay": 0.0}
                 states = {key: state for key, state in states.items() if key not in FOLLOWERS}
-            scalars = reference.step_scalars(values, step, table.loss_scale)
-            writes += reference.step(values, param, grad, states, scalars)
-            notes.append((param, states, scalars, reference.alpha(values), step))
+            scalars = reference.step_scalars(values, row.step, table.loss_scale)
+            writes += reference.step(values, row.param, row.grad, states, scalars)
+            notes.append((row, scalars, reference.alpha(values)))
         reference.write(writes)
         if table.records is None:
             return
-        for index, (param, states, scalars, alpha, step) in enumerate(notes):
-            squares = states.get("max_exp_avg_sq", states["exp_avg_sq"])
-            update = reference.noted_update(states["exp_avg"], squares, scalars)
-            telemetry.write_update(reference.note_update(update, alpha), step, table, index)
-            telemetry.write_param(reference.note_param(param), table, index)
+        for row, scalars, alpha in notes:
+            squares = row.states.get("max_exp_avg_sq", row.states["exp_avg_sq"])
+            update = reference.noted_update(row.states["exp_avg"], squares, scalars)
+            telemetry.write_update(reference.note_update(update, alpha), table, row)
+            telemetry.write_param(reference.note_param(row.param), table, row)
 
 
 class CpuBackend:
@@ -97,14 +97,13 @@ class CudaBackend:
     def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
         device = torch.device(*table.device)
         with torch.cuda.device(device):
-            captures, upload = capturing(), _upload_to(table)
             stream = torch.cuda.current_stream(device).cuda_stream
-            metadata = table.metadata(upload, stream, captures)
+            metadata = _metadata(table, stream)
             payload = None  # it rides in the kernel's parameters
             if not table.payload_is_inline:
-                payload = upload(table.payload())
+                payload = _upload(table, table.payload())
             prepared = torch.empty(table.prepared_size, dtype=torch.uint8, device=device)
-            if captures:
+            if capturing():
                 table.keep((payload, prepared))
             table.launch_cuda(
                 stream,
@@ -135,12 +134,11 @@ class TritonBackend:
         with _triton_device(table):
             from .triton_kernels.fused_adam import fused_adam  # type: ignore[import-not-found, unused-ignore]
 
-            upload = _upload_to(table)
             on_gpu = table.device[0] == "cuda"
             stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
             fused_adam(
-                table.metadata(upload, stream, capturing()),
-                upload(table.payload()),
+                _metadata(table, stream),
+                _upload(table, table.payload()),
                 table.num_rows,
                 table.num_scalars if table.has_recipes else 0,
                 table.num_chunks,
@@ -222,23 +220,37 @@ def _only_on(supported: str, device_type: str | None, how: str = "") -> str | No
     return f"{how}it runs on {supported} tensors, and these are on {device_type}"
 
 
-def _upload_to(table: _C.Table) -> Callable[[bytes], Tensor]:
+def _metadata(table: _C.Table, stream: int) -> Tensor:
+    """A table's metadata on its device, uploaded anew if the rows or the stream have changed.
+
+    So two streams never share a Workspace. A capture records an upload of its own, which only its
+    replays carry out.
+    """
+    if table.uploaded is not None and table.metadata_is_uploaded and not capturing():
+        uploaded: Tensor
+        uploaded_for, uploaded = table.uploaded
+        if uploaded_for == stream:
+            return uploaded
+    uploaded = _upload(table, table.metadata())
+    if not capturing():
+        table.uploaded = stream, uploaded
+        table.note_upload()
+    return uploaded
+
+
+def _upload(table: _C.Table, data: bytes) -> Tensor:
     """Copies bytes to the table's device on the current stream, without waiting for it."""
     device = torch.device(*table.device)
-
-    def upload(data: bytes) -> Tensor:
-        # From a bytearray, since torch warns of memory that it must not write to.
-        words = torch.frombuffer(bytearray(data), dtype=torch.int64)
-        if device.type == "cpu":
-            return words
-        # Pinned memory is handed out again only once the copy from it is done.
-        pinned = words.pin_memory()
-        uploaded = pinned.to(device, non_blocking=True)
-        if capturing():  # each replay copies anew
-            table.keep((pinned, uploaded))
-        return uploaded
-
-    return upload
+    # From a bytearray, since torch warns of memory that it must not write to.
+    words = torch.frombuffer(bytearray(data), dtype=torch.int64)
+    if device.type == "cpu":
+        return words
+    # Pinned memory is handed out again only once the copy from it is done.
+    pinned = words.pin_memory()
+    uploaded = pinned.to(device, non_blocking=True)
+    if capturing():  # each replay copies anew
+        table.keep((pinned, uploaded))
+    return uploaded
 
 
 @contextlib.contextmanager

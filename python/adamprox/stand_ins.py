@@ -74,8 +74,9 @@ class StandIns:
         if not ranges or sum(table.num_rows for table in tables) == 1:
             return False
         for table in tables:
-            for param, grad, states, *_ in table.rows():
-                ranges += [(*_range_of(t), False) for t in (param, grad, *states.values())]
+            for row in table.rows():
+                tensors = (row.param, row.grad, *row.states.values())
+                ranges += [(*_range_of(tensor), False) for tensor in tensors]
         end, original = 0, False  # of the range that reaches furthest
         for first, last, is_original in sorted(ranges):
             if first < end and (original or is_original):

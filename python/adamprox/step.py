@@ -180,7 +180,9 @@ def _run(
     """The step that has been read, table by table."""
     tables = optimizer._engine.gather.tables()
     chosen = [backends.select(optimizer._backend, table.device[0]) for table in tables]
-    deferred = [block for table in tables for block in table.deferred()]
+    deferred = [
+        row for table in tables if table.has_deferred for row in table.rows() if row.deferred
+    ]
     if capturing and deferred:
         raise RuntimeError(
             f"{type(optimizer).__name__} on shards cannot be captured into a CUDA graph: "
@@ -209,9 +211,9 @@ def _run(
         if deferred:
             from .block_norms import Block, shrink
 
-            shrink([Block(param, z, groups[group]) for param, z, _, group in deferred])
-            for _, z, states, group in deferred:
-                reference.write(reference.follow(z, states, groups[group]))
+            shrink([Block(row.owner, row.param, groups[row.group]) for row in deferred])
+            for row in deferred:
+                reference.write(reference.follow(row.param, row.states, groups[row.group]))
             if tracker is not None:
                 tracker.note_params(tables)
         if stand_ins is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C, reference
+from .tensors import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,7 +178,8 @@ class Tracker:
         """
         noted = []
         for table in tables:
-            device, tensors = table.device, table.tensors()
+            device = table.device
+            tensors = [(r.group, r.index, r.first_chunk, r.numel) for r in table.rows()]
             known = (n.records for n in self._noted if n[:2] == (device, tensors))
             records = next(known, None)
             if records is None:
@@ -196,8 +198,8 @@ class Tracker:
     def note_params(self, tables: Iterable[_C.Table]) -> None:
         """Notes the params anew, which have changed since the tables' step."""
         for table in tables:
-            for index, row in enumerate(table.rows()):
-                write_param(reference.note_param(row[0]), table, index)
+            for row in table.rows():
+                write_param(reference.note_param(row.param), table, row)
 
     def stats(self) -> list[UpdateStats]:
         """Waits for the step, if it is on a GPU."""
@@ -234,15 +236,15 @@ def checked(every: int | None, per: str) -> Tracker | None:
     return Tracker(every, per)
 
 
-def write_update(notes: reference.UpdateNotes, step: float, table: _C.Table, row: int) -> None:
+def write_update(notes: reference.UpdateNotes, table: _C.Table, row: Row) -> None:
     """Writes a whole tensor's notes into the record of its first chunk; the others' are zero."""
     records = _records_of(table, row).zero_()
-    _doubles(records)[:1, STEP] = step
+    _doubles(records)[:1, STEP] = row.step
     _doubles(records)[:1, UPDATE_SQUARES] = notes.squares
     _counts(records)[:1, : reference.BINS] = torch.tensor(notes.bins)
 
 
-def write_param(notes: reference.ParamNotes, table: _C.Table, row: int) -> None:
+def write_param(notes: reference.ParamNotes, table: _C.Table, row: Row) -> None:
     """The same of the new param, beside what is there of the update."""
     records = _records_of(table, row)
     _doubles(records)[:, PARAM_SQUARES] = 0
@@ -251,10 +253,9 @@ def write_param(notes: reference.ParamNotes, table: _C.Table, row: int) -> None:
     _counts(records)[:1, reference.BINS :] = torch.tensor(notes[1:])
 
 
-def _records_of(table: _C.Table, row: int) -> Tensor:
+def _records_of(table: _C.Table, row: Row) -> Tensor:
     assert table.records is not None
-    *_, first, numel = table.tensors()[row]
-    return table.records[first : first + _num_chunks(numel)]
+    return table.records[row.first_chunk : row.first_chunk + _num_chunks(row.numel)]
 
 
 def _num_chunks(numel: int) -> int:

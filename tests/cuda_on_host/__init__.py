@@ -65,7 +65,10 @@ class CudaOnHostBackend:
         return None if device_type in (None, "cpu") else "it runs on cpu tensors"
 
     def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
-        metadata = table.metadata(lambda b: torch.frombuffer(bytearray(b), dtype=torch.uint8))
+        if table.uploaded is None or not table.metadata_is_uploaded:
+            table.uploaded = torch.frombuffer(bytearray(table.metadata()), dtype=torch.uint8)
+            table.note_upload()
+        metadata = table.uploaded
         payload = table.payload()
         prepared = torch.empty(table.prepared_size, dtype=torch.uint8)
         step = _Step(

@@ -1,0 +1,178 @@
+// The values of a param group: first all of them are held, then numbers, switches and a rule are made of
+// them, which may run Python code.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <vector>
+
+#include "../math/decay.h"
+#include "dicts.h"
+#include "torch_abi.h"
+
+namespace adamprox {
+
+// What is read of a group: its numbers, its switches, the options of rules, its decay and its params.
+constexpr int kFlagsAt = kNumbers, kOptionsAt = kFlagsAt + kFlags, kDecayAt = kOptionsAt + kRules,
+              kParamsAt = kDecayAt + 1, kGroupKeys = kParamsAt + 1;
+
+inline std::vector<PyObject*> group_keys() {
+  std::vector<PyObject*> keys;
+  for (const NumberKey& key : kNumberKeys) keys.push_back(interned(key.key));
+  for (const FlagKey& key : kFlagKeys) keys.push_back(interned(key.key));
+  for (const RuleKey& key : kRuleKeys) keys.push_back(key.option ? interned(key.option) : nullptr);
+  keys.push_back(interned("decay"));
+  keys.push_back(interned("params"));
+  return keys;
+}
+
+inline std::vector<PyObject*> state_keys() {  // of a param's state: its step count, then its states
+  std::vector<PyObject*> keys{interned("step")};
+  for (const StateKey& key : kStateKeys) keys.push_back(interned(key.key));
+  return keys;
+}
+
+struct GroupValues {
+  PyObject* group = nullptr;  // held elsewhere
+  HyperParameters h{};
+  Decay rule{};
+  bool has_tensors = false;
+  bool on_host = false;  // then `h` has their numbers
+  bool lasting = false;  // no value can change by itself: what has its address is the same value
+  std::array<py::object, kGroupKeys> held;
+  py::object tensors[kNumbers];  // numbers that may be read on a device, and are not in `h`
+
+  bool has(int flag) const { return flag == kAlways || h.flag[flag]; }
+
+  void release() {
+    held[kParamsAt] = {};
+    if (!lasting) *this = {};
+  }
+};
+
+class GroupReader {
+ public:
+  void hold(PyObject* group, GroupValues& v) {
+    if (!PyDict_Check(group)) throw py::type_error("param_groups must be dicts");
+    keys_.read(group, found_);
+    v.group = group;
+    for (int i = 0; i < kParamsAt; ++i) v.lasting &= found_[i] == v.held[i].ptr();
+    for (int i = v.lasting ? kParamsAt : 0; i < kGroupKeys; ++i) {
+      v.held[i] = py::reinterpret_borrow<py::object>(found_[i]);
+    }
+  }
+
+  void interpret(GroupValues& v) const {
+    PyObject* params = required(v, kParamsAt).ptr();
+    if (!PyList_Check(params) && !PyTuple_Check(params)) {
+      throw py::type_error("Invalid params: expected a list in each of param_groups");
+    }
+    if (v.lasting) return;
+    v.has_tensors = v.on_host = false;
+    for (int n = 0; n < kNumbers; ++n) read_number(n, v);
+    for (int f = 0; f < kFlags; ++f) v.h.flag[f] = is_on(f, v);
+    if (v.h.flag[kDecayBySchedule]) required(v, kInitialLr);
+    v.rule = rule_of(v);  // or it throws
+    v.lasting = std::all_of(v.held.begin(), v.held.begin() + kParamsAt, is_constant);
+  }
+
+  // May run Python code, and wait for a GPU.
+  static double number(const char* key, const py::object& value) {
+    const double result = PyFloat_AsDouble(value.ptr());
+    if (result == -1.0 && PyErr_ExceptionMatches(PyExc_TypeError)) {
+      PyErr_Clear();
+      throw py::type_error(invalid(key, value) + "a number; nothing was updated");
+    }
+    if (result == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    return result;
+  }
+
+ private:
+  static std::string invalid(const std::string& key, const py::object& value) {
+    return "Invalid " + key + ": " + std::string(py::repr(value)) + ", expected ";
+  }
+
+  // A list may change, and so may the items of a tuple.
+  static bool is_constant(const py::object& value) {
+    if (!value || value.is_none() || PyFloat_CheckExact(value.ptr())) return true;
+    if (!PyTuple_CheckExact(value.ptr())) {
+      return PyLong_CheckExact(value.ptr()) || PyBool_Check(value.ptr()) ||
+             PyUnicode_CheckExact(value.ptr());
+    }
+    for (const py::handle item : value) {
+      if (!PyFloat_CheckExact(item.ptr()) && !PyLong_CheckExact(item.ptr())) return false;
+    }
+    return true;
+  }
+
+  const py::object& required(const GroupValues& v, int which) const {
+    if (v.held[which]) return v.held[which];
+    PyErr_SetObject(PyExc_KeyError, keys_.name(which));
+    throw py::error_already_set();
+  }
+
+  void read_number(int n, GroupValues& v) const {
+    const NumberKey& key = kNumberKeys[n];
+    if (key.optional && (!v.held[n] || v.held[n].is_none())) {  // initial_lr is lr then
+      v.h.number[n] = n == kInitialLr ? v.h.number[kLr] : 0;
+      v.tensors[n] = n == kInitialLr ? v.tensors[kLr] : py::object();
+      return;
+    }
+    py::object value = required(v, n);
+    if (key.item >= 0) {
+      const auto pair = py::reinterpret_steal<py::tuple>(PySequence_Tuple(value.ptr()));
+      if (!pair || pair.size() != 2) {
+        PyErr_Clear();
+        throw py::type_error(invalid(key.key, value) + "two numbers; nothing was updated");
+      }
+      value = pair[key.item];
+    }
+    const bool tensor = TorchAbi::get().is_tensor(value.ptr());
+    v.has_tensors |= tensor;
+    v.tensors[n] = tensor ? value : py::object();
+    if (!tensor) v.h.number[n] = number(key.key, value);
+  }
+
+  bool is_on(int f, const GroupValues& v) const {
+    const FlagKey& key = kFlagKeys[f];
+    if (key.kind == kNotNone) {
+      const py::object& value = v.held[kFlagsAt + f];
+      return value && !value.is_none() && value.ptr() != Py_False;
+    }
+    const py::object& value = required(v, kFlagsAt + f);
+    return key.kind == kText ? is_text(value, key.text) : is_true(value);
+  }
+
+  static bool is_text(const py::object& value, const char* text) {
+    return PyUnicode_Check(value.ptr()) && PyUnicode_CompareWithASCIIString(value.ptr(), text) == 0;
+  }
+
+  static bool is_true(const py::object& value) {  // may run Python code
+    const int result = PyObject_IsTrue(value.ptr());
+    if (result < 0) throw py::error_already_set();
+    return result != 0;
+  }
+
+  // The last rule of that name whose option, if it has one, is on.
+  Decay rule_of(const GroupValues& v) const {
+    const py::object& decay = required(v, kDecayAt);
+    int found = -1;
+    std::string known;
+    for (int r = 0; r < kRules; ++r) {
+      const RuleKey& key = kRuleKeys[r];
+      const py::object& option = v.held[kOptionsAt + r];
+      if (key.option == nullptr) known += (r > 0 ? ", " : "") + std::string(key.decay);
+      if (is_text(decay, key.decay) && (!key.option || (option && is_true(option)))) found = r;
+    }
+    if (found < 0) {
+      throw py::value_error(invalid("decay", decay) + "one of " + known + "; nothing was updated");
+    }
+    return static_cast<Decay>(found);
+  }
+
+  KeyOrder keys_{group_keys()};
+  std::vector<PyObject*> found_;
+};
+
+}  // namespace adamprox
