@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <map>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -12,32 +11,29 @@
 
 namespace adamprox {
 
-using Name = std::optional<std::string>;
+using Names = std::vector<std::tuple<const char*, const char*, const char*>>;
 
-inline Name name_of(const char* text) { return text != nullptr ? Name(text) : Name(); }
-
-// (key, "moment" or "compute", the key of what must be on)
-inline std::vector<std::tuple<Name, Name, Name>> describe_states() {
-  std::vector<std::tuple<Name, Name, Name>> states;
+// (key, "moment" or "compute", the key of what must be on or null)
+inline Names describe_states() {
+  Names states;
   for (const StateKey& s : kStateKeys) {
     states.emplace_back(s.key, s.type == kMoment ? "moment" : "compute",
-                        name_of(s.flag == kAlways ? nullptr : kFlagKeys[s.flag].key));
+                        s.flag == kAlways ? nullptr : kFlagKeys[s.flag].key);
   }
   return states;
 }
 
-// (struct, decay, the key of the option that must be on)
-inline std::vector<std::tuple<Name, Name, Name>> describe_rules() {
-  std::vector<std::tuple<Name, Name, Name>> rules;
-  for (const RuleKey& r : kRuleKeys) rules.emplace_back(r.name, r.decay, name_of(r.option));
+// (struct, decay, the key of the option that must be on or null)
+inline Names describe_rules() {
+  Names rules;
+  for (const RuleKey& r : kRuleKeys) rules.emplace_back(r.name, r.decay, r.option);
   return rules;
 }
 
 inline std::vector<std::string> describe_numbers() {
   std::vector<std::string> numbers;
   for (const NumberKey& n : kNumberKeys) {
-    const std::string key = n.key;
-    numbers.push_back(n.item < 0 ? key : key + "[" + std::to_string(n.item) + "]");
+    numbers.push_back(n.key + (n.item < 0 ? "" : "[" + std::to_string(n.item) + "]"));
   }
   return numbers;
 }

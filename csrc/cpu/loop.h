@@ -55,13 +55,11 @@ constexpr int kStripSize = 16, kPrefetchAhead = 256;
 
 template <typename Stream>
 HOST_DEVICE void prefetch(const Stream& stream, int64_t first) {
+  if constexpr (!Stream::kPrefetched) return;
   const auto* strip = reinterpret_cast<const char*>(stream.data + first);
   const int bytes = kStripSize * sizeof(typename Stream::Element);
   for (int at = 0; at < bytes; at += 64) __builtin_prefetch(strip + at);
 }
-
-template <typename Storage>
-HOST_DEVICE void prefetch(const Write<Storage>&, int64_t) {}
 
 template <typename F, typename... Streams>
 HOST_DEVICE void for_each_in_strip(int64_t first, bool ahead, F f, Streams... streams) {
@@ -80,18 +78,16 @@ struct Batch {
   HOST_DEVICE Stream elements() { return stream; }
 };
 
-template <template <typename> typename Stream>
-struct OnStack : Stream<float> {};
-
-template <template <typename> typename Stream>
-HOST_DEVICE void prefetch(const OnStack<Stream>&, int64_t) {}
-
-template <template <typename> typename Stream>
-struct Batch<Stream<Half>> {
-  Stream<Half> stream;
+template <bool kIsRead, bool kIsWritten>
+struct Batch<Memory<Half, kIsRead, kIsWritten>> {
+  using Halves = Memory<Half, kIsRead, kIsWritten>;
+  struct OnStack : Memory<float, kIsRead, kIsWritten> {
+    static constexpr bool kPrefetched = false;
+  };
+  Halves stream;
   alignas(64) float values[kBatchSize];
 
-  HOST_DEVICE Batch(Stream<Half> s, bool ahead) : stream(s) {
+  HOST_DEVICE Batch(Halves s, bool ahead) : stream(s) {
     constexpr int kHalvesOfALine = 32;
     for (int first = 0; ahead && first < kBatchSize; first += kHalvesOfALine) {
       prefetch(stream, first + kPrefetchAhead);
@@ -100,10 +96,10 @@ struct Batch<Stream<Half>> {
   }
 
   HOST_DEVICE ~Batch() {
-    if constexpr (Stream<Half>::kWritten) narrow(values, kBatchSize, stream.data);
+    if constexpr (kIsWritten) narrow(values, kBatchSize, stream.data);
   }
 
-  HOST_DEVICE OnStack<Stream> elements() { return {{values}}; }
+  HOST_DEVICE OnStack elements() { return {{values}}; }
 };
 
 template <typename F, typename... Streams>

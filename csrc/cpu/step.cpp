@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <deque>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -27,95 +25,59 @@ MULTIVERSION void average_span(const Span& span, const Scalars& scalars) {
 
 // Below this many elements, waking a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;
+// AdamProxL2's tensors are shrunk while they are in a cache: one of up to kAlone elements by the thread
+// that updates it, larger ones in batches.
+constexpr int64_t kAlone = 2 * kElementsPerThread, kBatchPerThread = 8 * kElementsPerThread;
 
 class Step {
  public:
   Step(const TensorTable& table, int threads) : table_(table), threads_(threads) {}
 
-  // Every chunk is updated. A tensor of AdamProxL2 is shrunk when all of its chunks have been, soon
-  // enough to find what was updated last in the cache.
   void run() const {
-    // Kept, since an allocation amid a training loop may have to sort all that a backward pass has freed.
-    thread_local std::vector<Item> items;
-    thread_local std::vector<double> sums;
-    thread_local std::deque<RowProgress> progress;
-    const bool blocks = table_.num_of_blocks > 0;
-    put_in_order(items);
-    if (blocks && sums.size() < table_.chunks.size()) sums.resize(table_.chunks.size());
-    while (blocks && progress.size() < table_.rows.size()) progress.emplace_back();
-    for (size_t row = 0; blocks && row < table_.rows.size(); ++row) {
-      progress[row].updated.store(0, std::memory_order_relaxed);
-      progress[row].ready.store(false, std::memory_order_relaxed);
-    }
-    // By reference: the names are those of the thread that reads them.
-    auto& in_order = items;
-    auto& squares_of = sums;
-    auto& progress_of = progress;
-    const auto count = static_cast<int64_t>(blocks ? in_order.size() : table_.chunks.size());
-    share_out(count, [&](int64_t i) {
-      const int64_t chunk = blocks ? in_order[i].chunk : i;
-      const Span span = span_of(chunk);
-      if (!has_blocks(span.row.rule)) {
-        update_chunk(span, chunk);
-        return finish_chunk(span, chunk);
-      }
-      const int64_t chunks = num_chunks_of(span.row.numel);
-      RowProgress& p = progress_of[table_.chunks[chunk].row];
-      if (!in_order[i].shrinks) {
-        squares_of[chunk] = update_chunk(span, chunk);
-        if (p.updated.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks) return;
-        WaitingSums<> squares;
-        for (int64_t c = 0; c < chunks; ++c) squares.add(c, squares_of[span.row.first_chunk + c]);
-        p.shrinkage = ProxL2::shrinkage(squares.total(chunks), scalars_of(span).decay[0]);
-        p.ready.store(true, std::memory_order_release);
-        if (chunks > 1) return;
-      }
-      // Items are taken in order, so the updates that this one waits for are under way.
-      while (!p.ready.load(std::memory_order_acquire)) std::this_thread::yield();
-      with_dtype(span.row.param_dtype, [&](auto param) {
-        shrink_span<typename decltype(param)::type>(span, p.shrinkage);
-      });
-      finish_chunk(span, chunk);
+    const auto all = static_cast<int64_t>(table_.chunks.size());
+    const int64_t elementwise = all - table_.num_of_blocks;
+    share_out(elementwise, table_.numel, [&](int64_t chunk) {
+      update_chunk(chunk);
+      finish_chunk(chunk);
     });
+    if (elementwise == all) return;
+    // The calling thread's: of the squares of a chunk, and then of a tensor. Kept, since an allocation amid
+    // a training loop may have to sort all that a backward pass has freed.
+    thread_local std::vector<double> kept;
+    std::vector<double>& sums = kept;
+    sums.resize(all);
+    for (int64_t begin = elementwise, end = begin; begin < all; begin = end) {
+      int64_t numel = 0, numel_of_large = 0;
+      while (end < all && numel_of_large < threads_ * kBatchPerThread) {
+        const TensorRow& row = row_of(end);
+        numel += row.numel;
+        if (is_large(row)) numel_of_large += row.numel;
+        end += num_chunks_of(row.numel);
+      }
+      share_out(end - begin, numel, [&](int64_t i) {
+        const int64_t chunk = begin + i;
+        const TensorRow& row = row_of(chunk);
+        if (is_large(row)) sums[chunk] = update_chunk(chunk);
+        if (is_large(row) || chunk != row.first_chunk) return;
+        const int64_t after = chunk + num_chunks_of(row.numel);
+        for (int64_t c = chunk; c < after; ++c) sums[c] = update_chunk(c);
+        sum_tensor(row, sums);
+        for (int64_t c = after; c-- > chunk;) shrink_chunk(c, sums);
+      });
+      if (numel_of_large == 0) continue;
+      for (int64_t first = begin; first < end; first += num_chunks_of(row_of(first).numel)) {
+        if (is_large(row_of(first))) sum_tensor(row_of(first), sums);
+      }
+      // Backwards, from what is still cached.
+      share_out(end - begin, numel_of_large, [&](int64_t i) {
+        const int64_t chunk = end - 1 - i;
+        if (is_large(row_of(chunk))) shrink_chunk(chunk, sums);
+      });
+    }
   }
 
  private:
-  struct Item {  // what there is to do: one of a chunk's two sweeps
-    uint32_t chunk : 31, shrinks : 1;
-  };
-
-  struct RowProgress {
-    std::atomic<int64_t> updated{0};
-    double shrinkage = 0;
-    std::atomic<bool> ready{false};
-  };
-
-  // The second sweep of a tensor goes backwards, from what is still cached, and begins a few chunks
-  // into the next tensor, so that no thread waits for the last of its updates. None without blocks.
-  void put_in_order(std::vector<Item>& items) const {
-    items.clear();
-    if (table_.num_of_blocks == 0) return;
-    const TensorRow* previous = nullptr;
-    const auto shrink_previous = [&] {
-      if (previous == nullptr) return;
-      for (int64_t i = num_chunks_of(previous->numel); i-- > 0;) {
-        items.push_back({static_cast<uint32_t>(previous->first_chunk + i), 1});
-      }
-      previous = nullptr;
-    };
-    for (const TensorRow& row : table_.rows) {
-      const int64_t chunks = num_chunks_of(row.numel);
-      for (int64_t i = 0; i < chunks; ++i) {
-        items.push_back({static_cast<uint32_t>(row.first_chunk + i), 0});
-        if (i + 1 == threads_) shrink_previous();
-      }
-      if (chunks > 1) {
-        shrink_previous();
-        if (has_blocks(row.rule)) previous = &row;
-      }
-    }
-    shrink_previous();
-  }
+  const TensorRow& row_of(int64_t chunk) const { return table_.rows[table_.chunks[chunk].row]; }
 
   Span span_of(int64_t chunk) const {
     const Chunk& c = table_.chunks[chunk];
@@ -126,8 +88,11 @@ class Step {
 
   const Scalars& scalars_of(const Span& span) const { return table_.scalars[span.row.scalars]; }
 
+  static bool is_large(const TensorRow& row) { return row.numel > kAlone; }
+
   // Returns, for AdamProxL2, the sum of the squares of the new params.
-  double update_chunk(const Span& span, int64_t chunk) const {
+  double update_chunk(int64_t chunk) const {
+    const Span span = span_of(chunk);
     double squares = 0;
     with_rule(span.row.rule, [&](auto rule) {
       with_dtypes(span.row.param_dtype, span.row.state_dtype, [&](auto param, auto state) {
@@ -150,8 +115,26 @@ class Step {
     return squares;
   }
 
+  // From the sums of its chunks, the tensor's at the place of the first.
+  static void sum_tensor(const TensorRow& row, std::vector<double>& sums) {
+    WaitingSums<> squares;
+    const int64_t count = num_chunks_of(row.numel);
+    for (int64_t i = 0; i < count; ++i) squares.add(i, sums[row.first_chunk + i]);
+    sums[row.first_chunk] = squares.total(count);
+  }
+
+  void shrink_chunk(int64_t chunk, const std::vector<double>& sums) const {
+    const Span span = span_of(chunk);
+    const double sum = sums[span.row.first_chunk], strength = scalars_of(span).decay[0];
+    with_dtype(span.row.param_dtype, [&](auto param) {
+      shrink_span<typename decltype(param)::type>(span, ProxL2::shrinkage(sum, strength));
+    });
+    finish_chunk(chunk);
+  }
+
   // What follows from a chunk's params, once they are final.
-  void finish_chunk(const Span& span, int64_t chunk) const {
+  void finish_chunk(int64_t chunk) const {
+    const Span span = span_of(chunk);
     with_dtype(span.row.param_dtype, [&](auto param) {
       using Param = typename decltype(param)::type;
       if (span.row.states[kEma] != nullptr) average_span<Param>(span, scalars_of(span));
@@ -159,14 +142,14 @@ class Step {
     });
   }
 
-  // Calls f(0), ..., f(count - 1), begun in this order, on several threads where it pays.
+  // Calls f(0), ..., f(count - 1), of `numel` elements in all, on several threads where it pays.
   template <typename F>
-  void share_out(int64_t count, F f) const {
-    const int64_t useful = std::max<int64_t>(1, table_.numel / kElementsPerThread);
+  void share_out(int64_t count, int64_t numel, F f) const {
+    const int64_t useful = std::max<int64_t>(1, numel / kElementsPerThread);
     const int threads = static_cast<int>(std::min<int64_t>(threads_, useful));
     // A thread takes about a full chunk's worth at a time, and has several turns, so that one that
     // starts late or is disturbed does not hold up the others.
-    const int64_t worth = kChunkSize * count / std::max<int64_t>(1, table_.numel);
+    const int64_t worth = kChunkSize * count / std::max<int64_t>(1, numel);
     const int64_t take = std::max<int64_t>(1, std::min(worth, count / (16 * threads)));
     std::atomic<int64_t> next{0};
     run_in_parallel(threads - 1, [&] {

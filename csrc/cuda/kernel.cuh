@@ -9,10 +9,6 @@ namespace adamprox {
 
 constexpr int kBlocksPerMultiprocessor = 2;  // the budget: 128 registers a thread, no spills
 
-// Whether a rule takes norms of blocks.
-template <typename Rule>
-constexpr bool kHasBlocks = std::is_same_v<Rule, ProxL2>;
-
 // Updates elements, and sums the squares of the params as they are stored. A thread sums its vector,
 // and a warp the vectors of its threads, which are neighbours. The warp's sum goes to the place in
 // `sums` of its first kWarp elements. There is a place for each kWarp elements; the others keep their
@@ -76,7 +72,7 @@ __device__ __forceinline__ void update_elements(Team team, const LaunchArgs& arg
     for_each_element(team, span.count, row.aligned != 0, f, param, grad, exp_avg, exp_avg_sq,
                      max_exp_avg_sq);
   };
-  if constexpr (kHasBlocks<Rule>) {
+  if constexpr (std::is_same_v<Rule, ProxL2>) {
     run(UpdateAndSum<Param, Update<Rule, T>>{update, sums, rest, {}});
   } else {
     run(PerElement{[&](int, auto&... elements) { update(elements...); }});
@@ -115,7 +111,8 @@ __device__ __forceinline__ void update_chunk(Team team, const LaunchArgs& args,
     } else {
       with_rule(chunk.row.rule, [&](auto type) {
         using Rule = typename decltype(type)::type;
-        if constexpr (!kHasBlocks<Rule>) update_piece<Rule>(team, args, index, first, most);
+        if constexpr (!std::is_same_v<Rule, ProxL2>)
+          update_piece<Rule>(team, args, index, first, most);
       });
     }
     const bool last = first + piece.count == chunk.count;

@@ -41,24 +41,16 @@ PerElement(F) -> PerElement<F>;
 
 // A stream that a step touches once: the L2 cache drops it first.
 template <typename Stream>
-struct Streaming : Stream {};
+struct Streaming : Stream {
+  static constexpr bool kOnce = true;
+};
 
 // A stream that may be missing: then it reads minus infinity, and is not written.
 template <typename Stream>
 struct Optional : Stream {
+  static constexpr bool kOptional = true;
   bool present;
 };
-
-template <typename Stream>
-constexpr bool kIsOptional = false;
-template <typename Stream>
-constexpr bool kIsOptional<Optional<Stream>> = true;
-template <typename Stream>
-constexpr bool kIsStreaming = false;
-template <typename Stream>
-constexpr bool kIsStreaming<Streaming<Stream>> = true;
-template <typename Stream>
-constexpr bool kIsStreaming<Optional<Stream>> = kIsStreaming<Stream>;
 
 // A thread's vectors of a stream, kVectors times kWidth elements, in registers as they are stored.
 //
@@ -80,7 +72,7 @@ struct Vectors {
   typename Stream::T value;  // its element
 
   __device__ __forceinline__ bool present() const {
-    if constexpr (kIsOptional<Stream>) return stream.present;
+    if constexpr (Stream::kOptional) return stream.present;
     return true;
   }
 
@@ -93,7 +85,7 @@ struct Vectors {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const uint4* from = reinterpret_cast<const uint4*>(stream.data + at) + i;
-        loaded[v].at[i] = kIsStreaming<Stream> ? __ldcs(from) : __ldcg(from);
+        loaded[v].at[i] = Stream::kOnce ? __ldcs(from) : __ldcg(from);
       }
     }
   }
@@ -119,7 +111,7 @@ struct Vectors {
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
           uint4* to = reinterpret_cast<uint4*>(stream.data + at) + i;
-          kIsStreaming<Stream> ? __stcs(to, words.at[i]) : __stcg(to, words.at[i]);
+          Stream::kOnce ? __stcs(to, words.at[i]) : __stcg(to, words.at[i]);
         }
       }
     }
@@ -182,7 +174,7 @@ __device__ __forceinline__ void for_each_element(Team team, int count, bool alig
   constexpr int kWidth = sizeof(uint4) / kSize;
   // For 4 to 8 loads of 128 bits in flight, beside those of an optional stream; more would spill.
   constexpr int kLoads =
-      (kSize + ... + (kIsOptional<Streams> ? 0 : sizeof(typename Streams::Element))) / kSize;
+      (kSize + ... + (Streams::kOptional ? 0 : sizeof(typename Streams::Element))) / kSize;
   constexpr int kVectors = kLoads == 1 ? 4 : F::kSumsByWarps && kLoads <= 4 ? 2 : 1;
   const int in_vectors = aligned ? count - count % kWidth : 0;
   if (in_vectors < count) {  // first: where warps sum, they need what is left

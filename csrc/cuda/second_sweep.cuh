@@ -70,17 +70,13 @@ struct SecondSweep {
   }
 
  private:
-  static __device__ __forceinline__ uint32_t num_chunks(const TensorRow& row) {
-    return static_cast<uint32_t>((row.numel + kChunkSize - 1) / kChunkSize);
-  }
-
   __device__ __forceinline__ uint32_t* done(const TensorRow& row) {
     return &args.work.progress[row.first_chunk].done;
   }
 
   // Every chunk counts twice, updated and shrunk; the last one sets the count to zero.
   __device__ __forceinline__ void count(const TensorRow& row) {
-    atomicInc(done(row), 2 * num_chunks(row) - 1);
+    atomicInc(done(row), 2 * static_cast<uint32_t>(num_chunks_of(row.numel)) - 1);
   }
 
   // Whether all of a tensor's chunks are updated.
@@ -88,14 +84,14 @@ struct SecondSweep {
     bool all = false;
     if (threadIdx.x == 0) {
       const volatile uint32_t* count = done(row);
-      while (!(all = *count >= num_chunks(row)) && wait) __nanosleep(100);
+      while (!(all = *count >= num_chunks_of(row.numel)) && wait) __nanosleep(100);
       __threadfence();
     }
     return __syncthreads_or(all);
   }
 
   __device__ __forceinline__ double sum_of_tensor(const TensorRow& row) {
-    const int64_t count = num_chunks(row);
+    const int64_t count = num_chunks_of(row.numel);
     const auto sum_of_chunk = [&](int64_t i) {
       return i < count ? __ldcg(&args.work.sums[row.first_chunk + i]) : 0.0;  // no old L1 line
     };
