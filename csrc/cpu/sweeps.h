@@ -36,40 +36,25 @@ MULTIVERSION void update_span(const Span& span, const Scalars& scalars) {
   });
 }
 
-// AdamProxL2's: returns the sum of the squares of what is stored. They are taken a batch at a time, of
-// the batch before the one that has just been stored: so memory is prefetched all the time, and no load
-// waits for a store. A batch of 256 elements gains 4 % with AVX2 and loses 2 % with AVX-512.
+// AdamProxL2's: returns the sum of the squares of what is stored, a block at a time, since it is still in
+// the nearest cache.
 template <typename Param, typename State>
 MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
   const Update<ProxL2, Compute<Param>> update(scalars);
   BlockSums squares;
   for (int64_t first = 0; first < span.count; first += kBlockSize) {
     const Span block = span.part(first, std::min<int64_t>(span.count - first, kBlockSize));
+    with_streams<Param, State>(block, [&](auto... streams) __attribute__((always_inline)) {
+      for_each_element(block, update, streams...);
+    });
+    const Read<Param> stored{block.at<Param>(span.row.param)};
     double sums[kBlockSize / 4];
-    int64_t fours = 0;
-    const auto add = [&](const auto* stored, int64_t count) __attribute__((always_inline)) {
-      fours += add_fours<Squares>(stored, count, sums + fours);
-    };
-    const auto add_batch = [&](int64_t at) __attribute__((always_inline)) {
-      Batch batch(Read<Param>{block.at<Param>(span.row.param) + at}, false);
-      add(batch.elements().data, kBatchSize);
-    };
-    int64_t i = 0;
+    int64_t fours = 0, i = 0;
     for (; i + kBatchSize <= block.count; i += kBatchSize) {
-      const Span batch = block.part(i, kBatchSize);
-      with_streams<Param, State>(batch, [&](auto... streams) __attribute__((always_inline)) {
-        for_each_in_batch(batch.after >= kPrefetchAhead, update, streams...);
-      });
-      if (i > 0) add_batch(i - kBatchSize);
+      Batch batch(Read<Param>{stored.data + i}, false);
+      fours += add_fours<Squares>(batch.elements().data, kBatchSize, sums + fours);
     }
-    if (i > 0) add_batch(i - kBatchSize);
-    if (i < block.count) {
-      const Span rest = block.part(i, block.count - i);
-      with_streams<Param, State>(rest, [&](auto... streams) __attribute__((always_inline)) {
-        for_each_element(rest, update, streams...);
-      });
-      add(rest.at<Param>(span.row.param), rest.count);
-    }
+    fours += add_fours<Squares>(stored.data + i, block.count - i, sums + fours);
     squares.add(sum_of_fours(sums, fours));
   }
   return squares.total();
