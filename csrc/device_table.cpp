@@ -43,13 +43,12 @@ void DeviceTable::clear() {
   loss_scale = 1;
 }
 
-void DeviceTable::add(const TensorRow& row, void* grad, int member, const StepCount& count,
-                      const RowValues& row_values) {
-  table.rows.push_back(row);
-  table.grads.push_back(grad);
-  table.numel += row.numel;
+void DeviceTable::add(const Entry& entry, int member, const RowValues& row_values) {
+  table.rows.push_back(entry.row);
+  table.grads.push_back(entry.grad);
+  table.numel += entry.row.numel;
   members.push_back(member);
-  counts.push_back(count);
+  counts.push_back(entry.count);
   if (values.empty() || !(row_values == values.back())) values.push_back(row_values);
   value_of_.push_back(static_cast<int>(values.size() - 1));
 }
@@ -60,9 +59,8 @@ bool DeviceTable::is_countable(size_t i) const {
   return recipes || (count.read() >= 0 && std::isfinite(count.read()));
 }
 
-bool DeviceTable::is_same(size_t i, const TensorRow& row, const void* grad,
-                          const StepCount& count) const {
-  return same_row(row, table.rows[i]) && grad == table.grads[i] && count.at == counts[i].at;
+bool DeviceTable::is_same(size_t i, const Entry& e) const {
+  return same_row(e.row, table.rows[i]) && e.grad == table.grads[i] && e.count.at == counts[i].at;
 }
 
 void DeviceTable::append_written(size_t i, std::vector<Interval>& out) const {

@@ -31,6 +31,13 @@ struct StepCount {
   }
 };
 
+// What a step reads of a param: the row, and what changes from step to step.
+struct Entry {
+  TensorRow row{};
+  void* grad = nullptr;
+  StepCount count{};
+};
+
 // The values of a row's param group; some may be known on the device only.
 struct RowValues {
   HyperParameters h;
@@ -48,15 +55,14 @@ class DeviceTable {
   explicit DeviceTable(Device d) : device(d) {}
 
   void clear();
-  void add(const TensorRow& row, void* grad, int member, const StepCount& count,
-           const RowValues& values);
+  void add(const Entry& entry, int member, const RowValues& values);
 
   // Once all rows are there: lays out the chunks. Returns the rows that share memory with an earlier one
   // where one of the two writes, or with themselves.
   std::vector<int> arrange();
 
   // Whether a row that is read anew is the one that is there.
-  bool is_same(size_t i, const TensorRow& row, const void* grad, const StepCount& count) const;
+  bool is_same(size_t i, const Entry& entry) const;
 
   // Whether a row's step count lies where it is counted, and can be.
   bool is_countable(size_t i) const;

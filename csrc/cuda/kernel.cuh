@@ -53,38 +53,32 @@ struct UpdateAndSum {
   }
 };
 
-template <typename Rule, typename Param, typename State, typename Team>
-__device__ __forceinline__ void update_elements(Team team, const LaunchArgs& args,
-                                                const ChunkSpan& span, double* sums, double* rest) {
-  using T = Compute<Param>;
-  const TensorRow& row = span.row;
-  const Update<Rule, T> update(args.scalars_of(row));
-  const ReadWrite<Param> param{span.at<Param>(row.param)};
-  const Streaming<Read<Param>> grad{{span.at<Param>(args.grads()[span.row_index])}};
-  const Streaming<ReadWrite<State>> exp_avg{{span.at<State>(row.states[kExpAvg])}};
-  const Streaming<ReadWrite<State>> exp_avg_sq{{span.at<State>(row.states[kExpAvgSq])}};
-  // One loop with and without amsgrad: a second one would be half as much code again. Without, the
-  // stream is never touched, but lies in global memory like any other.
-  const bool amsgrad = row.states[kMaxExpAvgSq] != nullptr;
-  const Optional<Streaming<ReadWrite<State>>> max_exp_avg_sq{
-      {{span.at<State>(row.states[amsgrad ? kMaxExpAvgSq : kExpAvgSq])}}, amsgrad};
-  const auto run = [&](const auto& f) {
-    for_each_element(team, span.count, row.aligned != 0, f, param, grad, exp_avg, exp_avg_sq,
-                     max_exp_avg_sq);
-  };
-  if constexpr (std::is_same_v<Rule, ProxL2>) {
-    run(UpdateAndSum<Param, Update<Rule, T>>{update, sums, rest, {}});
-  } else {
-    run(PerElement{[&](int, auto&... elements) { update(elements...); }});
-  }
-}
-
 template <typename Rule, typename Team>
 __device__ __forceinline__ void update_span(Team team, const LaunchArgs& args,
                                             const ChunkSpan& span, double* sums, double* rest) {
-  with_dtypes(span.row.param_dtype, span.row.state_dtype, [&](auto param, auto state) {
-    update_elements<Rule, typename decltype(param)::type, typename decltype(state)::type>(
-        team, args, span, sums, rest);
+  const TensorRow& row = span.row;
+  with_dtypes(row.param_dtype, row.state_dtype, [&](auto param_type, auto state_type) {
+    using Param = typename decltype(param_type)::type;
+    using State = typename decltype(state_type)::type;
+    const Update<Rule, Compute<Param>> update(args.scalars_of(row));
+    const ReadWrite<Param> param{span.at<Param>(row.param)};
+    const Streaming<Read<Param>> grad{{span.at<Param>(args.grads()[span.row_index])}};
+    const auto state = [&](StateName name) { return span.at<State>(row.states[name]); };
+    const Streaming<ReadWrite<State>> exp_avg{{state(kExpAvg)}}, exp_avg_sq{{state(kExpAvgSq)}};
+    // One loop with and without amsgrad: a second one would be half as much code again. Without, the
+    // stream is never touched, but lies in global memory like any other.
+    const bool amsgrad = row.states[kMaxExpAvgSq] != nullptr;
+    const Optional<Streaming<ReadWrite<State>>> max_exp_avg_sq{
+        {{state(amsgrad ? kMaxExpAvgSq : kExpAvgSq)}}, amsgrad};
+    const auto run = [&](const auto& f) {
+      for_each_element(team, span.count, row.aligned != 0, f, param, grad, exp_avg, exp_avg_sq,
+                       max_exp_avg_sq);
+    };
+    if constexpr (std::is_same_v<Rule, ProxL2>) {
+      run(UpdateAndSum<Param, Update<Rule, Compute<Param>>>{update, sums, rest, {}});
+    } else {
+      run(PerElement{[&](int, auto&... elements) { update(elements...); }});
+    }
   });
 }
 

@@ -25,9 +25,8 @@ struct LaunchArgs {
   Record* records;  // one a chunk, where a tracked step is noted; null: it is not
   // What the recipes have become, PreparedHead and Scalars[]; null: the payload has no recipes.
   PreparedHead* prepared;
-  // What changes at each step: the grads' pointers, void*[num_rows], then Scalars[], or RecipesHead,
-  // GroupRecipe[] and ScalarsRecipe[]. It rides along in the kernel's parameters, and so needs no
-  // copy of its own, unless it is too long.
+  // DeviceTable::payload(). It rides along in the kernel's parameters, and so needs no copy of its own,
+  // unless it is too long.
   const unsigned char* payload;  // null: inline_payload
   alignas(16) unsigned char inline_payload[kInlinePayload];
 

@@ -22,7 +22,8 @@ bool Gather::read(const py::list& groups, const py::dict& state, const py::dict&
   recipes_on_gpu_ = recipes_on_gpu;
   recipes_on_cpu_ = recipes_on_cpu;
   loss_scaling_ = loss_scaling;
-  collect(groups, state, stand_ins);
+  collect_groups(groups);
+  collect(state, stand_ins);
   for (Member& m : members) settle(m);
   resolve();
   if (read_tensors()) resolve();
@@ -63,8 +64,7 @@ void Gather::collect_groups(const py::list& groups) {
   }
 }
 
-void Gather::collect(const py::list& groups, const py::dict& state, const py::dict& stand_ins) {
-  collect_groups(groups);
+void Gather::collect(const py::dict& state, const py::dict& stand_ins) {
   for (size_t g = 0; g < groups_.size(); ++g) {
     PyObject* params = groups_[g].held[kParamsAt].ptr();
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params); ++i) {
@@ -103,22 +103,16 @@ void Gather::collect(const py::list& groups, const py::dict& state, const py::di
 // False: it has none.
 bool Gather::find_grad(Member& m, PyObject* stand_ins) {
   static PyObject* const name = interned("grad");
-  bool ask = true;
   if (PyObject* grad = item(stand_ins, name)) {
     m.grad.object = hold(grad);
-    return grad != Py_None;
+  } else {
+    bool ask = !abi_.fast() || !abi_.has_own_grad(m.owner);
+    void* handle = ask ? nullptr : abi_.grad_of(m.owner, ask);
+    if (ask) m.grad.object = hold(py::handle(m.owner).attr(name).ptr());
+    if (handle != nullptr && !ask) m.grad.owned = own(handle);
+    if (m.grad.owned != nullptr) TorchAbi::prefetch_storage(handle);
   }
-  if (abi_.fast() && abi_.has_own_grad(m.owner)) {
-    ask = false;
-    void* grad_handle = abi_.grad_of(m.owner, ask);
-    if (grad_handle == nullptr) return false;
-    if (!ask) {
-      m.grad.owned = own(grad_handle);
-      TorchAbi::prefetch_storage(grad_handle);
-    }
-  }
-  if (ask) m.grad.object = hold(py::handle(m.owner).attr(name).ptr());
-  return m.grad.object != Py_None;
+  return m.grad.exists() && m.grad.object != Py_None;
 }
 
 void Gather::find_state(Member& m, PyObject* stand_ins) {
@@ -158,14 +152,21 @@ void Gather::settle(Member& m) {
   }
 }
 
+bool Gather::is_known(const TensorRef& tensor) const {
+  return abi_.fast() && (tensor.owned != nullptr || abi_.is_tensor(tensor.object)) &&
+         abi_.is_ordinary(tensor.handle());
+}
+
+bool Gather::is_ordinary(TensorRef& tensor) {
+  if (!is_known(tensor) && !abi_.ask_ordinary(tensor.object)) return false;
+  if (!abi_.fast()) tensor.owned = own(tensor.object);
+  return true;
+}
+
 // Whether it is an ordinary tensor, or a DTensor that is placed as the param is: then its local one.
 bool Gather::settle(Member& m, TensorRef& tensor) {
-  const auto is_ordinary = [&] {
-    return abi_.fast() && (tensor.owned != nullptr || abi_.is_tensor(tensor.object)) &&
-           abi_.is_ordinary(tensor.handle());
-  };
   if (!tensor.exists()) return false;
-  if (is_ordinary()) {
+  if (is_known(tensor)) {
     TorchAbi::prefetch_storage(tensor.handle());
     return true;
   }
@@ -174,39 +175,36 @@ bool Gather::settle(Member& m, TensorRef& tensor) {
   if (local.is_none()) return false;
   tensor.object = hold(local[py::int_(0)].ptr());
   m.sharded |= local[py::int_(1)].cast<bool>();
-  if (!is_ordinary() && !abi_.ask_ordinary(tensor.object)) return false;
-  if (!abi_.fast()) tensor.owned = own(tensor.object);
-  return true;
+  return is_ordinary(tensor);
 }
 
 void Gather::resolve() {
   for (auto& t : tables_) t->clear();
   for (size_t i = 0; i < members.size(); ++i) {
     Member& m = members[i];
-    TensorRow row{};
-    void* grad = nullptr;
-    Device device{};
-    if (!m.usable || !resolve(m, row, grad, device)) continue;
+    Entry entry;
+    Device device;
+    if (!m.usable || !resolve(m, entry, device)) continue;
     HeldTable& t = table_on(device);
-    const StepCount count = read_count(m);
     const GroupValues& v = groups_[m.group];
-    RowValues values{v.h, row.rule, m.group, v.has_tensors};
+    RowValues values{v.h, entry.row.rule, m.group, v.has_tensors};
     // Without decay: a soft threshold of zero leaves z as it is, to the bit.
     if (is_deferred(m)) values.h.number[kWeightDecay] = 0;
-    t.add(row, grad, static_cast<int>(i), count, values);
+    t.add(entry, static_cast<int>(i), values);
     t.recipes |= (device.gpu ? recipes_on_gpu_ : recipes_on_cpu_) &&
-                 (loss_scaling_ || v.h.flag[kCapturable] || count.device.gpu);
+                 (loss_scaling_ || v.h.flag[kCapturable] || entry.count.device.gpu);
   }
 }
 
 // Reads the addresses of a member's tensors, or reports what is wrong with them.
-bool Gather::resolve(Member& m, TensorRow& row, void*& grad, Device& device) {
+bool Gather::resolve(Member& m, Entry& entry, Device& device) {
+  TensorRow& row = entry.row;
   TensorView p, t;
   if (!abi_.read(m.param.handle(), p) || !p.is_dense()) {
     report(m, "param");
     return false;
   }
-  bool aligned = reinterpret_cast<uintptr_t>(p.data) % 16 == 0;
+  row.aligned = reinterpret_cast<uintptr_t>(p.data) % 16 == 0;
   // Every other tensor must lie as the param does, and be of the type expected.
   const auto accept = [&](const TensorRef& tensor, const char* key, DType type, DType or_type,
                           void*& data) {
@@ -214,13 +212,13 @@ bool Gather::resolve(Member& m, TensorRow& row, void*& grad, Device& device) {
         !t.lies_as(p)) {
       return report(m, key);
     }
-    aligned &= reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+    row.aligned &= reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
     __builtin_prefetch(t.data);
     data = t.data;
   };
   row.param = p.data;
   __builtin_prefetch(p.data);
-  accept(m.grad, "grad", p.dtype, p.dtype, grad);
+  accept(m.grad, "grad", p.dtype, p.dtype, entry.grad);
   const DType wide = compute_type(p.dtype);
   row.state_dtype = p.dtype;
   for (int s = 0; s < kStates; ++s) {
@@ -236,15 +234,10 @@ bool Gather::resolve(Member& m, TensorRow& row, void*& grad, Device& device) {
   row.numel = p.numel() << p.complex;
   row.param_dtype = p.dtype;
   row.rule = is_deferred(m) ? Decay::kProxL1 : groups_[m.group].rule;
-  row.aligned = aligned;
+  if (abi_.read(m.step.handle(), t) && t.numel() == 1 && !t.complex && size_of(t.dtype) >= 4) {
+    entry.count = {t.data, t.dtype == DType::kFloat64, t.device};
+  }
   return m.usable;
-}
-
-StepCount Gather::read_count(const Member& m) {
-  TensorView t;
-  if (!abi_.read(m.step.handle(), t) || t.numel() != 1 || t.complex || size_of(t.dtype) < 4)
-    return {};
-  return {t.data, t.dtype == DType::kFloat64, t.device};
 }
 
 // Numbers that are tensors, where the host makes the scalars. Returns whether Python code may have run.
@@ -279,30 +272,25 @@ void Gather::make_recipes(HeldTable& t) {
 
 Value Gather::value_of(const Device& device, PyObject* object, double value) {
   if (object == nullptr || !abi_.is_tensor(object)) return {value, nullptr, 0};
-  TensorRef tensor{object, abi_.fast() ? nullptr : own(object)};
+  TensorRef tensor{hold(object)};
   TensorView t;
-  const bool ordinary =
-      (abi_.fast() && abi_.is_ordinary(tensor.handle())) || abi_.ask_ordinary(object);
-  if (!ordinary || !abi_.read(tensor.handle(), t) || t.numel() != 1 || t.complex ||
-      !(t.device == device)) {
-    return {py::float_(py::reinterpret_borrow<py::object>(object)), nullptr, 0};
+  if (is_ordinary(tensor) && abi_.read(tensor.handle(), t) && t.numel() == 1 && !t.complex &&
+      t.device == device) {
+    return {0, t.data, static_cast<int64_t>(t.dtype)};
   }
-  hold(object);
-  return {0, t.data, static_cast<int64_t>(t.dtype)};
+  return {py::float_(py::reinterpret_borrow<py::object>(object)), nullptr, 0};
 }
 
 // Python code has run since the addresses were read: they must be the same, or nothing is updated.
 void Gather::refresh(HeldTable& t) {
   for (size_t i = 0; i < t.members.size(); ++i) {
     Member& m = members[t.members[i]];
-    TensorRow row{};
-    void* grad = nullptr;
+    Entry entry;
     Device device;
-    if (!resolve(m, row, grad, device) || !t.is_same(i, row, grad, read_count(m))) {
-      throw std::runtime_error("a tensor of param_groups[" + std::to_string(m.group) +
-                               "]['params'][" + std::to_string(m.index) +
-                               "] was changed amid the step; nothing was updated");
-    }
+    if (resolve(m, entry, device) && t.is_same(i, entry)) continue;
+    throw std::runtime_error("a tensor of param_groups[" + std::to_string(m.group) +
+                             "]['params'][" + std::to_string(m.index) +
+                             "] was changed amid the step; nothing was updated");
   }
 }
 

@@ -81,15 +81,16 @@ class Gather {
   double update_seconds = 0;         // what the CPU's update took: the rest is host time
 
  private:
-  void collect(const py::list& groups, const py::dict& state, const py::dict& stand_ins);
   void collect_groups(const py::list& groups);
+  void collect(const py::dict& state, const py::dict& stand_ins);
   bool find_grad(Member& m, PyObject* stand_ins);
   void find_state(Member& m, PyObject* stand_ins);
+  bool is_known(const TensorRef& tensor) const;
+  bool is_ordinary(TensorRef& tensor);
   void settle(Member& m);
   bool settle(Member& m, TensorRef& tensor);
   void resolve();
-  bool resolve(Member& m, TensorRow& row, void*& grad, Device& device);
-  StepCount read_count(const Member& m);
+  bool resolve(Member& m, Entry& entry, Device& device);
   bool read_tensors();
   void make_recipes(HeldTable& table);
   void refresh(HeldTable& table);

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <string>
@@ -72,60 +73,50 @@ void TorchAbi::find_functions() {
   dtypes_[3] = {constant("dtype_float64"), DType::kFloat64, false};
   dtypes_[4] = {constant("dtype_complex64"), DType::kFloat32, true};
   dtypes_[5] = {constant("dtype_complex128"), DType::kFloat64, true};
-  const auto find_optional = [library](auto& function, const char* name) {
-    void* symbol = dlsym(library, name);
-    std::memcpy(&function, &symbol, sizeof(symbol));
-  };
-  find_optional(parallel_for, "torch_parallel_for");
-  find_optional(bump_version_, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE");
+  parallel_for = reinterpret_cast<ParallelFor>(dlsym(library, "torch_parallel_for"));
+  bump_version_ = reinterpret_cast<void (*)(void*)>(
+      dlsym(library, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"));
 }
 
 bool TorchAbi::find_insides() {
   const py::dict trials = python_.attr("trials")();
   const py::list plain = trials["plain"], others = trials["others"];
-  const py::object first = trials["first"], param = trials["param"],
-                   with_grad = trials["with_grad"];
+  const py::object first = plain[0], param = trials["param"], with_grad = trials["with_grad"];
   for (const py::handle tensor : plain) {
     if (implementation(handle_of(tensor.ptr())) != address(tensor)) return false;
   }
-  // An implementation has 22 words; its keys are the one that is the same in all plain tensors, and
+  // An implementation has 22 words; its keys are the last one that is the same in all plain tensors, and
   // another one in each of the others.
   using Words = std::array<const void*, 22>;
   const auto words_of = [](const py::handle& tensor) { return at<Words>(address(tensor), 0); };
-  const Words words = words_of(first);
-  const auto tells = [&](size_t i) {
-    for (const py::handle tensor : plain) {
-      if (words_of(tensor)[i] != words[i]) return false;
-    }
-    for (const py::handle tensor : others) {
-      if (words_of(tensor)[i] == words[i]) return false;
-    }
-    return true;
+  size_t keys = Words().size();
+  const auto tells = [&] {
+    const auto is_first = [&](py::handle t) { return words_of(t)[keys] == words_of(first)[keys]; };
+    return std::all_of(plain.begin(), plain.end(), is_first) &&
+           std::none_of(others.begin(), others.end(), is_first);
   };
-  size_t keys = words.size();
-  while (keys > 0 && !tells(keys - 1)) --keys;
-  if (keys == 0) return false;
-  keys_ = (keys - 1) * sizeof(void*);
+  while (keys-- > 0 && !tells()) {
+  }
+  if (keys > Words().size()) return false;
+  keys_ = keys * sizeof(void*);
 
   // A tensor with a grad points to autograd's data, and a new one without to nothing.
   const Words with = words_of(with_grad), without = words_of(trials["grad"]);
   const void* grad = address(trials["grad"]);
   for (size_t i = 0; i < with.size() && autograd_ == 0; ++i) {
-    if (without[i] == nullptr && with[i] != nullptr && i != keys - 1) {
-      const auto data = at<std::array<const void*, 6>>(with[i], 0);
-      for (size_t j = 1; j < data.size(); ++j) {
-        if (data[j] == grad) {
-          autograd_ = i * sizeof(void*);
-          grad_ = j * sizeof(void*);
-        }
-      }
+    if (without[i] != nullptr || with[i] == nullptr || i == keys) continue;
+    const auto data = at<std::array<const void*, 6>>(with[i], 0);
+    for (size_t j = 1; j < data.size(); ++j) {
+      if (data[j] != grad) continue;
+      autograd_ = i * sizeof(void*);
+      grad_ = j * sizeof(void*);
     }
   }
   if (autograd_ == 0) return false;
   with_grad.attr("grad") = py::none();
   if (at<void*>(at<void*>(address(with_grad), autograd_), grad_) != undefined_) return false;
   param.attr("grad") = trials["grad"];
-  vtable_ = words[0];
+  vtable_ = words_of(first)[0];
   bool ask = false;
   const void* found = grad_of(param.ptr(), ask);
   if (grad_of(first.ptr(), ask) != nullptr || grad_of(with_grad.ptr(), ask) != nullptr ||

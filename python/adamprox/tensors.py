@@ -76,14 +76,7 @@ def trials() -> dict[str, Any]:
         others.append(torch._efficientzerotensor(3))
     with torch.inference_mode():
         others.append(_new(3))
-    return {
-        "first": first,
-        "grad": grad,
-        "param": param,
-        "with_grad": with_grad,
-        "plain": plain,
-        "others": others,
-    }
+    return dict(plain=plain, others=others, param=param, grad=grad, with_grad=with_grad)
 
 
 def _new(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
