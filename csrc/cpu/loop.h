@@ -102,22 +102,11 @@ struct Batch<Memory<Half, kIsRead, kIsWritten>> {
   HOST_DEVICE OnStack elements() { return {{values}}; }
 };
 
-template <typename F, typename... Streams>
-HOST_DEVICE void for_each_in_batch(bool ahead, F f, Streams... streams) {
-  const auto run = [&](auto... elements) __attribute__((always_inline)) {
-    // Addresses in registers: a sum of two would take a second slot of the processor's.
-    const auto in_register = [](auto& data) __attribute__((always_inline)) {
-      asm("" : "+r"(data));
-    };
-    (in_register(elements.data), ...);
-#pragma GCC unroll 4
-    for (int first = 0; first < kBatchSize; first += kStripSize) {
-      for_each_in_strip(first, ahead, f, elements...);
-    }
-  };
-  const auto call = [&](auto&&... batches)
-                        __attribute__((always_inline)) { run(batches.elements()...); };
-  call(Batch<Streams>(streams, ahead)...);
+template <typename F, typename... Batches>
+HOST_DEVICE void for_each_in_batch(bool ahead, F f, Batches&&... batches) {
+  for (int first = 0; first < kBatchSize; first += kStripSize) {
+    for_each_in_strip(first, ahead, f, batches.elements()...);
+  }
 }
 
 template <typename F, typename... Streams>
@@ -126,7 +115,8 @@ HOST_DEVICE void for_each_element(const Span& span, F f, Streams... streams) {
   int64_t i = 0;
   if constexpr ((std::is_same_v<typename Streams::Element, Half> || ...)) {
     for (; i + kBatchSize <= span.count; i += kBatchSize) {
-      for_each_in_batch(i + kBatchSize + kPrefetchAhead <= known, f, Streams{streams.data + i}...);
+      const bool ahead = i + kBatchSize + kPrefetchAhead <= known;
+      for_each_in_batch(ahead, f, Batch<Streams>({streams.data + i}, ahead)...);
     }
   }
   for (; i + kStripSize <= span.count; i += kStripSize) {
