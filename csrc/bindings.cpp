@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <memory>
 #include <string>
 
@@ -23,7 +22,9 @@ using Table = HeldTable;  // what a backend sees of the rows on one device
 
 std::vector<std::shared_ptr<Table>> tables(const std::shared_ptr<Gather>& gather) {
   std::vector<std::shared_ptr<Table>> result;
-  for (Table* table : gather->tables()) result.emplace_back(gather, table);
+  for (const auto& table : gather->tables) {
+    if (!table->members.empty()) result.emplace_back(gather, table.get());
+  }
   return result;
 }
 
@@ -45,11 +46,6 @@ py::list rows(const Table& t) {
                        row.first_chunk, row.numel));
   }
   return result;
-}
-
-bool has_deferred(const Table& t) {
-  return std::any_of(t.members.begin(), t.members.end(),
-                     [&](int member) { return t.gather.is_deferred(t.gather.members[member]); });
 }
 
 // Has the step write Record[num_chunks] to this tensor on the device.
@@ -80,11 +76,8 @@ void launch_cuda(Table& t, uintptr_t stream, uintptr_t metadata, uintptr_t paylo
                  uintptr_t prepared) {
   const std::string bytes = payload == 0 ? t.payload() : std::string();
   const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
-  {
-    const py::gil_scoped_release release;
-    step_on_cuda(t.table, {t.device.id, pointer(stream), pointer(metadata), pointer(payload),
-                           bytes.data(), bytes.size(), pointer(prepared)});
-  }
+  step_on_cuda(t.table, {t.device.id, pointer(stream), pointer(metadata), pointer(payload),
+                         bytes.data(), bytes.size(), pointer(prepared)});
   t.launched = true;
 }
 #endif
@@ -116,7 +109,7 @@ PYBIND11_MODULE(_C, m) {
           "device",
           [](const Table& t) { return py::make_tuple(t.device.gpu ? "cuda" : "cpu", t.device.id); })
       .def("rows", &rows)
-      .def_property_readonly("has_deferred", &has_deferred)
+      .def_readonly("has_deferred", &Table::deferred)
       .def("track", &track, py::arg("records"))
       .def_readonly("records", &Table::records)
       .def_property_readonly("num_rows", size_of_vector(&TensorTable::rows))
@@ -144,7 +137,7 @@ PYBIND11_MODULE(_C, m) {
           "payload_is_inline",
           [](const Table& t) { return t.payload().size() <= size_t(cuda_inline_payload()); })
       .def("launch_cuda", &launch_cuda, py::arg("stream"), py::arg("metadata"), py::arg("payload"),
-           py::arg("prepared"))
+           py::arg("prepared"), py::call_guard<py::gil_scoped_release>())
 #endif
       .def("step_cpu", [](Table& t, int threads) { t.gather.step_on_cpu(t, threads); });
   py::class_<Gather, std::shared_ptr<Gather>>(m, "Gather")

@@ -11,37 +11,38 @@
 
 namespace adamprox {
 
-using Names = std::vector<std::tuple<const char*, const char*, const char*>>;
+template <typename Key, size_t kSize, typename F>
+auto describe(const Key (&keys)[kSize], F f) {
+  std::vector<decltype(f(keys[0]))> result;
+  for (const Key& key : keys) result.push_back(f(key));
+  return result;
+}
+
+using Names = std::tuple<const char*, const char*, const char*>;
+
+inline const char* name_of(int flag) { return flag == kAlways ? nullptr : kFlagKeys[flag].key; }
 
 // (key, "moment" or "compute", the key of what must be on or null)
-inline Names describe_states() {
-  Names states;
-  for (const StateKey& s : kStateKeys) {
-    states.emplace_back(s.key, s.type == kMoment ? "moment" : "compute",
-                        s.flag == kAlways ? nullptr : kFlagKeys[s.flag].key);
-  }
-  return states;
+inline auto describe_states() {
+  return describe(kStateKeys, [](const StateKey& s) {
+    return Names(s.key, s.type == kMoment ? "moment" : "compute", name_of(s.flag));
+  });
 }
 
-// (struct, decay, the key of the option that must be on or null)
-inline Names describe_rules() {
-  Names rules;
-  for (const RuleKey& r : kRuleKeys) rules.emplace_back(r.name, r.decay, r.option);
-  return rules;
+// (struct, decay, the key of what must be on or null)
+inline auto describe_rules() {
+  return describe(kRuleKeys,
+                  [](const RuleKey& r) { return Names(r.name, r.decay, name_of(r.flag)); });
 }
 
-inline std::vector<std::string> describe_numbers() {
-  std::vector<std::string> numbers;
-  for (const NumberKey& n : kNumberKeys) {
-    numbers.push_back(n.key + (n.item < 0 ? "" : "[" + std::to_string(n.item) + "]"));
-  }
-  return numbers;
+inline auto describe_numbers() {
+  return describe(kNumberKeys, [](const NumberKey& n) {
+    return n.key + (n.item < 0 ? "" : "[" + std::to_string(n.item) + "]");
+  });
 }
 
-inline std::vector<std::string> describe_flags() {
-  std::vector<std::string> flags;
-  for (const FlagKey& f : kFlagKeys) flags.push_back(f.key);
-  return flags;
+inline auto describe_flags() {
+  return describe(kFlagKeys, [](const FlagKey& f) { return std::string(f.key); });
 }
 
 // Where things are, in words of 8 bytes unless it says otherwise.

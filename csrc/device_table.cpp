@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 
 namespace adamprox {
@@ -9,9 +10,8 @@ namespace {
 
 // But for the scalars and the chunks, which follow.
 bool same_row(const TensorRow& a, const TensorRow& b) {
-  return a.param == b.param && std::memcmp(a.states, b.states, sizeof(a.states)) == 0 &&
-         a.numel == b.numel && a.param_dtype == b.param_dtype && a.state_dtype == b.state_dtype &&
-         a.rule == b.rule;
+  return std::memcmp(&a, &b, offsetof(TensorRow, scalars)) == 0 && a.param_dtype == b.param_dtype &&
+         a.state_dtype == b.state_dtype && a.rule == b.rule;
 }
 
 template <typename T>
@@ -39,7 +39,7 @@ void DeviceTable::clear() {
   counts.clear();
   values.clear();
   value_of_.clear();
-  recipes = begun_ = launched = false;
+  recipes = deferred = begun_ = launched = false;
   loss_scale = 1;
 }
 
@@ -53,10 +53,15 @@ void DeviceTable::add(const Entry& entry, int member, const RowValues& row_value
   value_of_.push_back(static_cast<int>(values.size() - 1));
 }
 
-bool DeviceTable::is_countable(size_t i) const {
-  const StepCount& count = counts[i];
-  if (count.at == nullptr || !(count.device == (recipes ? device : Device{}))) return false;
-  return recipes || (count.read() >= 0 && std::isfinite(count.read()));
+std::vector<int> DeviceTable::uncountable() const {
+  std::vector<int> rows;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const StepCount& c = counts[i];
+    const bool there = c.at != nullptr && c.device == (recipes ? device : Device{});
+    const bool counts_on = there && (recipes || (c.read() >= 0 && std::isfinite(c.read())));
+    if (!counts_on) rows.push_back(static_cast<int>(i));
+  }
+  return rows;
 }
 
 bool DeviceTable::is_same(size_t i, const Entry& e) const {
@@ -67,8 +72,7 @@ void DeviceTable::append_written(size_t i, std::vector<Interval>& out) const {
   const TensorRow& row = table.rows[i];
   const auto append = [&](const void* data, int64_t bytes) {
     const auto begin = reinterpret_cast<uintptr_t>(data);
-    if (data != nullptr && bytes > 0)
-      out.push_back({begin, begin + bytes, static_cast<int>(i), true});
+    if (data != nullptr && bytes > 0) out.push_back({begin, begin + bytes, int(i), true});
   };
   append(row.param, row.numel * size_of(row.param_dtype));
   for (int s = 0; s < kStates; ++s) {
@@ -83,12 +87,8 @@ void DeviceTable::append_written(size_t i, std::vector<Interval>& out) const {
 bool DeviceTable::overlaps_written(size_t i) const {
   const auto begin = reinterpret_cast<uintptr_t>(table.grads[i]);
   const uintptr_t end = begin + table.rows[i].numel * size_of(table.rows[i].param_dtype);
-  if (begins_.empty() || begin == end) return false;
-  const uintptr_t* base = begins_.data();  // the last one that begins before the end
-  for (size_t n = begins_.size(); n > 1; n -= n / 2) {
-    base = base[n / 2] < end ? base + n / 2 : base;
-  }
-  return *base < end && ends_[base - begins_.data()] > begin;
+  const auto next = std::lower_bound(begins_.begin(), begins_.end(), end) - begins_.begin();
+  return begin != end && next > 0 && ends_[next - 1] > begin;
 }
 
 std::vector<int> DeviceTable::arrange() {
@@ -97,11 +97,10 @@ std::vector<int> DeviceTable::arrange() {
   bool known = rows.size() == known_rows_.size();
   for (size_t i = 0; known && i < rows.size(); ++i) {
     known = same_row(rows[i], known_rows_[i]) && count_of(i) == known_counts_[i];
+    rows[i].first_chunk = known_rows_[i].first_chunk;
   }
   const auto before = [](const Interval& a, const Interval& b) { return a.begin < b.begin; };
-  if (known) {
-    for (size_t i = 0; i < rows.size(); ++i) rows[i].first_chunk = known_rows_[i].first_chunk;
-  } else {
+  if (!known) {
     table.lay_out_chunks();
     known_rows_ = rows;
     known_counts_.clear();
@@ -149,6 +148,8 @@ void DeviceTable::begin() {
   launched = false;
   table.scalars.clear();
   scalars_values_.clear();
+  table.scalars.reserve(counts.size());  // so that nothing fails once a count is written
+  scalars_values_.reserve(counts.size());
   for (size_t i = 0; i < counts.size(); ++i) {
     StepCount& count = counts[i];
     if (recipes) {

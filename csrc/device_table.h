@@ -64,8 +64,8 @@ class DeviceTable {
   // Whether a row that is read anew is the one that is there.
   bool is_same(size_t i, const Entry& entry) const;
 
-  // Whether a row's step count lies where it is counted, and can be.
-  bool is_countable(size_t i) const;
+  // The rows whose step count does not lie where it is counted, or is no number to count on from.
+  std::vector<int> uncountable() const;
 
   // Counts the step and makes the scalars, or recipes for them if table.group_recipes has one for each of
   // `values`. undo() takes the count back, unless the step was launched.
@@ -88,6 +88,7 @@ class DeviceTable {
   std::vector<StepCount> counts;
   std::vector<RowValues> values;  // rows that follow one another share theirs
   bool recipes = false;           // whether the scalars are made on the device
+  bool deferred = false;          // whether the decay of a row is: see Gather::is_deferred
   bool launched = false;
   double loss_scale = 1;  // the host's
 

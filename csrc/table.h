@@ -74,6 +74,7 @@ struct TensorTable {
   std::vector<Chunk> chunks;
   int64_t num_packed = 0, num_of_blocks = 0;  // chunks
   int64_t numel = 0;
+  std::vector<double> sums;   // the CPU's, of the squares of each chunk, and then of each tensor
   Record* records = nullptr;  // one a chunk, where a tracked step is noted; null: it is not
 
   bool has_recipes() const { return !scalars_recipes.empty(); }
@@ -93,6 +94,7 @@ struct TensorTable {
     add([](bool blocks, bool tiny) { return !blocks && !tiny; });
     num_packed = add([](bool blocks, bool tiny) { return !blocks && tiny; });
     num_of_blocks = add([](bool blocks, bool) { return blocks; });
+    sums.resize(num_of_blocks > 0 ? chunks.size() : 0);
   }
 };
 

@@ -31,7 +31,7 @@ constexpr int64_t kAlone = 2 * kElementsPerThread, kBatchPerThread = 8 * kElemen
 
 class Step {
  public:
-  Step(const TensorTable& table, int threads) : table_(table), threads_(threads) {}
+  Step(TensorTable& table, int threads) : table_(table), threads_(threads) {}
 
   void run() const {
     const auto all = static_cast<int64_t>(table_.chunks.size());
@@ -40,12 +40,6 @@ class Step {
       update_chunk(chunk);
       finish_chunk(chunk);
     });
-    if (elementwise == all) return;
-    // The calling thread's: of the squares of a chunk, and then of a tensor. Kept, since an allocation amid
-    // a training loop may have to sort all that a backward pass has freed.
-    thread_local std::vector<double> kept;
-    std::vector<double>& sums = kept;
-    sums.resize(all);
     for (int64_t begin = elementwise, end = begin; begin < all; begin = end) {
       int64_t numel = 0, numel_of_large = 0;
       while (end < all && numel_of_large < threads_ * kBatchPerThread) {
@@ -57,21 +51,20 @@ class Step {
       share_out(end - begin, numel, [&](int64_t i) {
         const int64_t chunk = begin + i;
         const TensorRow& row = row_of(chunk);
-        if (is_large(row)) sums[chunk] = update_chunk(chunk);
-        if (is_large(row) || chunk != row.first_chunk) return;
-        const int64_t after = chunk + num_chunks_of(row.numel);
-        for (int64_t c = chunk; c < after; ++c) sums[c] = update_chunk(c);
-        sum_tensor(row, sums);
-        for (int64_t c = after; c-- > chunk;) shrink_chunk(c, sums);
+        if (is_large(row)) {
+          table_.sums[chunk] = update_chunk(chunk);
+        } else if (chunk == row.first_chunk) {
+          update_and_shrink(row);
+        }
       });
       if (numel_of_large == 0) continue;
       for (int64_t first = begin; first < end; first += num_chunks_of(row_of(first).numel)) {
-        if (is_large(row_of(first))) sum_tensor(row_of(first), sums);
+        if (is_large(row_of(first))) sum_tensor(row_of(first));
       }
       // Backwards, from what is still cached.
       share_out(end - begin, numel_of_large, [&](int64_t i) {
         const int64_t chunk = end - 1 - i;
-        if (is_large(row_of(chunk))) shrink_chunk(chunk, sums);
+        if (is_large(row_of(chunk))) shrink_chunk(chunk);
       });
     }
   }
@@ -116,16 +109,23 @@ class Step {
   }
 
   // From the sums of its chunks, the tensor's at the place of the first.
-  static void sum_tensor(const TensorRow& row, std::vector<double>& sums) {
+  void sum_tensor(const TensorRow& row) const {
     WaitingSums<> squares;
     const int64_t count = num_chunks_of(row.numel);
-    for (int64_t i = 0; i < count; ++i) squares.add(i, sums[row.first_chunk + i]);
-    sums[row.first_chunk] = squares.total(count);
+    for (int64_t i = 0; i < count; ++i) squares.add(i, table_.sums[row.first_chunk + i]);
+    table_.sums[row.first_chunk] = squares.total(count);
   }
 
-  void shrink_chunk(int64_t chunk, const std::vector<double>& sums) const {
+  void update_and_shrink(const TensorRow& row) const {
+    const int64_t first = row.first_chunk, end = first + num_chunks_of(row.numel);
+    for (int64_t chunk = first; chunk < end; ++chunk) table_.sums[chunk] = update_chunk(chunk);
+    sum_tensor(row);
+    for (int64_t chunk = end; chunk-- > first;) shrink_chunk(chunk);
+  }
+
+  void shrink_chunk(int64_t chunk) const {
     const Span span = span_of(chunk);
-    const double sum = sums[span.row.first_chunk], strength = scalars_of(span).decay[0];
+    const double sum = table_.sums[span.row.first_chunk], strength = scalars_of(span).decay[0];
     with_dtype(span.row.param_dtype, [&](auto param) {
       shrink_span<typename decltype(param)::type>(span, ProxL2::shrinkage(sum, strength));
     });
@@ -145,6 +145,7 @@ class Step {
   // Calls f(0), ..., f(count - 1), of `numel` elements in all, on several threads where it pays.
   template <typename F>
   void share_out(int64_t count, int64_t numel, F f) const {
+    if (count == 0) return;
     const int64_t useful = std::max<int64_t>(1, numel / kElementsPerThread);
     const int threads = static_cast<int>(std::min<int64_t>(threads_, useful));
     // A thread takes about a full chunk's worth at a time, and has several turns, so that one that
@@ -162,7 +163,7 @@ class Step {
     });
   }
 
-  const TensorTable& table_;
+  TensorTable& table_;
   const int threads_;
 };
 
@@ -180,6 +181,6 @@ const char* instruction_set() {
 
 const char* cpu_instruction_set() { return instruction_set(); }
 
-void step_on_cpu(const TensorTable& table, int threads) { Step(table, threads).run(); }
+void step_on_cpu(TensorTable& table, int threads) noexcept { Step(table, threads).run(); }
 
 }  // namespace adamprox

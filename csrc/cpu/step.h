@@ -5,7 +5,7 @@
 
 namespace adamprox {
 
-void step_on_cpu(const TensorTable& table, int threads);
+void step_on_cpu(TensorTable& table, int threads) noexcept;
 
 // What it runs with here: "AVX-512", "AVX2" or "baseline".
 const char* cpu_instruction_set();

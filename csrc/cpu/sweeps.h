@@ -21,11 +21,7 @@ HOST_DEVICE void with_streams(const Span& span, F f) {
     f(ReadWrite<Param>{span.at<Param>(row.param)}, Read<Param>{span.at<Param>(span.grad)},
       state(kExpAvg), state(kExpAvgSq), max_exp_avg_sq...);
   };
-  if (row.states[kMaxExpAvgSq] == nullptr) {
-    call();
-  } else {
-    call(state(kMaxExpAvgSq));
-  }
+  row.states[kMaxExpAvgSq] == nullptr ? call() : call(state(kMaxExpAvgSq));
 }
 
 template <typename Rule, typename Param, typename State>

@@ -20,7 +20,7 @@ struct LaunchArgs {
   const Chunk* chunks;
   int64_t num_rows;
   // The launch's share of the chunks; a warp takes one of the last num_packed.
-  int32_t first_chunk, num_chunks, num_packed;
+  int32_t first_chunk = 0, num_chunks = 0, num_packed = 0;
   Workspace work;
   Record* records;  // one a chunk, where a tracked step is noted; null: it is not
   // What the recipes have become, PreparedHead and Scalars[]; null: the payload has no recipes.
@@ -35,9 +35,6 @@ struct LaunchArgs {
       : rows(static_cast<const TensorRow*>(metadata)),
         chunks(reinterpret_cast<const Chunk*>(rows + num_rows)),
         num_rows(num_rows),
-        first_chunk(0),
-        num_chunks(0),
-        num_packed(0),
         work(const_cast<Chunk*>(chunks + num_chunks), num_chunks),
         records(records),
         prepared(static_cast<PreparedHead*>(prepared)),
@@ -57,7 +54,7 @@ struct LaunchArgs {
   }
 
   __device__ __forceinline__ const Scalars& scalars_of(const TensorRow& row) const {
-    const auto* all = prepared != nullptr ? const_cast<const PreparedHead*>(prepared)->scalars()
+    const auto* all = prepared != nullptr ? prepared->scalars()
                                           : reinterpret_cast<const Scalars*>(grads() + num_rows);
     return all[row.scalars];
   }
@@ -101,8 +98,7 @@ struct ChunkSpan {
   // Where it begins in the memory of a param, grad or state, whose type is known at run time, or at
   // compile time.
   __device__ __forceinline__ void* at(void* data, DType dtype) const {
-    const int shift = dtype == DType::kFloat64 ? 3 : dtype == DType::kFloat32 ? 2 : 1;
-    return static_cast<char*>(data) + (begin << shift);
+    return static_cast<char*>(data) + begin * size_of(dtype);
   }
   template <typename T>
   __device__ __forceinline__ T* at(void* data) const {

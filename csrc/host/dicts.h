@@ -38,17 +38,17 @@ class KeyOrder {
  public:
   explicit KeyOrder(std::vector<PyObject*> names) : names_(std::move(names)) {
     for (size_t i = 0; i < names_.size(); ++i) {
-      const int first = names_[i] != nullptr ? find(names_[i]) : i;
+      const int first = find(names_[i]);
       if (first != static_cast<int>(i)) copies_.emplace_back(i, first);
     }
   }
 
-  // Fills values[i] with what `dict` has at names[i], borrowed, or null.
+  // Fills values[i] with what `dict`, if it is not null, has at names[i]: borrowed, or null.
   void read(PyObject* dict, std::vector<PyObject*>& values) {
     values.assign(names_.size(), nullptr);
     PyObject *key, *value;
     size_t place = 0;
-    for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &key, &value); ++place) {
+    for (Py_ssize_t at = 0; dict != nullptr && PyDict_Next(dict, &at, &key, &value); ++place) {
       if (place == order_.size()) order_.push_back({});
       Entry& entry = order_[place];
       if (entry.key.ptr() != key) entry = {py::reinterpret_borrow<py::object>(key), find(key)};
@@ -67,16 +67,13 @@ class KeyOrder {
 
   int find(PyObject* key) const {  // or -1
     for (size_t i = 0; i < names_.size(); ++i) {
-      if (key == names_[i]) return static_cast<int>(i);
-      if (names_[i] == nullptr || !PyUnicode_CheckExact(key)) continue;
-      if (PyUnicode_Compare(key, names_[i]) == 0) return static_cast<int>(i);
+      if (PyUnicode_CheckExact(key) && PyUnicode_Compare(key, names_[i]) == 0) return int(i);
     }
     return -1;
   }
 
-  std::vector<PyObject*> names_;  // interned, or null
-  std::vector<std::pair<int, int>>
-      copies_;  // of names that are there twice: the place, and the first
+  std::vector<PyObject*> names_;             // interned
+  std::vector<std::pair<int, int>> copies_;  // a name that is there twice: its places
   std::vector<Entry> order_;
 };
 
@@ -89,32 +86,32 @@ class StateCursor {
 
   // The state of `param`, borrowed, or null.
   PyObject* find(PyObject* param) {
-    if (PyObject* state = next(param)) return state;
-    PyObject* key;
-    Py_ssize_t before = 0;
-    for (Py_ssize_t after = 0; !indexed_ && PyDict_Next(dict_, &after, &key, nullptr);) {
-      index_[key] = before;
-      before = after;
+    PyObject *key, *value;
+    for (bool looked_up = false;; looked_up = true) {
+      Py_ssize_t next = position_;
+      if (PyDict_Next(dict_, &next, &key, &value) && key == param) {
+        position_ = next;
+        return value;
+      }
+      if (looked_up || PyDict_GET_SIZE(dict_) == 0) return nullptr;
+      if (index_.empty()) make_index();
+      const auto found = index_.find(param);
+      if (found == index_.end()) return nullptr;
+      position_ = found->second;
     }
-    indexed_ = true;
-    const auto found = index_.find(param);
-    if (found == index_.end()) return nullptr;
-    position_ = found->second;
-    return next(param);
   }
 
  private:
-  PyObject* next(PyObject* param) {
-    PyObject *key, *value;
-    Py_ssize_t position = position_;
-    if (!PyDict_Next(dict_, &position, &key, &value) || key != param) return nullptr;
-    position_ = position;
-    return value;
+  void make_index() {
+    PyObject* key;
+    Py_ssize_t before = 0;
+    for (Py_ssize_t after = 0; PyDict_Next(dict_, &after, &key, nullptr); before = after) {
+      index_[key] = before;
+    }
   }
 
   PyObject* dict_;
   Py_ssize_t position_ = 0;
-  bool indexed_ = false;
   std::unordered_map<PyObject*, Py_ssize_t> index_;
 };
 

@@ -2,19 +2,12 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <optional>
 #include <stdexcept>
 
 #include "../cpu/step.h"
 
 namespace adamprox {
-namespace {
-
-// Steps of fewer elements keep the GIL: they are over before another thread would get it.
-constexpr int64_t kBriefNumel = 1 << 15;
-
-}  // namespace
 
 bool Gather::read(const py::list& groups, const py::dict& state, const py::dict& stand_ins,
                   bool recipes_on_gpu, bool recipes_on_cpu, bool loss_scaling, int cpu_threads) {
@@ -27,22 +20,22 @@ bool Gather::read(const py::list& groups, const py::dict& state, const py::dict&
   for (Member& m : members) settle(m);
   resolve();
   if (read_tensors()) resolve();
-  for (const auto& t : tables_) {
-    for (size_t i = 0; i < t->members.size(); ++i) {
-      if (!t->is_countable(i))
-        report(members[t->members[i]], t->recipes ? "step on device" : "step");
+  for (const auto& t : tables) {
+    for (const int row : t->uncountable()) {
+      report(members[t->members[row]], t->recipes ? "step on device" : "step");
     }
   }
   if (!findings.empty()) return false;
   bool at_once = cpu_threads > 0;
-  for (const auto& t : tables_) {
+  for (const auto& t : tables) {
     for (const int row : t->arrange()) report(members[t->members[row]], "overlap");
-    at_once &= !t->device.gpu || t->members.empty();
+    at_once &= t->members.empty() || !(t->device.gpu || t->deferred);
   }
-  for (const Member& m : members) at_once &= !is_deferred(m);
   returned_ = !at_once || !abi_.fast();  // in the slow way, Python code tells autograd of the step
   if (!at_once || !findings.empty()) return false;
-  for (HeldTable* t : tables()) step_on_cpu(*t, cpu_threads);
+  for (const auto& t : tables) {
+    if (!t->members.empty()) step_on_cpu(*t, cpu_threads);
+  }
   return true;
 }
 
@@ -117,14 +110,11 @@ bool Gather::find_grad(Member& m, PyObject* stand_ins) {
 
 void Gather::find_state(Member& m, PyObject* stand_ins) {
   static PyObject* const param_name = interned("param");
-  if (m.state == nullptr) {
-    found_.assign(1 + kStates, nullptr);
-  } else {
-    PyObject* state = m.state;
-    if (!PyDict_Check(state))
-      state = hold(py::dict(py::reinterpret_borrow<py::object>(state)).ptr());
-    state_keys_.read(state, found_);
+  PyObject* state = m.state;
+  if (state != nullptr && !PyDict_Check(state)) {
+    state = hold(py::dict(py::reinterpret_borrow<py::object>(state)).ptr());
   }
+  state_keys_.read(state, found_);
   const auto pick = [&](TensorRef& tensor, PyObject* key, PyObject* own) {
     PyObject* stand_in = item(stand_ins, key);
     PyObject* object = stand_in != nullptr ? stand_in : own;
@@ -171,7 +161,8 @@ bool Gather::settle(Member& m, TensorRef& tensor) {
     return true;
   }
   if (tensor.object == nullptr) tensor = {hold(py::handle(m.owner).attr("grad").ptr()), nullptr};
-  const py::object local = abi_.ask_local(m.owner, tensor.object);
+  const py::object local =
+      abi_.python.attr("local")(py::handle(m.owner), py::handle(tensor.object));
   if (local.is_none()) return false;
   tensor.object = hold(local[py::int_(0)].ptr());
   m.sharded |= local[py::int_(1)].cast<bool>();
@@ -179,7 +170,7 @@ bool Gather::settle(Member& m, TensorRef& tensor) {
 }
 
 void Gather::resolve() {
-  for (auto& t : tables_) t->clear();
+  for (auto& t : tables) t->clear();
   for (size_t i = 0; i < members.size(); ++i) {
     Member& m = members[i];
     Entry entry;
@@ -191,6 +182,7 @@ void Gather::resolve() {
     // Without decay: a soft threshold of zero leaves z as it is, to the bit.
     if (is_deferred(m)) values.h.number[kWeightDecay] = 0;
     t.add(entry, static_cast<int>(i), values);
+    t.deferred |= is_deferred(m);
     t.recipes |= (device.gpu ? recipes_on_gpu_ : recipes_on_cpu_) &&
                  (loss_scaling_ || v.h.flag[kCapturable] || entry.count.device.gpu);
   }
@@ -243,7 +235,7 @@ bool Gather::resolve(Member& m, Entry& entry, Device& device) {
 // Numbers that are tensors, where the host makes the scalars. Returns whether Python code may have run.
 bool Gather::read_tensors() {
   bool any = false;
-  for (const auto& t : tables_) {
+  for (const auto& t : tables) {
     for (size_t i = 0; i < t->members.size() && !t->recipes; ++i) {
       GroupValues& v = groups_[members[t->members[i]].group];
       if (!v.has_tensors || v.on_host) continue;
@@ -308,25 +300,14 @@ void Gather::begin(HeldTable& t) {
 void Gather::step_on_cpu(HeldTable& t, int threads) {
   begin(t);
   std::optional<py::gil_scoped_release> release;
-  if (t.table.numel > kBriefNumel) release.emplace();
+  constexpr int64_t kBrief =
+      1 << 15;  // a step of fewer elements is over before another thread runs
+  if (t.table.numel > kBrief) release.emplace();
   const auto start = std::chrono::steady_clock::now();
-  try {
-    adamprox::step_on_cpu(t.table, threads);
-  } catch (...) {  // no memory; nothing has been written yet
-    t.undo();
-    throw;
-  }
-  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-  update_seconds = elapsed.count();
+  adamprox::step_on_cpu(t.table, threads);
+  const auto end = std::chrono::steady_clock::now();
+  update_seconds = std::chrono::duration<double>(end - start).count();
   t.launched = true;
-}
-
-std::vector<HeldTable*> Gather::tables() const {
-  std::vector<HeldTable*> result;
-  for (auto& t : tables_) {
-    if (!t->members.empty()) result.push_back(t.get());
-  }
-  return result;
 }
 
 py::list Gather::groups() const {
@@ -336,10 +317,10 @@ py::list Gather::groups() const {
 }
 
 HeldTable& Gather::table_on(const Device& device) {
-  for (auto& t : tables_) {
+  for (auto& t : tables) {
     if (t->device == device) return *t;
   }
-  return *tables_.emplace_back(std::make_unique<HeldTable>(device, *this));
+  return *tables.emplace_back(std::make_unique<HeldTable>(device, *this));
 }
 
 void Gather::report(Member& m, const char* key) {
@@ -349,7 +330,7 @@ void Gather::report(Member& m, const char* key) {
 
 void Gather::release() {
   // Buffers stay, so that a step allocates nothing. What is let go of may run Python code.
-  for (auto& t : tables_) {
+  for (auto& t : tables) {
     t->clear();
     t->records = py::none();
   }

@@ -54,13 +54,12 @@ struct Finding {
 
 class Gather {
  public:
-  // Reads everything into tables() and findings. recipes_on_...: whether the backend there follows recipes;
+  // Reads everything into tables and findings. recipes_on_...: whether the backend there follows recipes;
   // loss_scaling: whether there is a scale that the host does not know. cpu_threads, if it is not 0: takes
   // the step at once if all is there and on the CPU, and then returns true.
   bool read(const py::list& groups, const py::dict& state, const py::dict& stand_ins,
             bool recipes_on_gpu, bool recipes_on_cpu, bool loss_scaling, int cpu_threads);
 
-  std::vector<HeldTable*> tables() const;
   py::list groups() const;  // that were read: the optimizer's list may have changed since
 
   // Tells autograd that the params are written to, counts the step, and makes the scalars.
@@ -76,6 +75,7 @@ class Gather {
   bool is_deferred(const Member& m) const { return m.sharded && has_blocks(groups_[m.group].rule); }
 
   std::vector<Member> members;
+  std::vector<std::unique_ptr<HeldTable>> tables;  // one a device; some may have no rows
   std::vector<Finding> findings;
   std::vector<py::object> captured;  // what CUDA graphs of earlier steps read
   double update_seconds = 0;         // what the CPU's update took: the rest is host time
@@ -117,7 +117,6 @@ class Gather {
   KeyOrder state_keys_{state_keys()};
   bool recipes_on_gpu_ = false, recipes_on_cpu_ = false, loss_scaling_ = false;
   std::vector<GroupValues> groups_;
-  std::vector<std::unique_ptr<HeldTable>> tables_;
   std::vector<PyObject*> held_, found_;
   std::deque<void*> slots_;  // which do not move, and stay: a step allocates nothing
   size_t used_slots_ = 0;

@@ -13,15 +13,13 @@
 
 namespace adamprox {
 
-// What is read of a group: its numbers, its switches, the options of rules, its decay and its params.
-constexpr int kFlagsAt = kNumbers, kOptionsAt = kFlagsAt + kFlags, kDecayAt = kOptionsAt + kRules,
-              kParamsAt = kDecayAt + 1, kGroupKeys = kParamsAt + 1;
+// What is read of a group: its numbers, its switches, its decay and its params.
+enum { kFlagsAt = kNumbers, kDecayAt = kFlagsAt + kFlags, kParamsAt, kGroupKeys };
 
 inline std::vector<PyObject*> group_keys() {
   std::vector<PyObject*> keys;
   for (const NumberKey& key : kNumberKeys) keys.push_back(interned(key.key));
   for (const FlagKey& key : kFlagKeys) keys.push_back(interned(key.key));
-  for (const RuleKey& key : kRuleKeys) keys.push_back(key.option ? interned(key.option) : nullptr);
   keys.push_back(interned("decay"));
   keys.push_back(interned("params"));
   return keys;
@@ -80,12 +78,10 @@ class GroupReader {
   // May run Python code, and wait for a GPU.
   static double number(const char* key, const py::object& value) {
     const double result = PyFloat_AsDouble(value.ptr());
-    if (result == -1.0 && PyErr_ExceptionMatches(PyExc_TypeError)) {
-      PyErr_Clear();
-      throw py::type_error(invalid(key, value) + "a number; nothing was updated");
-    }
-    if (result == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-    return result;
+    if (result != -1.0 || PyErr_Occurred() == nullptr) return result;
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+    PyErr_Clear();
+    throw py::type_error(invalid(key, value) + "a number; nothing was updated");
   }
 
  private:
@@ -94,16 +90,13 @@ class GroupReader {
   }
 
   // A list may change, and so may the items of a tuple.
-  static bool is_constant(const py::object& value) {
-    if (!value || value.is_none() || PyFloat_CheckExact(value.ptr())) return true;
-    if (!PyTuple_CheckExact(value.ptr())) {
-      return PyLong_CheckExact(value.ptr()) || PyBool_Check(value.ptr()) ||
-             PyUnicode_CheckExact(value.ptr());
+  static bool is_constant(py::handle value) {
+    if (value && PyTuple_CheckExact(value.ptr())) {
+      return std::all_of(value.begin(), value.end(), is_constant);
     }
-    for (const py::handle item : value) {
-      if (!PyFloat_CheckExact(item.ptr()) && !PyLong_CheckExact(item.ptr())) return false;
-    }
-    return true;
+    return !value || value.is_none() || PyBool_Check(value.ptr()) ||
+           PyFloat_CheckExact(value.ptr()) || PyLong_CheckExact(value.ptr()) ||
+           PyUnicode_CheckExact(value.ptr());
   }
 
   const py::object& required(const GroupValues& v, int which) const {
@@ -134,36 +127,28 @@ class GroupReader {
     if (!tensor) v.h.number[n] = number(key.key, value);
   }
 
-  bool is_on(int f, const GroupValues& v) const {
+  bool is_on(int f, const GroupValues& v) const {  // may run Python code
     const FlagKey& key = kFlagKeys[f];
-    if (key.kind == kNotNone) {
-      const py::object& value = v.held[kFlagsAt + f];
-      return value && !value.is_none() && value.ptr() != Py_False;
-    }
-    const py::object& value = required(v, kFlagsAt + f);
-    return key.kind == kText ? is_text(value, key.text) : is_true(value);
+    const bool may_be_missing = key.kind == kNotNone || key.kind == kOption;
+    const py::object& value = may_be_missing ? v.held[kFlagsAt + f] : required(v, kFlagsAt + f);
+    if (!value) return false;
+    if (key.kind == kNotNone) return !value.is_none() && value.ptr() != Py_False;
+    return key.kind == kText ? is_text(value, key.text) : bool(py::bool_(value));
   }
 
   static bool is_text(const py::object& value, const char* text) {
     return PyUnicode_Check(value.ptr()) && PyUnicode_CompareWithASCIIString(value.ptr(), text) == 0;
   }
 
-  static bool is_true(const py::object& value) {  // may run Python code
-    const int result = PyObject_IsTrue(value.ptr());
-    if (result < 0) throw py::error_already_set();
-    return result != 0;
-  }
-
-  // The last rule of that name whose option, if it has one, is on.
+  // The last rule of that name whose switch, if it has one, is on.
   Decay rule_of(const GroupValues& v) const {
     const py::object& decay = required(v, kDecayAt);
     int found = -1;
     std::string known;
     for (int r = 0; r < kRules; ++r) {
       const RuleKey& key = kRuleKeys[r];
-      const py::object& option = v.held[kOptionsAt + r];
-      if (key.option == nullptr) known += (r > 0 ? ", " : "") + std::string(key.decay);
-      if (is_text(decay, key.decay) && (!key.option || (option && is_true(option)))) found = r;
+      if (key.flag == kAlways) known += (r > 0 ? ", " : "") + std::string(key.decay);
+      if (is_text(decay, key.decay) && v.has(key.flag)) found = r;
     }
     if (found < 0) {
       throw py::value_error(invalid("decay", decay) + "one of " + known + "; nothing was updated");

@@ -1,8 +1,5 @@
 #include "torch_abi.h"
 
-#include <dlfcn.h>
-
-#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <string>
@@ -25,7 +22,7 @@ const TorchAbi& TorchAbi::get() {
   return *abi;
 }
 
-TorchAbi::TorchAbi() : python_(py::module_::import("adamprox.tensors")) {
+TorchAbi::TorchAbi() : python(py::module_::import("adamprox.tensors")) {
   find_functions();
   const py::module_ torch = py::module_::import("torch");
   tensor_ = reinterpret_cast<PyTypeObject*>(torch.attr("Tensor").ptr());
@@ -79,7 +76,7 @@ void TorchAbi::find_functions() {
 }
 
 bool TorchAbi::find_insides() {
-  const py::dict trials = python_.attr("trials")();
+  const py::dict trials = python.attr("trials")();
   const py::list plain = trials["plain"], others = trials["others"];
   const py::object first = plain[0], param = trials["param"], with_grad = trials["with_grad"];
   for (const py::handle tensor : plain) {
@@ -89,15 +86,14 @@ bool TorchAbi::find_insides() {
   // another one in each of the others.
   using Words = std::array<const void*, 22>;
   const auto words_of = [](const py::handle& tensor) { return at<Words>(address(tensor), 0); };
-  size_t keys = Words().size();
-  const auto tells = [&] {
-    const auto is_first = [&](py::handle t) { return words_of(t)[keys] == words_of(first)[keys]; };
+  const auto tells = [&](size_t i) {
+    const auto is_first = [&](py::handle t) { return words_of(t)[i] == words_of(first)[i]; };
     return std::all_of(plain.begin(), plain.end(), is_first) &&
            std::none_of(others.begin(), others.end(), is_first);
   };
-  while (keys-- > 0 && !tells()) {
-  }
-  if (keys > Words().size()) return false;
+  size_t keys = Words().size() - 1;
+  while (keys > 0 && !tells(keys)) --keys;
+  if (keys == 0) return false;
   keys_ = keys * sizeof(void*);
 
   // A tensor with a grad points to autograd's data, and a new one without to nothing.
@@ -136,11 +132,6 @@ bool TorchAbi::find_insides() {
   return version() == before + 1;
 }
 
-bool TorchAbi::is_code(const void* vtable) {
-  Dl_info info;
-  return dladdr(vtable, &info) != 0;
-}
-
 void TorchAbi::own(PyObject* tensor, void*& slot) const {
   void* implementation = address(tensor);
   if (PyErr_Occurred()) throw py::error_already_set();
@@ -148,13 +139,9 @@ void TorchAbi::own(PyObject* tensor, void*& slot) const {
 }
 
 bool TorchAbi::ask_ordinary(PyObject* object) const {
-  const bool ordinary = python_.attr("is_ordinary")(py::handle(object)).cast<bool>();
+  const bool ordinary = python.attr("is_ordinary")(py::handle(object)).cast<bool>();
   if (ordinary && fast_) ordinary_.push_back(keys_of(handle_of(object)));
   return ordinary;
-}
-
-py::object TorchAbi::ask_local(PyObject* param, PyObject* tensor) const {
-  return python_.attr("local")(py::handle(param), py::handle(tensor));
 }
 
 bool TorchAbi::read(void* handle, TensorView& out) const {

@@ -2,18 +2,19 @@
 // beside it, which asks Python (tensors.py); ADAMPROX_TORCH_ABI=slow forces it.
 //
 // Tensors are read by libtorch's stable C ABI, found at run time: so one build serves every torch, and
-// none is linked. The ABI takes a handle, which is the address of a pointer to a tensor's
-// implementation. The assumptions, and the slow ways:
+// none is linked. The ABI takes a handle, the address of a pointer to a tensor's implementation. What is
+// assumed, and the slow ways:
 //   - that pointer is the first field after a Python tensor's head; `_cdata` is it, too
-//   - where an implementation keeps its dispatch keys, which tell an ordinary tensor from a lazy, fake or
-//     wrapped one; the caller asks predicates
+//   - where an implementation keeps its dispatch keys, which tell an ordinary tensor; predicates
 //   - where it keeps its grad, which then needs no Python object; `tensor.grad`. Another thread that sets
-//     it lets go of the GIL amid that, while the grad is still there but dying: its head tells
+//     it lets go of the GIL while the grad is still there but dying: its head tells
 //   - the C++ function that counts a write; `torch.autograd.graph.increment_version`
 #pragma once
 
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -63,29 +64,24 @@ class TorchAbi {
 
   // Whether a tensor is like one that was learnt to be ordinary; fast only.
   bool is_ordinary(const void* handle) const {
-    const auto keys = keys_of(handle);
-    for (const uint64_t known : ordinary_) {
-      if (known == keys) return true;
-    }
-    return false;
+    return std::find(ordinary_.begin(), ordinary_.end(), keys_of(handle)) != ordinary_.end();
   }
-  // These ask Python, which may run code of the user's. The first one learns what is ordinary; the second
-  // one gives (a tensor's local tensor, whether other ranks have parts of it), or None: see tensors.py.
+  // Asks Python, which may run code of the user's, and learns what is ordinary.
   bool ask_ordinary(PyObject* object) const;
-  py::object ask_local(PyObject* param, PyObject* tensor) const;
 
   // Reads an ordinary tensor. False: it is no floating-point tensor on a CPU or a GPU, or its storage
   // is gone or too small.
   bool read(void* handle, TensorView& out) const;
 
-  // Tells autograd of a write, as torch's in-place operations do: backward through an older value is
-  // an error then.
+  // Tells autograd of a write: backward through an older value is an error then.
   void mark_written(PyObject* tensor) const;
 
-  // Prefetch what a read will touch. A param's stages are 0, 1 and 2: each finds in the cache what the one
-  // before asked for. After a backward pass the caches are cold, and a step on many small tensors takes a
-  // third less.
-  static void prefetch(const void* handle) { prefetch_implementation(implementation(handle)); }
+  // Prefetch what a read will touch; each stage of a param, 0 to 2, finds in the cache what the one before
+  // asked for. After a backward pass, a step on many small tensors takes a third less.
+  static void prefetch(const void* handle) {
+    const auto* bytes = static_cast<const char*>(implementation(handle));
+    for (int line = 0; line < 3; ++line) __builtin_prefetch(bytes + 64 * line);
+  }
   static void prefetch_storage(const void* handle) {
     const auto* storage = at<const char*>(implementation(handle), 2 * sizeof(void*));  // a hint
     __builtin_prefetch(storage + 16);
@@ -99,9 +95,11 @@ class TorchAbi {
       __builtin_prefetch(autograd);
       prefetch_storage(handle);
     } else if (autograd != nullptr) {
-      prefetch_implementation(at<const void*>(autograd, grad_));
+      prefetch(autograd + grad_);
     }
   }
+
+  py::module_ python;  // tensors.py
 
   // Calls body(begin, end, context) on torch's threads; null where there is no such function.
   using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain,
@@ -120,10 +118,9 @@ class TorchAbi {
   __attribute__((no_sanitize("address"))) static Head head_of(const void* object) {
     return *static_cast<const Head*>(object);  // which may have been freed
   }
-  static bool is_code(const void* vtable);
-  static void prefetch_implementation(const void* implementation) {
-    const auto* bytes = static_cast<const char*>(implementation);
-    for (int line = 0; line < 3; ++line) __builtin_prefetch(bytes + 64 * line);
+  static bool is_code(const void* vtable) {
+    Dl_info info;
+    return dladdr(vtable, &info) != 0;
   }
   // One reference that is its Python object's, which goes; or none.
   bool is_dying(uint64_t count) const {
@@ -163,7 +160,6 @@ class TorchAbi {
   const void* vtable_ = nullptr;
   bool tells_dying_ = false;
   PyTypeObject *tensor_, *parameter_;
-  py::module_ python_;                      // tensors.py
   mutable std::vector<uint64_t> ordinary_;  // keys
 };
 

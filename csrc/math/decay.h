@@ -18,27 +18,27 @@
 
 namespace adamprox {
 
-// A line each: the struct, what a param group's "decay" says, and the option of the group, if any, that
-// must be on as well.
-#define ADAMPROX_RULES(RULE)              \
-  RULE(Coupled, "coupled", nullptr)       \
-  RULE(Decoupled, "decoupled", nullptr)   \
-  RULE(Cautious, "decoupled", "cautious") \
-  RULE(ProxSqL2, "prox_sq_l2", nullptr)   \
-  RULE(ProxL1, "prox_l1", nullptr)        \
-  RULE(ProxL2, "prox_l2", nullptr)
+// A line each: the struct, what a param group's "decay" says, and the switch that must be on as well.
+#define ADAMPROX_RULES(RULE)             \
+  RULE(Coupled, "coupled", kAlways)      \
+  RULE(Decoupled, "decoupled", kAlways)  \
+  RULE(Cautious, "decoupled", kCautious) \
+  RULE(ProxSqL2, "prox_sq_l2", kAlways)  \
+  RULE(ProxL1, "prox_l1", kAlways)       \
+  RULE(ProxL2, "prox_l2", kAlways)
 
 enum class Decay : uint8_t {
-#define RULE(name, decay, option) k##name,
+#define RULE(name, decay, flag) k##name,
   ADAMPROX_RULES(RULE)
 #undef RULE
 };
 
 struct RuleKey {
-  const char *name, *decay, *option;
+  const char *name, *decay;
+  int flag;
 };
 constexpr RuleKey kRuleKeys[] = {
-#define RULE(name, decay, option) {#name, decay, option},
+#define RULE(name, decay, flag) {#name, decay, flag},
     ADAMPROX_RULES(RULE)
 #undef RULE
 };

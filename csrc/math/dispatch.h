@@ -24,8 +24,8 @@ struct Type {
 template <typename F>
 HOST_DEVICE void with_rule(Decay decay, F&& f) {
   switch (decay) {
-#define RULE(name, decay, option) \
-  case Decay::k##name:            \
+#define RULE(name, decay, flag) \
+  case Decay::k##name:          \
     return f(Type<name>{});
     ADAMPROX_RULES(RULE)
 #undef RULE

@@ -57,7 +57,6 @@ struct PreparedHead {
   int64_t skip;
 
   HOST_DEVICE Scalars* scalars() { return reinterpret_cast<Scalars*>(this + 1); }
-  HOST_DEVICE const Scalars* scalars() const { return reinterpret_cast<const Scalars*>(this + 1); }
 };
 
 HOST_DEVICE double read(const Value& number) {

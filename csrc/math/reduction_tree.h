@@ -33,8 +33,7 @@ struct WaitingSums {
   template <int kCount>
   HOST_DEVICE double total_of() const {
     int level = 0;
-    for (; (kCount >> level) != 1; ++level) {
-    }
+    while ((kCount >> level) != 1) ++level;
     return at_level[level];
   }
 

@@ -24,9 +24,10 @@ constexpr NumberKey kNumberKeys[kNumbers] = {
     {"ema_decay", -1, true},
 };
 
-// Its switches. kTruth: on if the value is true; kNotNone: if it is not None; kText: if it is `text`.
-enum Flag { kAmsgrad, kMaximize, kCapturable, kDecayBySchedule, kAverages, kFlags };
-enum FlagKind { kTruth, kNotNone, kText };
+// Its switches. kTruth: on if the value is true; kOption: the same, where it may be missing; kNotNone: if
+// it is there and not None; kText: if it is `text`.
+enum Flag { kAmsgrad, kMaximize, kCapturable, kDecayBySchedule, kAverages, kCautious, kFlags };
+enum FlagKind { kTruth, kOption, kNotNone, kText };
 struct FlagKey {
   const char* key;
   FlagKind kind;
@@ -35,7 +36,7 @@ struct FlagKey {
 constexpr FlagKey kFlagKeys[kFlags] = {
     {"amsgrad", kTruth, nullptr},     {"maximize", kTruth, nullptr},
     {"capturable", kTruth, nullptr},  {"decay_by", kText, "schedule"},
-    {"ema_decay", kNotNone, nullptr},
+    {"ema_decay", kNotNone, nullptr}, {"cautious", kOption, nullptr},
 };
 
 // The states of a param, of its shape. Moments have the param's dtype, or float32 for 16-bit params;

@@ -179,7 +179,7 @@ class Tracker:
         noted = []
         for table in tables:
             device = table.device
-            tensors = [(r.group, r.index, r.first_chunk, r.numel) for r in table.rows()]
+            tensors = [(r.group, r.position, r.first_chunk, r.numel) for r in table.rows()]
             known = (n.records for n in self._noted if n[:2] == (device, tensors))
             records = next(known, None)
             if records is None:

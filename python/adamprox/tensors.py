@@ -19,11 +19,11 @@ class Row(NamedTuple):
     grad: Tensor
     states: dict[str, Tensor]
     group: int
-    index: int
-    """Within the group."""
+    position: int
+    """Its index in the group."""
     step: float
     deferred: bool
-    """Whether other ranks have parts of its norm: so the param is z after the step, and decayed then."""
+    """Whether other ranks have parts of its norm: the param is z after the step, and then decayed."""
     first_chunk: int
     numel: int
     """Of its reals: a complex number counts twice."""
@@ -76,7 +76,7 @@ def trials() -> dict[str, Any]:
         others.append(torch._efficientzerotensor(3))
     with torch.inference_mode():
         others.append(_new(3))
-    return dict(plain=plain, others=others, param=param, grad=grad, with_grad=with_grad)
+    return {"plain": plain, "others": others, "param": param, "grad": grad, "with_grad": with_grad}
 
 
 def _new(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
