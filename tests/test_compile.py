@@ -236,6 +236,21 @@ def test_hooks_run(compiler):
     assert calls == ["pre", "post"] * 2
 
 
+@every_compiler
+def test_a_step_that_raises_leaves_the_grad_mode_as_it_was(compiler):
+    opt = make("AdamW")
+    step = torch.compile(lambda: opt.step(), backend=compiler, fullgraph=True)
+    set_grads(opt, 0)
+    step()
+    for state in opt.state.values():
+        state["step"].fill_(-1)
+    for mode in (True, False):
+        with torch.set_grad_enabled(mode):
+            with pytest.raises(RuntimeError, match="step count"):
+                step()
+            assert torch.is_grad_enabled() is mode
+
+
 def test_no_grads_no_op():
     opt = make("AdamW")
     torch.compile(lambda: opt.step(), backend="eager", fullgraph=True)()

@@ -2,7 +2,8 @@
 
     program -> chunk of a tensor -> tile -> element: update.py's
 
-Reads the bytes of csrc/table.h, and does what csrc/cpu/step.cpp does.
+Reads the bytes of csrc/table.h, and does what csrc/cpu/step.cpp does. The kernels share its
+functions, so it is one file, however long.
 """
 
 from __future__ import annotations

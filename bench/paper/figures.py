@@ -1,4 +1,7 @@
-"""What each figure needs and how it is put together: cells, a picture, a table, its CSV."""
+"""What each figure needs and how it is put together: cells, a picture, a table, its CSV.
+
+All figures are in this one file, since they are one registry.
+"""
 
 from __future__ import annotations
 

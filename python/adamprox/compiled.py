@@ -41,6 +41,7 @@ def step_op(
     found_inf: Tensor | None,
     indices: Sequence[int],
     handle: int,
+    grad_mode: bool,
 ) -> None:
     """One step of the optimizer of that handle, of its params of these indices and no others.
 
@@ -55,7 +56,11 @@ def step_op(
         owner, group = flat[index]
         own = {state.key: next(rest) for state in states_of(group)}
         given[owner] = {"param": param, "grad": grad, **own}
-    take_step(optimizer, LossScaling.from_tensors(grad_scale, found_inf), given)
+    try:
+        take_step(optimizer, LossScaling.from_tensors(grad_scale, found_inf), given)
+    except BaseException:
+        torch.set_grad_enabled(grad_mode)  # the caller's: a graph that raises does not restore it
+        raise
 
 
 @step_op.register_fake
@@ -91,6 +96,7 @@ def traced_step(optimizer: Stepped, closure: Callable[[], float] | None) -> floa
         for param, of_param in zip(params, keys, strict=True)
         for key in of_param
     ]
+    grad_mode = torch.is_grad_enabled()
     with torch.no_grad():
         step_op(
             params,
@@ -100,6 +106,7 @@ def traced_step(optimizer: Stepped, closure: Callable[[], float] | None) -> floa
             getattr(optimizer, "found_inf", None),
             indices,
             handle,
+            grad_mode,
         )
     return loss
 

@@ -1,4 +1,7 @@
-"""The optimizers: thin ``torch.optim`` classes, one a decay rule, over the backends."""
+"""The optimizers: thin ``torch.optim`` classes, one a decay rule, over the backends.
+
+The file is long for its docstrings: they are what ``help()`` shows.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 The other backends give the same bits (``torch.equal``) as :func:`step`. float32, bfloat16 and
 float16 tensors compute in float32, float64 ones in float64; complex numbers are pairs of reals.
 Every operation rounds once. Scalars are computed in double and rounded once to the compute type.
+It is one file, however long, so that the whole specification is read in one place.
 """
 
 from __future__ import annotations

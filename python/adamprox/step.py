@@ -19,10 +19,12 @@ from torch.optim import Optimizer
 
 from . import _C, backends, reference
 from .loss_scaling import LossScaling
-from .stand_ins import Given, StandIns, mend
+from .mending import mend
+from .stand_ins import Given, StandIns
 
 if TYPE_CHECKING:
     from .telemetry import Tracker
+    from .tensors import Row
 
 Groups = list[dict[str, Any]]
 
@@ -132,6 +134,8 @@ def _take_step(
             stand_ins.forget_states(optimizer)
             raise
     else:
+        if stand_ins is not None:
+            stand_ins.forget_states(optimizer)
         raise RuntimeError(
             f"{type(optimizer).__name__}: {findings[0].key} of "
             f"param_groups[{findings[0].group}]['params'][{findings[0].index}] cannot be used; "
@@ -179,26 +183,15 @@ def _run(
 ) -> None:
     """The step that has been read, table by table."""
     tables = optimizer._engine.gather.tables()
-    chosen = [backends.select(optimizer._backend, table.device[0]) for table in tables]
-    deferred = [
-        row for table in tables if table.has_deferred for row in table.rows() if row.deferred
-    ]
-    if capturing and deferred:
-        raise RuntimeError(
-            f"{type(optimizer).__name__} on shards cannot be captured into a CUDA graph: "
-            "other ranks have parts of its norms; nothing was updated"
-        )
-    if capturing and not all(table.has_recipes for table in tables):
-        raise RuntimeError(
-            f"{type(optimizer).__name__}: what the host steps cannot be captured into a CUDA "
-            "graph: params on the CPU, or backend='reference'; nothing was updated"
-        )
-    if deferred and scaling is not None and not scaling.host_lets_step():
+    try:
+        plan = _plan(optimizer, tables, groups, scaling, tracker, capturing)
+    except BaseException:
+        if stand_ins is not None:
+            stand_ins.forget_states(optimizer)
+        raise
+    if plan is None:
         return
-    if scaling is not None and not scaling.apply(tables):
-        return
-    if tracker is not None:
-        tracker.begin(tables, groups, capturing)
+    chosen, deferred = plan
     with Uninterrupted():
         for table, backend in zip(tables, chosen, strict=True):
             try:
@@ -218,6 +211,38 @@ def _run(
                 tracker.note_params(tables)
         if stand_ins is not None:
             stand_ins.write_back()
+
+
+def _plan(
+    optimizer: Stepped,
+    tables: list[_C.Table],
+    groups: Groups,
+    scaling: LossScaling | None,
+    tracker: Tracker | None,
+    capturing: bool,
+) -> tuple[list[backends.Backend], list[Row]] | None:
+    """Each table's backend, and the rows whose decay is deferred; None: no step is to be taken."""
+    chosen = [backends.select(optimizer._backend, table.device[0]) for table in tables]
+    deferred = [
+        row for table in tables if table.has_deferred for row in table.rows() if row.deferred
+    ]
+    if capturing and deferred:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} on shards cannot be captured into a CUDA graph: "
+            "other ranks have parts of its norms; nothing was updated"
+        )
+    if capturing and not all(table.has_recipes for table in tables):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: what the host steps cannot be captured into a CUDA "
+            "graph: params on the CPU, or backend='reference'; nothing was updated"
+        )
+    if deferred and scaling is not None and not scaling.host_lets_step():
+        return None
+    if scaling is not None and not scaling.apply(tables):
+        return None
+    if tracker is not None:
+        tracker.begin(tables, groups, capturing)
+    return chosen, deferred
 
 
 class Uninterrupted:

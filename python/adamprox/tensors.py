@@ -23,7 +23,7 @@ class Row(NamedTuple):
     """Its index in the group."""
     step: float
     deferred: bool
-    """Whether other ranks have parts of its norm: the param is z after the step, and then decayed."""
+    """Whether other ranks have parts of its norm: the step leaves z, which is then shrunk."""
     first_chunk: int
     numel: int
     """Of its reals: a complex number counts twice."""
