@@ -32,8 +32,6 @@ struct Span {  // some elements of one row
   Span part(int64_t first, int64_t size) const {
     return {row, grad, begin + first, size, after + count - first - size};
   }
-
-  Span alone() const { return {row, grad, begin, count, 0}; }
 };
 
 // One element of a stream: loaded when it is made, stored when the functor's call is over.

@@ -28,7 +28,7 @@ HOST_DEVICE double sum_of_squares(const Span& span, F f) {
   BlockSums sums;
   for (int64_t first = 0; first < span.count; first += kBlockSize) {
     alignas(64) T values[kBlockSize] = {};
-    f(span.part(first, std::min<int64_t>(span.count - first, kBlockSize)).alone(), values);
+    f(span.part(first, std::min<int64_t>(span.count - first, kBlockSize)), values);
     for (T& value : values) value = value * value;
     sums.add(sum_of_block(values));
   }
