@@ -295,6 +295,7 @@ def test_opcheck():
                 None,
                 list(range(len(params))),
                 handle,
+                True,
             ),
             test_utils=tests,
         )

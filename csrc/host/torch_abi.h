@@ -51,9 +51,9 @@ class TorchAbi {
     auto* autograd = at<char*>(implementation(handle_of(tensor)), autograd_);
     if (autograd == nullptr || at<void*>(autograd, grad_) == undefined_) return nullptr;
     const auto [vtable, count] = head_of(at<void*>(autograd, grad_));
-    ask = vtable != vtable_;
-    if (ask ? !is_code(vtable) : is_dying(count)) return nullptr;
-    return autograd + grad_;
+    ask = vtable != vtable_ && is_code(vtable);
+    const bool usual = vtable == vtable_ && !is_dying(count);
+    return ask || usual ? autograd + grad_ : nullptr;
   }
   bool has_own_grad(PyObject* object) const {
     return Py_TYPE(object) == parameter_ || Py_TYPE(object) == tensor_;

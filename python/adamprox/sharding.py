@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def is_distributed(tensor: Tensor) -> TypeIs[DTensor]:
     """Whether it is a DTensor; does not import torch.distributed to find out."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
 
 
 def placed_alike(tensor: DTensor, param: DTensor) -> bool:
