@@ -39,6 +39,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+import adamprox
 from registry import OPTIMIZERS, same_bits
 
 if TYPE_CHECKING:
@@ -318,6 +319,35 @@ def case_skipped_and_frozen(world: int, name: str) -> None:
         twin.step(net)
         optimizer.step()
         twin.check(net, optimizer)
+
+
+def case_zeros_counted_and_frozen(world: int, name: str) -> None:
+    """Of all ranks together; each keeps those of its shards."""
+
+    def with_zeros() -> nn.Module:
+        net = model()
+        with torch.no_grad():
+            net[0].weight[1] = 0
+            net[0].weight[:, 3] = 0
+            net[3].bias.zero_()
+        return net
+
+    twin = with_zeros()
+    mesh = init_device_mesh("cpu", (world,))
+    net = fsdp(with_zeros(), mesh)
+    counted = adamprox.sparsity(net)
+    assert counted == adamprox.sparsity(twin)
+    assert counted.tensors[0][3:] == (11, 5, 1)
+    optimizer = make(name, net.parameters())
+    with adamprox.freeze_zeros(optimizer):
+        for step in range(STEPS):
+            backward(net, step)
+            optimizer.step()
+            optimizer.zero_grad()
+    after = adamprox.sparsity(net)
+    assert after.tensors[0][3:] == (11, 5, 1) or name.startswith("AdamProxL")
+    assert after.tensors[0].zeros >= 11
+    assert after.zero_tensors >= 1
 
 
 def case_ddp(world: int, name: str) -> None:

@@ -134,6 +134,82 @@ def test_the_optimizers_take_them(optimizer):
         OPTIMIZERS[optimizer].cls(adamprox.param_groups(model, -1.0))
 
 
+# Rules by layer.
+
+
+def by_name(groups: list[dict]) -> dict[str, dict]:
+    """The values of each param, after a check of the names."""
+    values = {}
+    for group in groups:
+        assert len(group["params"]) == len(group["param_names"])
+        rest = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        values.update(dict.fromkeys(group["param_names"], rest))
+    return values
+
+
+def test_names_are_kept_and_telemetry_has_them():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    groups = adamprox.param_groups(model, 0.1)
+    named = {name: p for g in groups for name, p in zip(g["param_names"], g["params"], strict=True)}
+    assert named == dict(model.named_parameters())
+    opt = adamprox.AdamW(groups)
+    opt.track_updates(per="tensor")
+    model(torch.ones(2, 3)).sum().backward()
+    opt.step()
+    assert {stats.name for stats in opt.update_stats()} == named.keys()
+    torch.optim.AdamW(adamprox.param_groups(model, 0.1))  # takes them, too
+
+
+def test_rules_are_by_patterns_and_types_and_the_first_one_counts():
+    model = nn.ModuleDict(
+        {
+            "features": nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3)),
+            "head": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+        }
+    )
+    rules = {
+        "features.2.*": {"decay": "prox_l2", "weight_decay": 1.0},
+        nn.Conv2d: {"decay": "prox_l1", "weight_decay": 0.2},
+        "head.?.weight": {"lr": 1e-4},
+    }
+    groups = adamprox.param_groups(model, 0.1, rules=rules)
+    assert by_name(groups) == {
+        "features.0.weight": {"decay": "prox_l1", "weight_decay": 0.2},
+        "features.0.bias": {"decay": "prox_l1", "weight_decay": 0.0},
+        "features.1.weight": {"weight_decay": 0.0},
+        "features.1.bias": {"weight_decay": 0.0},
+        "features.2.weight": {"decay": "prox_l2", "weight_decay": 1.0},
+        "features.2.bias": {"decay": "prox_l2", "weight_decay": 0.0},
+        "head.0.weight": {"weight_decay": 0.1, "lr": 1e-4},
+        "head.1.weight": {"weight_decay": 0.1, "lr": 1e-4},
+        "head.0.bias": {"weight_decay": 0.0},
+        "head.1.bias": {"weight_decay": 0.0},
+    }
+    assert len(adamprox.AdamW(groups).param_groups) == len(groups)
+
+
+def test_a_shared_param_matches_by_each_of_its_names():
+    embedding, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+    head.weight = embedding.weight
+    model = nn.ModuleDict({"tokens": embedding, "head": head})
+    groups = adamprox.param_groups(model, 0.1, rules={"head.*": {"lr": 1e-4}})
+    assert by_name(groups) == {"tokens.weight": {"weight_decay": 0.0, "lr": 1e-4}}
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "match"),
+    [
+        ("heads.*", ValueError, r"no param of the model matches 'heads\.\*'"),
+        (nn.Conv2d, ValueError, "no param of the model matches <class"),
+        (3, TypeError, "Invalid rules: 3, expected a pattern or a type of modules"),
+        (int, TypeError, "expected a pattern or a type of modules"),
+    ],
+)
+def test_rules_that_match_nothing_are_refused(key, error, match):
+    with pytest.raises(error, match=match):
+        adamprox.param_groups(nn.Linear(2, 2), 0.1, rules={key: {"lr": 1.0}})
+
+
 def test_wrong_model():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, but is a list"):
         adamprox.param_groups([nn.Parameter(torch.ones(2))], 0.1)

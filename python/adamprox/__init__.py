@@ -6,6 +6,7 @@ from .grouping import WITHOUT_DECAY, param_groups
 from .in_backward import step_in_backward
 from .optimizers import Adam, AdamProx, AdamProxL1, AdamProxL2, AdamW
 from .telemetry import UpdateStats
+from .zeros import freeze_zeros, sparsity
 
 __version__ = _version("adamprox")
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "AdamProxL2",
     "AdamW",
     "UpdateStats",
+    "freeze_zeros",
     "param_groups",
+    "sparsity",
     "step_in_backward",
 ]

@@ -1,8 +1,9 @@
-"""Which params of a model decay: not those of norms, nor biases, nor embeddings."""
+"""Which params of a model decay, and how: not those of norms, nor biases, nor embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -19,42 +20,79 @@ WITHOUT_DECAY: tuple[type[nn.Module], ...] = (
 )
 
 
+Rules = Mapping[str | type[nn.Module], Mapping[str, Any]]
+
+
 def param_groups(
     model: nn.Module,
     weight_decay: float,
     without_decay: tuple[type[nn.Module], ...] = WITHOUT_DECAY,
+    rules: Rules | None = None,
 ) -> list[dict[str, Any]]:
     """The params of ``model`` in two groups: with ``weight_decay``, and with none.
 
     None have biases (params with "bias" in their own name, as in ``nn.Linear``,
     ``nn.MultiheadAttention`` and ``nn.LSTM``) and all params of torch's norms and embeddings. A
     param that several modules share has none if one of them says so: an embedding that is the head,
-    too. Frozen params are included, so that they can be thawed.
+    too. Frozen params are included, so that they can be thawed. Groups have the params' names, as
+    torch's optimizers and ``update_stats()`` show them.
 
     Args:
         model: its params, each once, keep their order.
         weight_decay: of the first group; the optimizer checks it.
         without_decay: types of modules all of whose own params have none. For norms of other
             packages: ``(*adamprox.WITHOUT_DECAY, TheirNorm)``.
+        rules: values of param groups, by a pattern of the params' names (as of a shell: ``*``,
+            ``?``, ``[...]``) or by a type of the modules that own them. A param takes those of the
+            first key that it matches; their ``weight_decay`` is for params that decay. For example
+            ``{"features.*": {"decay": "prox_l1", "weight_decay": 0.2}, nn.Linear: {"lr": 1e-4}}``.
 
     Returns:
         Groups for an optimizer's constructor; one that would be empty is left out.
+
+    Raises:
+        TypeError: ``model`` is no module, or a key of ``rules`` neither a pattern nor a type.
+        ValueError: no param matches a key of ``rules``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}")
+    rules = rules or {}
     exempt = {
         id(param)
         for module in model.modules()
         for name, param in _own_params(module)
         if isinstance(module, without_decay) or "bias" in name
     }
-    groups: tuple[dict[str, Any], ...] = (
-        {"params": [], "weight_decay": weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    )
-    for param in model.parameters():
-        groups[id(param) in exempt]["params"].append(param)
+    matches = [_matching(model, key) for key in rules]
+    for key, matching in zip(rules, matches, strict=True):
+        if not matching:
+            raise ValueError(f"Invalid rules: no param of the model matches {key!r}")
+    groups: list[dict[str, Any]] = [
+        {"params": [], "param_names": [], "weight_decay": weight_decay, **values, **without}
+        for values in ({}, *rules.values())
+        for without in ({}, {"weight_decay": 0.0})
+    ]
+    for name, param in model.named_parameters():
+        rule = next((i for i, ids in enumerate(matches, 1) if id(param) in ids), 0)
+        group = groups[2 * rule + (id(param) in exempt)]
+        group["params"].append(param)
+        group["param_names"].append(name)
     return [group for group in groups if group["params"]]
+
+
+def _matching(model: nn.Module, key: str | type[nn.Module]) -> set[int]:
+    """The ids of the params that match a key of rules."""
+    if isinstance(key, str):
+        named = model.named_parameters(remove_duplicate=False)
+        return {id(param) for name, param in named if fnmatchcase(name, key)}
+    if not (isinstance(key, type) and issubclass(key, nn.Module)):
+        raise TypeError(f"Invalid rules: {key!r}, expected a pattern or a type of modules")
+    return {
+        id(param)
+        for module in model.modules()
+        if isinstance(module, key)
+        for _, param in _own_params(module)
+    }
 
 
 def _own_params(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

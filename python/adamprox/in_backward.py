@@ -211,6 +211,7 @@ class _ParamStep:
         if self._engine is None:
             self._engine = Engine()
         self._engine.blocked = optimizer._engine.blocked
+        self._engine.frozen = optimizer._engine.frozen
         state = optimizer.state.get(param, {})
         alone = object.__new__(type(optimizer))
         alone.__dict__.update(

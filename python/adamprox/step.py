@@ -25,6 +25,7 @@ from .stand_ins import Given, StandIns
 if TYPE_CHECKING:
     from .telemetry import Tracker
     from .tensors import Row
+    from .zeros import FrozenZeros
 
 Groups = list[dict[str, Any]]
 
@@ -40,6 +41,7 @@ class Engine:
         self.tracker: Tracker | None = None
         self.handle: int | None = None  # of compiled.py
         self.blocked: str | None = None  # why no step may be taken now
+        self.frozen: FrozenZeros | None = None
         _engines.add(self)
 
     def renew(self) -> None:
@@ -92,6 +94,8 @@ def take_step(
             tracker = None
         try:
             _take_step(optimizer, optimizer._param_groups, scaling, given, tracker)
+            if engine.frozen is not None:
+                engine.frozen.keep(optimizer, given)
         finally:
             engine.gather.release()
 

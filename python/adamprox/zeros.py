@@ -1,0 +1,196 @@
+"""How much of a model is zero, and keeping it so."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .sharding import is_distributed, local_of
+from .stand_ins import Given
+
+
+class TensorSparsity(NamedTuple):
+    """What is zero in one param."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    zeros: int
+    """How many of its numbers are zero."""
+    rows: int
+    """The indices of dim 0: neurons, or filters. 0 for a param of less than two dims."""
+    zero_rows: int
+
+    @property
+    def share(self) -> float:
+        """``zeros / numel``, and 0 without elements."""
+        return self.zeros / self.numel if self.numel else 0.0
+
+
+class Sparsity(NamedTuple):
+    """What is zero in a model: see :func:`sparsity`. Printed, it is a table."""
+
+    tensors: tuple[TensorSparsity, ...]
+
+    @property
+    def share(self) -> float:
+        """The share of all numbers of the model that are zero."""
+        numel = sum(tensor.numel for tensor in self.tensors)
+        return sum(tensor.zeros for tensor in self.tensors) / numel if numel else 0.0
+
+    @property
+    def zero_tensors(self) -> int:
+        """How many tensors with elements are zero as a whole."""
+        return sum(tensor.zeros == tensor.numel > 0 for tensor in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data, for a log."""
+        return {
+            "share": self.share,
+            "zero_tensors": self.zero_tensors,
+            "tensors": [{**t._asdict(), "share": t.share} for t in self.tensors],
+        }
+
+    def __str__(self) -> str:
+        header = ("param", "shape", "zeros", "share", "zero rows")
+        rows: list[tuple[str, ...]] = [
+            (t.name, " x ".join(map(str, t.shape)), f"{t.zeros:,}", _percent(t.share), _rows(t))
+            for t in self.tensors
+        ]
+        total = TensorSparsity(
+            f"all ({self.zero_tensors} of {len(self.tensors)} tensors are zero)",
+            (),
+            *(sum(t[i] for t in self.tensors) for i in range(2, 6)),  # type: ignore[misc]
+        )
+        rows.append((total.name, "", f"{total.zeros:,}", _percent(self.share), _rows(total)))
+        has_rich = importlib.util.find_spec("rich") is not None
+        return _rich_table(header, rows) if has_rich else _plain_table(header, rows)
+
+
+def sparsity(model: nn.Module) -> Sparsity:
+    """Counts the zeros in each param of ``model``: single numbers, rows and whole tensors.
+
+    It reads every param once, and waits for a GPU. Of a DTensor it counts all ranks' parts.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}")
+    return Sparsity(tuple(_count(name, param) for name, param in model.named_parameters()))
+
+
+@torch.no_grad()
+def _count(name: str, param: Tensor) -> TensorSparsity:
+    zero = param == 0
+    rows = param.shape[0] if param.dim() > 1 else 0
+    # A row without elements is no zero row.
+    zero_rows = zero.flatten(1).all(1).sum() if rows and param.numel() else zero.new_zeros(())
+    counts = (c.full_tensor() if is_distributed(c) else c for c in (zero.sum(), zero_rows))
+    zeros, of_rows = (int(count) for count in counts)
+    return TensorSparsity(name, tuple(param.shape), param.numel(), zeros, rows, of_rows)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _rows(tensor: TensorSparsity) -> str:
+    return f"{tensor.zero_rows:,} of {tensor.rows:,}" if tensor.rows else ""
+
+
+def _rich_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for i, title in enumerate(header):
+        table.add_column(title, justify="left" if i < 2 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=io.StringIO())
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip("\n")
+
+
+def _plain_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def freeze_zeros(optimizer: Optimizer) -> FrozenZeros:
+    """What is zero in the optimizer's params now stays zero in its steps: for fine-tuning.
+
+    Any rule may follow: an optimizer without decay, say, on what a run of ``AdamProxL1`` has left.
+    After each step, also one taken in backward, it writes zeros where they were; so do averages of
+    ``ema_decay``. It keeps a bool for each number of a param that has a zero. It is no part of a
+    checkpoint: call it again after one is loaded.
+
+    Returns:
+        A handle: ``remove()``, or leaving it as a context, ends this.
+
+    Raises:
+        TypeError: ``optimizer`` is none of this package's.
+        RuntimeError: the optimizer's zeros are frozen already.
+    """
+    engine = getattr(optimizer, "_engine", None)
+    if engine is None:
+        raise TypeError(
+            f"optimizer must be one of adamprox's, but is a {torch.typename(optimizer)}"
+        )
+    if engine.frozen is not None:
+        raise RuntimeError("the zeros of this optimizer are frozen already: remove() the handle")
+    engine.frozen = FrozenZeros(optimizer)
+    return engine.frozen  # type: ignore[no-any-return]
+
+
+class FrozenZeros:
+    """The handle of :func:`freeze_zeros`."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._engine: Any = optimizer._engine  # type: ignore[attr-defined]
+        self._zeros = WeakTensorKeyDictionary()
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                zero = local_of(param.detach()) == 0
+                if zero.any():
+                    self._zeros[param] = zero
+
+    @torch.no_grad()
+    def keep(self, optimizer: Any, given: Given | None) -> None:
+        """Writes the zeros that a step of these params has moved."""
+        for group in optimizer._param_groups:
+            for param in group["params"]:
+                zero = self._zeros.get(param)
+                if zero is not None:
+                    tensors = (given or {}).get(param, {})
+                    ema = tensors.get("ema", optimizer.state.get(param, {}).get("ema"))
+                    for tensor in (tensors.get("param", param), ema):
+                        if tensor is not None:
+                            local_of(tensor).masked_fill_(zero, 0)
+
+    def remove(self) -> None:
+        """Lets the zeros move again."""
+        if self._engine.frozen is self:
+            self._engine.frozen = None
+
+    def __enter__(self) -> FrozenZeros:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
