@@ -137,9 +137,10 @@ def freeze_zeros(optimizer: Optimizer) -> FrozenZeros:
     """What is zero in the optimizer's params now stays zero in its steps: for fine-tuning.
 
     Any rule may follow: an optimizer without decay, say, on what a run of ``AdamProxL1`` has left.
-    After each step, also one taken in backward, it writes zeros where they were; so do averages of
-    ``ema_decay``. It keeps a bool for each number of a param that has a zero. It is no part of a
-    checkpoint: call it again after one is loaded.
+    After each step, also one taken in backward, it writes zeros where they were, and into averages
+    of ``ema_decay``. It does not ask where a zero comes from: a bias that is still at its initial
+    zero stays there, too. It keeps a bool for each number of a param that has a zero. It is no part
+    of a checkpoint: call it again after one is loaded.
 
     Returns:
         A handle: ``remove()``, or leaving it as a context, ends this.
