@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import signal
+import sys
 import weakref
 
 import pytest
@@ -62,7 +64,7 @@ def test_nan_is_no_zero_and_complex_zeros_are_whole():
 @pytest.mark.parametrize("rich", [True, False])
 def test_it_prints_a_table(rich, monkeypatch):
     if not rich:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
     lines = str(adamprox.sparsity(network())).splitlines()
     words = [" ".join(line.split()) for line in lines]
     assert words[0] == "param shape zeros share zero rows"
@@ -70,6 +72,14 @@ def test_it_prints_a_table(rich, monkeypatch):
     assert words[-1].endswith("14 48.3 % 2 of 8")
     assert "1 of 4 tensors are zero" in words[-1]
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_name_in_brackets_is_no_markup(rich, monkeypatch):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    model = nn.ParameterDict({"[bold]": torch.zeros(2)})
+    assert "[bold]" in str(adamprox.sparsity(model))
 
 
 def test_another_models_type_is_refused():
@@ -161,6 +171,40 @@ def test_a_replaced_param_is_not_kept_alive_and_moves():
     assert old() is None
     train(opt, model, 1)
     assert (model[0].weight != 0).all()
+
+
+def test_a_param_of_another_shape_is_refused_by_name_and_nothing_is_updated():
+    model = network()
+    opt = make("AdamW", model)
+    handle = adamprox.freeze_zeros(opt)
+    train(opt, model, 1)
+    for key in (None, "exp_avg", "exp_avg_sq"):  # as pruning of rows does
+        tensor = model[0].weight if key is None else opt.state[model[0].weight][key]
+        tensor.data = tensor.data[:4].clone()
+    model[0].weight.grad = torch.ones(4, 4)
+    before = values(model)
+    with pytest.raises(RuntimeError, match=r"params'\]\[0\] has shape \(4, 4\), and had \(5, 4\)"):
+        opt.step()
+    assert all(map(torch.equal, before, values(model)))
+    handle.remove()
+    opt.step()
+
+
+def test_ctrl_c_leaves_no_zero_moved(monkeypatch):
+    model = network()
+    opt = make("AdamW", model)
+    handle = adamprox.freeze_zeros(opt)
+    keep = handle.keep
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        keep(*args)
+
+    monkeypatch.setattr(handle, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(opt, model, 1)
+    assert adamprox.sparsity(model).tensors[0].zeros == 8
+    assert (model[0].weight != network()[0].weight).any()
 
 
 def test_it_is_refused_twice_and_for_others():

@@ -16,6 +16,7 @@ from .hyperparameters import (
     DECAY_SETTINGS,
     DEFAULTS,
     RULE_OPTIONS,
+    SIXTEEN_BITS,
     STATES,
     states_of,
     validate,
@@ -24,7 +25,6 @@ from .hyperparameters import (
 StateDict = dict[str, Any]
 
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")  # torch's others have defaults
-_16_BITS = (torch.bfloat16, torch.float16)
 _LISTED = 5  # of the params that share a problem
 
 
@@ -170,7 +170,7 @@ def _wide_states(
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for index, param in zip(ids, params, strict=False):  # torch refuses unequal numbers
         state = state_dict["state"].get(index)
-        if param.dtype not in _16_BITS or not isinstance(state, Mapping):
+        if param.dtype not in SIXTEEN_BITS or not isinstance(state, Mapping):
             continue
         for known in STATES:
             value = state.get(known.key)

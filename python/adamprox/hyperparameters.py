@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from numbers import Real
 from typing import Any, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor
 
 Group = Mapping[str, Any]
@@ -30,6 +31,7 @@ STATES = (
     State("max_exp_avg_sq", needs="amsgrad"),
     State("ema", "compute", needs="ema_decay", starts="param"),
 )
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)  # dtypes that are computed in float32
 COUNT = "step"  # beside them: how many steps the param has made, one number
 
 

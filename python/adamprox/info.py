@@ -13,6 +13,7 @@ import torch
 
 from . import _C, __version__
 from .backends import BACKENDS, Backend, requested
+from .tables import table
 
 if TYPE_CHECKING:
     import argparse
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
-        _print_table(_rows(facts))
+        print(table(_rows(facts)))
     return 0
 
 
@@ -123,19 +124,3 @@ def _asked_for() -> str:
         return requested(None) or "not set: the best that can run"
     except (ValueError, RuntimeError) as error:  # what every step would say
         return str(error)
-
-
-def _print_table(rows: list[tuple[str, str]]) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        width = max(len(name) for name, _ in rows)
-        for name, value in rows:
-            print(f"{name:<{width}}  {value}")
-        return
-    table = Table(show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    # Reasons may hold square brackets, which are no markup.
-    Console(markup=False, emoji=False, highlight=False).print(table)

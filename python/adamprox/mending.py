@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 
 from . import _C
 from .freed_grad import FreedGrad
-from .hyperparameters import COUNT, STATES, states_of
+from .hyperparameters import COUNT, SIXTEEN_BITS, STATES, states_of
 from .sharding import is_distributed, local_of, why_not
-from .stand_ins import SIXTEEN_BITS, StandIns, count_dtype, make_states
+from .stand_ins import StandIns, count_dtype, make_states
+from .tensors import dispatches, is_transformed
 
 _DTYPES = (
     torch.float32,
@@ -208,11 +209,9 @@ class _Param:
         if is_distributed(tensor):
             if problem := why_not(tensor, param, may_move=key == "grad"):
                 self.refuse(f"{what} {problem}")
-        elif type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        elif dispatches(tensor):
             self.refuse(f"{what} is a {type(tensor).__name__}, expected a plain one or a DTensor")
-        elif torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(
-            tensor
-        ):
+        elif is_transformed(tensor):
             self.refuse(
                 f"{what} belongs to a transformation of torch.func, expected a plain tensor"
             )
@@ -244,9 +243,13 @@ class _Param:
             self.refuse(f"{what} has dtype={tensor.dtype}, and the param {param.dtype}")
 
     def _check_memory(self, tensor: Tensor, what: str) -> None:
-        plain = type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
         on_device = tensor.device.type in ("cpu", "cuda") and tensor.layout == torch.strided
-        if not plain or not on_device or tensor.numel() == 0 or torch._is_zerotensor(tensor):
+        if (
+            dispatches(tensor)
+            or not on_device
+            or tensor.numel() == 0
+            or torch._is_zerotensor(tensor)
+        ):
             return
         last = tensor.storage_offset() + sum(
             (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)

@@ -10,12 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _C
-from .hyperparameters import COUNT, STATES, Group, State, states_of
+from .hyperparameters import COUNT, SIXTEEN_BITS, STATES, Group, State, states_of
 
 Given = dict[Tensor, dict[str, Tensor | None]]
 """Tensors that the caller has in place of a param's own, by key; a grad that is None: no step."""
-
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 Made = list[tuple[Tensor, dict[str, Tensor]]]
 """Params, and states that were made for them."""

@@ -93,9 +93,13 @@ def take_step(
         if tracker is not None and not tracker.due():
             tracker = None
         try:
-            _take_step(optimizer, optimizer._param_groups, scaling, given, tracker)
-            if engine.frozen is not None:
-                engine.frozen.keep(optimizer, given)
+            if engine.frozen is None:
+                _take_step(optimizer, optimizer._param_groups, scaling, given, tracker)
+            else:
+                engine.frozen.check(optimizer)
+                with Uninterrupted():
+                    _take_step(optimizer, optimizer._param_groups, scaling, given, tracker)
+                    engine.frozen.keep(optimizer, given)
         finally:
             engine.gather.release()
 
@@ -151,7 +155,7 @@ def _take_step(
             for one in _one_by_one(groups):
                 _take_step(optimizer, one, scaling, given, None)
         return
-    _run(optimizer, groups, scaling, stand_ins, tracker, capturing)
+    _run(optimizer, tables, groups, scaling, stand_ins, tracker, capturing)
 
 
 def _divided(groups: Groups, later: Container[tuple[int, int]]) -> tuple[Groups, Groups]:
@@ -179,6 +183,7 @@ def _one_by_one(groups: Groups) -> Iterator[Groups]:
 @_disable_dynamo  # which would trace it after a graph break
 def _run(
     optimizer: Stepped,
+    tables: list[_C.Table],
     groups: Groups,
     scaling: LossScaling | None,
     stand_ins: StandIns | None,
@@ -186,7 +191,6 @@ def _run(
     capturing: bool,
 ) -> None:
     """The step that has been read, table by table."""
-    tables = optimizer._engine.gather.tables()
     try:
         plan = _plan(optimizer, tables, groups, scaling, tracker, capturing)
     except BaseException:

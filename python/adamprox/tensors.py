@@ -29,13 +29,24 @@ class Row(NamedTuple):
     """Of its reals: a complex number counts twice."""
 
 
+def dispatches(tensor: Tensor) -> bool:
+    """Whether its class has code of its own for torch's operations."""
+    return type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether it belongs to a transformation of torch.func."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(
+        tensor
+    )
+
+
 def is_ordinary(tensor: Any) -> bool:
     """Whether its numbers lie in memory of its own, as they are: so that C++ may work on them."""
     return (
         isinstance(tensor, Tensor)
-        and type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not torch._is_functional_tensor(tensor)
+        and not dispatches(tensor)
+        and not is_transformed(tensor)
         and tensor.layout is torch.strided
         and tensor.device.type in ("cpu", "cuda")
         and not (tensor.is_nested or tensor.is_inference() or tensor.is_conj() or tensor.is_neg())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .sharding import is_distributed, local_of
 from .stand_ins import Given
+from .tables import table
 
 
 class TensorSparsity(NamedTuple):
@@ -70,8 +68,7 @@ class Sparsity(NamedTuple):
             *(sum(t[i] for t in self.tensors) for i in range(2, 6)),  # type: ignore[misc]
         )
         rows.append((total.name, "", f"{total.zeros:,}", _percent(self.share), _rows(total)))
-        has_rich = importlib.util.find_spec("rich") is not None
-        return _rich_table(header, rows) if has_rich else _plain_table(header, rows)
+        return table(rows, header)
 
 
 def sparsity(model: nn.Module) -> Sparsity:
@@ -104,33 +101,6 @@ def _percent(share: float) -> str:
 
 def _rows(tensor: TensorSparsity) -> str:
     return f"{tensor.zero_rows:,} of {tensor.rows:,}" if tensor.rows else ""
-
-
-def _rich_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for i, title in enumerate(header):
-        table.add_column(title, justify="left" if i < 2 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(file=io.StringIO())
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get().rstrip("\n")
-
-
-def _plain_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def freeze_zeros(optimizer: Optimizer) -> FrozenZeros:
@@ -171,6 +141,27 @@ class FrozenZeros:
                 zero = local_of(param.detach()) == 0
                 if zero.any():
                     self._zeros[param] = zero
+
+    def check(self, optimizer: Any) -> None:
+        """Before a step: follows params that have moved to another device.
+
+        Raises:
+            RuntimeError: a param has another shape now; nothing was updated.
+        """
+        for g, group in enumerate(optimizer._param_groups):
+            for i, param in enumerate(group["params"]):
+                zero = self._zeros.get(param)
+                if zero is None:
+                    continue
+                own = local_of(param.detach())
+                if own.shape != zero.shape:
+                    raise RuntimeError(
+                        f"param_groups[{g}]['params'][{i}] has shape {tuple(own.shape)}, and had "
+                        f"{tuple(zero.shape)} when its zeros were frozen: remove() the handle; "
+                        "nothing was updated"
+                    )
+                if own.device != zero.device:
+                    self._zeros[param] = zero.to(own.device)
 
     @torch.no_grad()
     def keep(self, optimizer: Any, given: Given | None) -> None:
