@@ -101,9 +101,9 @@ std::vector<int> DeviceTable::arrange() {
   }
   const auto before = [](const Interval& a, const Interval& b) { return a.begin < b.begin; };
   if (!known) {
-    table.lay_out_chunks();
-    known_rows_ = rows;
+    known_rows_.clear();  // in case that memory runs out amid this
     known_counts_.clear();
+    table.lay_out_chunks();
     std::vector<Interval> written;
     for (size_t i = 0; i < rows.size(); ++i) {
       known_counts_.push_back(count_of(i));
@@ -121,6 +121,7 @@ std::vector<int> DeviceTable::arrange() {
       }
       ends_.back() = std::max(ends_.back(), i.end);
     }
+    known_rows_ = rows;
   }
   bool overlap = overlap_;
   for (size_t i = 0; !overlap && i < rows.size(); ++i) overlap = overlaps_written(i);

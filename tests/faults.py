@@ -213,7 +213,8 @@ def alone(*cases: str):
         def test(case, request):
             if request.path not in OUTCOMES:
                 OUTCOMES[request.path] = outcomes(request)
-            assert OUTCOMES[request.path][names[case]] == "ok"
+            outcome = OUTCOMES[request.path][names[case]]
+            assert outcome == "ok", outcome
 
         test.__name__, test.__doc__ = body.__name__, body.__doc__
         return test
