@@ -148,20 +148,21 @@ void DeviceTable::begin() {
   begun_ = true;
   launched = false;
   table.scalars.clear();
-  scalars_values_.clear();
+  made_for_.clear();
   table.scalars.reserve(counts.size());  // so that nothing fails once a count is written
-  scalars_values_.reserve(counts.size());
+  made_for_.reserve(counts.size());
   for (size_t i = 0; i < counts.size(); ++i) {
     StepCount& count = counts[i];
     if (recipes) {
       const auto dtype = count.is_double ? DType::kFloat64 : DType::kFloat32;
       table.rows[i].scalars = static_cast<int32_t>(i);
-      table.scalars_recipes.push_back({count.at, value_of_[i], static_cast<int32_t>(dtype)});
+      table.scalars_recipes.push_back({count.at, value_of_[i], static_cast<int16_t>(dtype),
+                                       static_cast<int16_t>(table.rows[i].param_dtype)});
       table.scalars.emplace_back();
     } else {
       count.before = count.read();
       count.write(count.before + 1);
-      table.rows[i].scalars = scalars_of(value_of_[i], count.before + 1);
+      table.rows[i].scalars = scalars_of(value_of_[i], count.before + 1, table.rows[i].param_dtype);
     }
   }
   table.head.num_groups = static_cast<int64_t>(table.group_recipes.size());
@@ -175,16 +176,19 @@ void DeviceTable::undo() {
   begun_ = false;
 }
 
-// Rows with the same values, at the same step, share them.
-int32_t DeviceTable::scalars_of(int value, double step) {
+// Rows with the same values, at the same step, share them; with bounds, rows of the same dtype.
+int32_t DeviceTable::scalars_of(int value, double step, DType dtype) {
   std::vector<Scalars>& all = table.scalars;
+  const RowValues& v = values[value];
+  const bool bounded = std::isfinite(v.h.number[kLow]) || std::isfinite(v.h.number[kHigh]);
+  const int made_for = 4 * value + (bounded ? static_cast<int>(dtype) : 0);
   constexpr size_t kRecent = 8;  // steps that params of a group may be at, in turns
   for (size_t i = all.size(); i-- > 0 && i + kRecent >= all.size();) {
-    if (scalars_values_[i] == value && all[i].step == step) return static_cast<int32_t>(i);
+    if (made_for_[i] == made_for && all[i].step == step) return static_cast<int32_t>(i);
   }
-  bias_.update(values[value].h, step);
-  all.push_back(make_scalars(values[value].rule, values[value].h, bias_, loss_scale));
-  scalars_values_.push_back(value);
+  bias_.update(v.h, step);
+  all.push_back(make_scalars(v.rule, v.h, bias_, loss_scale, dtype));
+  made_for_.push_back(made_for);
   return static_cast<int32_t>(all.size() - 1);
 }
 

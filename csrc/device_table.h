@@ -96,11 +96,11 @@ class DeviceTable {
   struct Interval;
   void append_written(size_t row, std::vector<Interval>& out) const;
   bool overlaps_written(size_t row) const;
-  int32_t scalars_of(int value, double step);
+  int32_t scalars_of(int value, double step, DType dtype);
 
   bool begun_ = false;
-  std::vector<int> value_of_;        // one a row
-  std::vector<int> scalars_values_;  // one a scalars
+  std::vector<int> value_of_;  // one a row
+  std::vector<int> made_for_;  // one a scalars: the values, and the dtype where it matters
   BiasCorrections bias_;
   // Kept from step to step: the rows and counts as they were when arranged, what they write to, sorted
   // and merged, and whether some of it overlaps. So a step compares its new grads, and sorts nothing.

@@ -136,6 +136,21 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         ),
         "ema": Option({"ema_decay": 0.75}, optimizers=("AdamProx", "AdamProxL2")),
         "cautious": Option({"cautious": True}, optimizers=("AdamW",)),
+        "metric": Option(
+            {"metric": "adam"},
+            groups=({}, {"amsgrad": True}, {"bounds": (-0.5, 0.25), "decay_by": "schedule"}),
+            lr_factor=lambda step: 1 / (1 + step % 3),
+            optimizers=("AdamProx", "AdamProxL1"),
+        ),
+        "bounds": Option(
+            groups=({"bounds": (0, None)}, {"bounds": (-0.3, 0.35)}, {"bounds": (None, 0.1)}),
+            optimizers=("AdamProx", "AdamProxL1"),
+        ),
+        "elastic_net": Option(
+            {"l2": 5.0},
+            groups=({}, {"metric": "adam"}, {"bounds": (-1.0, 0.5), "l2": 20.0}),
+            optimizers=("AdamProxL1",),
+        ),
         # A group a rule, whatever the class is.
         "rules": Option(
             groups=(
@@ -144,6 +159,8 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
                     for spec in OPTIMIZERS.values()
                 ),
                 {"decay": "decoupled", "weight_decay": 0.5, "cautious": True},
+                {"decay": "prox_l1", "weight_decay": 0.3, "metric": "adam", "l2": 2.0},
+                {"decay": "prox_sq_l2", "metric": "adam", "bounds": (-0.6, 0.6)},
             ),
             optimizers=("AdamProx",),
         ),

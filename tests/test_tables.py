@@ -34,7 +34,7 @@ def test_a_group_has_every_value_that_is_read(rule):
     assert numbers | {*_C.flags} <= group.keys() | options
     known = {"initial_lr"} | REQUIRED | DEFAULTS.keys() | RULE_OPTIONS.keys()
     assert numbers | {*_C.flags} <= known
-    assert {key.partition("[")[0] for key in _C.numbers if "[" in key} == {"betas"}
+    assert {key.partition("[")[0] for key in _C.numbers if "[" in key} == {"betas", "bounds"}
     assert options.isdisjoint(group)
 
 

@@ -25,7 +25,9 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, INITIAL_LR = (
     tl.constexpr(_C.numbers.index(key))
     for key in ("lr", "betas[0]", "betas[1]", "eps", "weight_decay", "initial_lr")
 )
-EMA_DECAY = tl.constexpr(_C.numbers.index("ema_decay"))
+EMA_DECAY, L2, LOW, HIGH = (
+    tl.constexpr(_C.numbers.index(key)) for key in ("ema_decay", "l2", "bounds[0]", "bounds[1]")
+)
 MAXIMIZE, DECAY_BY_SCHEDULE = (
     tl.constexpr(_C.flags.index(key)) for key in ("maximize", "decay_by")
 )
@@ -105,19 +107,40 @@ def alpha(initial_lr):
 
 
 @triton.jit
-def constants(rate, weight_decay, NUMBER: tl.constexpr):
+def constants(strength, weight_decay, strength2, bounds, root, NUMBER: tl.constexpr):
+    """``strength2`` is the one of l2, and ``root`` is sqrt(1 - beta2**t)."""
     RULE: tl.constexpr = RULES[NUMBER]
-    strength = rate * weight_decay
     if RULE == "Coupled":
         return (weight_decay,)
-    elif RULE == "ProxSqL2":
-        return (divide(strength, 1.0 + strength),)
+    elif RULE == "ProxSqL2Metric" or RULE == "ProxL1Metric":
+        return (strength * root, strength2 * root, *bounds)
+    elif RULE == "ProxSqL2" or RULE == "ProxL1":
+        share = divide(strength, 1.0 + strength) if RULE == "ProxSqL2" else strength
+        return (share, divide(strength2, 1.0 + strength2), *bounds)
     else:
         return (strength,)
 
 
+# csrc/math/dispatch.h
+
+
 @triton.jit
-def make_scalars(group, step, loss_scale, mask):
+def round_up(x, dtype):
+    digits = tl.where(dtype == 0, 24, tl.where(dtype == 2, 8, 11))
+    least_exponent = tl.where(dtype == 3, -14, -126)
+    exponent = ((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023
+    of_unit = tl.maximum(exponent, least_exponent) - (digits - 1)
+    unit = ((of_unit + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+    as_it_is = (dtype == 1) | (exponent == 1024)  # float64; infinite, or NaN
+    unit = tl.where(as_it_is, 1.0, unit)
+    return tl.where(as_it_is, x, tl.ceil(divide(x, unit)) * unit)
+
+
+# csrc/math/recipes.h
+
+
+@triton.jit
+def make_scalars(group, step, loss_scale, param_dtype, mask):
     """What MADE names, and then a tuple of the decay's constants."""
     lr = read(group + LR * VALUE, mask)
     beta1 = read(group + BETA1 * VALUE, mask)
@@ -138,12 +161,17 @@ def make_scalars(group, step, loss_scale, mask):
     )
     rate = decay_rate(lr, initial_lr, byte(group, FLAG_BYTES + DECAY_BY_SCHEDULE, mask) != 0)
     weight_decay = read(group + WEIGHT_DECAY * VALUE, mask)
+    strength2 = rate * read(group + L2 * VALUE, mask)
+    low = round_up(read(group + LOW * VALUE, mask), param_dtype)
+    high = -round_up(-read(group + HIGH * VALUE, mask), param_dtype)
     rule = byte(group, RULE_BYTE, mask)
     decay = ()
     for i in tl.static_range(DECAY_CONSTANTS):
         constant = tl.zeros_like(step)
         for r in tl.static_range(size(RULES)):
-            k = constants(rate, weight_decay, r)
+            k = constants(
+                rate * weight_decay, weight_decay, strength2, (low, high), correction2_sqrt, r
+            )
             if i < len(k):
                 constant = tl.where(rule == r, k[i], constant)
         decay += (constant,)
@@ -164,9 +192,10 @@ def prepare_kernel(payload, prepared, num_rows, num_recipes):
     recipe = groups + tl.load(head + NUM_GROUPS) * GROUP + index * RECIPE
     counter = tl.load(recipe, mask, 0)
     group = tl.load(recipe + 1, mask, 0)
-    dtype = group >> 32
+    dtype, param_dtype = (group >> 32) & 0xFFFF, (group >> 48) & 0xFFFF
     step = read_at(counter, dtype, mask, tl.zeros([VECTOR], tl.float64)) + 1.0
-    made, decay = make_scalars(groups + (group & 0xFFFFFFFF) * GROUP, step, loss_scale, mask)
+    group = groups + (group & 0xFFFFFFFF) * GROUP
+    made, decay = make_scalars(group, step, loss_scale, param_dtype, mask)
     scalars = (prepared + 1 + index * SCALARS).to(tl.pointer_type(tl.float64))
     for i in tl.static_range(size(MADE)):
         tl.store(scalars + MADE[i], made[i], mask)

@@ -85,13 +85,21 @@ def running_max(exp_avg_sq, max_exp_avg_sq):
 
 
 @triton.jit
+def adam_denominator(exp_avg_sq, eps):
+    return sqrt(exp_avg_sq) + eps
+
+
+@triton.jit
 def adam_update(exp_avg, exp_avg_sq, step_size, eps):
-    return divide(step_size * exp_avg, sqrt(exp_avg_sq) + eps)
+    return divide(step_size * exp_avg, adam_denominator(exp_avg_sq, eps))
 
 
 # csrc/math/decay.h
 
-assert RULES.value == ("Coupled", "Decoupled", "Cautious", "ProxSqL2", "ProxL1", "ProxL2")
+assert RULES.value == (
+    *("Coupled", "Decoupled", "Cautious", "ProxSqL2", "ProxSqL2Metric", "ProxL1", "ProxL1Metric"),
+    "ProxL2",
+)
 
 
 @triton.constexpr_function
@@ -108,16 +116,30 @@ def couple(grad, param, k, RULE: tl.constexpr):
 
 
 @triton.jit
-def apply(param, update, k, RULE: tl.constexpr):
+def clamp(x, k):
+    return tl.where(x < k[2], k[2], tl.where(x > k[3], k[3], x))  # a NaN stays a NaN
+
+
+@triton.jit
+def apply(param, update, denominator, k, RULE: tl.constexpr):
     if RULE == "Decoupled":
         return param - (update + k[0] * param)
     elif RULE == "Cautious":
         opposite = ((update > 0) & (param < 0)) | ((update < 0) & (param > 0))
         return param - tl.where(opposite, update, update + k[0] * param)
     elif RULE == "ProxSqL2":
-        return param - (update + k[0] * (param - update))
+        return clamp(param - (update + k[0] * (param - update)), k)
+    elif RULE == "ProxSqL2Metric":
+        factor = divide(k[0] + tl.zeros_like(denominator), denominator + k[0])
+        return clamp(param - (update + factor * (param - update)), k)
     elif RULE == "ProxL1":
-        return soft_threshold(param - update, k[0])
+        x = soft_threshold(param - update, k[0])
+        return clamp(tl.where(k[1] == 0, x, x - k[1] * x), k)
+    elif RULE == "ProxL1Metric":
+        threshold = divide(k[0] + tl.zeros_like(denominator), denominator)
+        factor = divide(k[1] + tl.zeros_like(denominator), denominator + k[1])
+        x = soft_threshold(param - update, threshold)
+        return clamp(tl.where(k[1] == 0, x, x - factor * x), k)
     else:  # ProxL2: its blocks shrink later
         tl.static_assert(RULE == "Coupled" or RULE == "ProxL2")
         return param - update
@@ -173,7 +195,8 @@ def update(param, grad, moments, scalars, RULE: tl.constexpr):
     new = (exp_avg, exp_avg_sq)
     if len(moments) > 2:  # amsgrad
         new += (running_max(exp_avg_sq, moments[2]),)
-    return apply(param, adam_update(exp_avg, new[-1], step_size, eps), k, RULE), new
+    denominator = adam_denominator(new[-1], eps)
+    return apply(param, divide(step_size * exp_avg, denominator), denominator, k, RULE), new
 
 
 @triton.jit

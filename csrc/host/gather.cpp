@@ -226,6 +226,9 @@ bool Gather::resolve(Member& m, Entry& entry, Device& device) {
   row.numel = p.numel() << p.complex;
   row.param_dtype = p.dtype;
   row.rule = is_deferred(m) ? Decay::kProxL1 : groups_[m.group].rule;
+  const double* number = groups_[m.group].h.number;
+  const bool empty = round_up(number[kLow], p.dtype) > -round_up(-number[kHigh], p.dtype);
+  if (has_bounds(row.rule) && empty) report(m, "bounds");
   if (abi_.read(m.step.handle(), t) && t.numel() == 1 && !t.complex && size_of(t.dtype) >= 4) {
     entry.count = {t.data, t.dtype == DType::kFloat64, t.device};
   }

@@ -107,11 +107,9 @@ class GroupReader {
 
   void read_number(int n, GroupValues& v) const {
     const NumberKey& key = kNumberKeys[n];
-    if (key.optional && (!v.held[n] || v.held[n].is_none())) {  // initial_lr is lr then
-      v.h.number[n] = n == kInitialLr ? v.h.number[kLr] : 0;
-      v.tensors[n] = n == kInitialLr ? v.tensors[kLr] : py::object();
-      return;
-    }
+    v.h.number[n] = n == kInitialLr ? v.h.number[kLr] : key.missing;
+    v.tensors[n] = n == kInitialLr ? v.tensors[kLr] : py::object();
+    if (key.optional && (!v.held[n] || v.held[n].is_none())) return;
     py::object value = required(v, n);
     if (key.item >= 0) {
       const auto pair = py::reinterpret_steal<py::tuple>(PySequence_Tuple(value.ptr()));
@@ -120,6 +118,7 @@ class GroupReader {
         throw py::type_error(invalid(key.key, value) + "two numbers; nothing was updated");
       }
       value = pair[key.item];
+      if (key.optional && value.is_none()) return;
     }
     const bool tensor = TorchAbi::get().is_tensor(value.ptr());
     v.has_tensors |= tensor;
@@ -129,8 +128,7 @@ class GroupReader {
 
   bool is_on(int f, const GroupValues& v) const {  // may run Python code
     const FlagKey& key = kFlagKeys[f];
-    const bool may_be_missing = key.kind == kNotNone || key.kind == kOption;
-    const py::object& value = may_be_missing ? v.held[kFlagsAt + f] : required(v, kFlagsAt + f);
+    const py::object& value = key.optional ? v.held[kFlagsAt + f] : required(v, kFlagsAt + f);
     if (!value) return false;
     if (key.kind == kNotNone) return !value.is_none() && value.ptr() != Py_False;
     return key.kind == kText ? is_text(value, key.text) : bool(py::bool_(value));

@@ -32,9 +32,14 @@ HOST_DEVICE T running_max(T exp_avg_sq, T& max_exp_avg_sq) {  // amsgrad
 }
 
 template <typename T>
-HOST_DEVICE T adam_update(T exp_avg, T exp_avg_sq, T step_size, T eps) {
+HOST_DEVICE T adam_denominator(T exp_avg_sq, T eps) {
   using std::sqrt;
-  return (step_size * exp_avg) / (sqrt(exp_avg_sq) + eps);
+  return sqrt(exp_avg_sq) + eps;
+}
+
+template <typename T>
+HOST_DEVICE T adam_update(T exp_avg, T exp_avg_sq, T step_size, T eps) {
+  return (step_size * exp_avg) / adam_denominator(exp_avg_sq, eps);
 }
 
 }  // namespace adamprox

@@ -1,12 +1,18 @@
 // The decay rules, one small struct each: `couple` puts decay into the gradient, `apply` steps the
-// param by Adam's update and decays it. With z = param - update and the decay strength s:
+// param by Adam's update and decays it. With z = param - update, the decay strength s, Adam's denominator
+// D = sqrt(exp_avg_sq) + eps, and c = sqrt(1 - beta2^t):
 //
-//   Coupled    Adam        param <- z, grad having become grad + k * param     k = weight_decay
-//   Decoupled  AdamW       param <- (1 - s) * param - update                   k = s
-//   Cautious   AdamW       the same, where update and param do not differ in sign; else z
-//   ProxSqL2   AdamProx    param <- z / (1 + s)                                k = s / (1 + s)
-//   ProxL1     AdamProxL1  param <- sign(z) * max(abs(z) - s, 0)               k = s
-//   ProxL2     AdamProxL2  param <- max(1 - s / norm(z), 0) * z                k = s
+//   Coupled         Adam        param <- z, grad having become grad + k * param     k = weight_decay
+//   Decoupled       AdamW       param <- (1 - s) * param - update                   k = s
+//   Cautious        AdamW       the same, where update and param do not differ in sign; else z
+//   ProxSqL2        AdamProx    param <- z / (1 + s)                                k = s / (1 + s)
+//   ProxSqL2Metric  AdamProx    param <- z / (1 + s * c / D)                        k = s * c
+//   ProxL1          AdamProxL1  param <- sign(z) * max(abs(z) - s, 0) / (1 + s2)    k = s, s2 / (1 + s2)
+//   ProxL1Metric    AdamProxL1  the same with s * c / D and s2 * c / D              k = s * c, s2 * c
+//   ProxL2          AdamProxL2  param <- max(1 - s / norm(z), 0) * z                k = s
+//
+// s2 is of `l2` what s is of weight_decay. The elementwise proximal rules clamp the result to `bounds`,
+// which are k[2] and k[3]. In Adam's metric they are the prox in the norm that D / (c * lr) weighs.
 //
 // A rule's constants k are made by `constants`, once a step, in double. A factor close to 1 is applied
 // as a subtraction, so that param is rounded once.
@@ -19,12 +25,14 @@
 namespace adamprox {
 
 // A line each: the struct, what a param group's "decay" says, and the switch that must be on as well.
-#define ADAMPROX_RULES(RULE)             \
-  RULE(Coupled, "coupled", kAlways)      \
-  RULE(Decoupled, "decoupled", kAlways)  \
-  RULE(Cautious, "decoupled", kCautious) \
-  RULE(ProxSqL2, "prox_sq_l2", kAlways)  \
-  RULE(ProxL1, "prox_l1", kAlways)       \
+#define ADAMPROX_RULES(RULE)                       \
+  RULE(Coupled, "coupled", kAlways)                \
+  RULE(Decoupled, "decoupled", kAlways)            \
+  RULE(Cautious, "decoupled", kCautious)           \
+  RULE(ProxSqL2, "prox_sq_l2", kAlways)            \
+  RULE(ProxSqL2Metric, "prox_sq_l2", kAdamsMetric) \
+  RULE(ProxL1, "prox_l1", kAlways)                 \
+  RULE(ProxL1Metric, "prox_l1", kAdamsMetric)      \
   RULE(ProxL2, "prox_l2", kAlways)
 
 enum class Decay : uint8_t {
@@ -45,7 +53,8 @@ constexpr RuleKey kRuleKeys[] = {
 constexpr int kRules = sizeof(kRuleKeys) / sizeof(RuleKey);
 
 struct Rule {
-  static HOST_DEVICE void constants(const HyperParameters& h, double* k) {
+  static HOST_DEVICE void constants(const HyperParameters& h, const BiasCorrections& /*bias*/,
+                                    double* k) {
     k[0] = decay_rate(h) * h.number[kWeightDecay];
   }
 
@@ -56,7 +65,8 @@ struct Rule {
 };
 
 struct Coupled : Rule {
-  static HOST_DEVICE void constants(const HyperParameters& h, double* k) {
+  static HOST_DEVICE void constants(const HyperParameters& h, const BiasCorrections& /*bias*/,
+                                    double* k) {
     k[0] = h.number[kWeightDecay];
   }
   template <typename T>
@@ -64,14 +74,14 @@ struct Coupled : Rule {
     return grad + k[0] * param;
   }
   template <typename T>
-  static HOST_DEVICE T apply(T param, T update, const T* /*k*/) {
+  static HOST_DEVICE T apply(T param, T update, T /*denominator*/, const T* /*k*/) {
     return param - update;
   }
 };
 
 struct Decoupled : Rule {
   template <typename T>
-  static HOST_DEVICE T apply(T param, T update, const T* k) {
+  static HOST_DEVICE T apply(T param, T update, T /*denominator*/, const T* k) {
     return param - (update + k[0] * param);
   }
 };
@@ -79,20 +89,48 @@ struct Decoupled : Rule {
 // Decay must not undo what the update does (arXiv 2510.12402).
 struct Cautious : Rule {
   template <typename T>
-  static HOST_DEVICE T apply(T param, T update, const T* k) {
+  static HOST_DEVICE T apply(T param, T update, T /*denominator*/, const T* k) {
     const bool opposite = (update > 0 && param < 0) || (update < 0 && param > 0);
     return param - (opposite ? update : update + k[0] * param);
   }
 };
 
-struct ProxSqL2 : Rule {
-  static HOST_DEVICE void constants(const HyperParameters& h, double* k) {
-    Rule::constants(h, k);
+// The elementwise proximal rules. kMetric: in Adam's.
+template <bool kMetric>
+struct Prox : Rule {
+  static HOST_DEVICE void constants(const HyperParameters& h, const BiasCorrections& bias,
+                                    double* k) {
+    const double strength = decay_rate(h) * h.number[kWeightDecay];
+    k[0] = kMetric ? strength * bias.correction2_sqrt : strength;
+    k[1] = decay_rate(h) * h.number[kL2];
+    k[1] = kMetric ? k[1] * bias.correction2_sqrt : k[1] / (1 + k[1]);
+    k[2] = h.number[kLow];
+    k[3] = h.number[kHigh];
+  }
+
+  template <typename T>
+  static HOST_DEVICE T clamp(T x, const T* k) {  // a NaN stays a NaN
+    return x < k[2] ? k[2] : x > k[3] ? k[3] : x;
+  }
+};
+
+struct ProxSqL2 : Prox<false> {
+  static HOST_DEVICE void constants(const HyperParameters& h, const BiasCorrections& bias,
+                                    double* k) {
+    Prox::constants(h, bias, k);
     k[0] = k[0] / (1 + k[0]);
   }
   template <typename T>
-  static HOST_DEVICE T apply(T param, T update, const T* k) {
-    return param - (update + k[0] * (param - update));
+  static HOST_DEVICE T apply(T param, T update, T /*denominator*/, const T* k) {
+    return clamp(param - (update + k[0] * (param - update)), k);
+  }
+};
+
+struct ProxSqL2Metric : Prox<true> {
+  template <typename T>
+  static HOST_DEVICE T apply(T param, T update, T denominator, const T* k) {
+    const T shrinkage = k[0] / (denominator + k[0]);
+    return clamp(param - (update + shrinkage * (param - update)), k);
   }
 };
 
@@ -105,17 +143,26 @@ HOST_DEVICE T soft_threshold(T z, T threshold) {
   return copysign(magnitude <= threshold ? T(0) : magnitude - threshold, z);
 }
 
-struct ProxL1 : Rule {
+struct ProxL1 : Prox<false> {
   template <typename T>
-  static HOST_DEVICE T apply(T param, T update, const T* k) {
-    return soft_threshold(param - update, k[0]);
+  static HOST_DEVICE T apply(T param, T update, T /*denominator*/, const T* k) {
+    const T x = soft_threshold(param - update, k[0]);
+    return clamp(k[1] == 0 ? x : x - k[1] * x, k);
+  }
+};
+
+struct ProxL1Metric : Prox<true> {
+  template <typename T>
+  static HOST_DEVICE T apply(T param, T update, T denominator, const T* k) {
+    const T x = soft_threshold(param - update, k[0] / denominator);
+    return clamp(k[1] == 0 ? x : x - k[1] / (denominator + k[1]) * x, k);
   }
 };
 
 // In two sweeps: z is stored as Adam's param would be, then its blocks shrink by their norms.
 struct ProxL2 : Rule {
   template <typename T>
-  static HOST_DEVICE T apply(T param, T update, const T* /*k*/) {
+  static HOST_DEVICE T apply(T param, T update, T /*denominator*/, const T* /*k*/) {
     return param - update;
   }
 
@@ -134,5 +181,11 @@ struct ProxL2 : Rule {
 
 // Whether a rule takes norms of blocks, so that the param has a second sweep.
 HOST_DEVICE constexpr bool has_blocks(Decay rule) { return rule == Decay::kProxL2; }
+
+// Whether a rule has bounds, as k[2] and k[3].
+HOST_DEVICE constexpr bool has_bounds(Decay rule) {
+  return rule == Decay::kProxSqL2 || rule == Decay::kProxSqL2Metric || rule == Decay::kProxL1 ||
+         rule == Decay::kProxL1Metric;
+}
 
 }  // namespace adamprox

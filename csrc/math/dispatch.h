@@ -16,6 +16,18 @@ HOST_DEVICE constexpr DType compute_type(DType type) {
   return type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
+// The least number of that type that is not below x.
+HOST_DEVICE double round_up(double x, DType type) {
+  using std::ceil;
+  const int digits = type == DType::kFloat32 ? 24 : type == DType::kBFloat16 ? 8 : 11;
+  const int least_exponent = type == DType::kFloat16 ? -14 : -126;
+  const int exponent = static_cast<int>((bit_cast<uint64_t>(x) >> 52) & 0x7ff) - 1023;
+  if (type == DType::kFloat64 || exponent == 1024) return x;  // infinite, or NaN
+  const int of_unit = (exponent > least_exponent ? exponent : least_exponent) - (digits - 1);
+  const auto unit = bit_cast<double>(static_cast<uint64_t>(of_unit + 1023) << 52);
+  return ceil(x / unit) * unit;
+}
+
 template <typename T>
 struct Type {
   using type = T;

@@ -9,10 +9,16 @@
 
 namespace adamprox {
 
+// `dtype`: the param's, to whose numbers bounds are rounded inwards.
 HOST_DEVICE Scalars make_scalars(Decay rule, const HyperParameters& h, const BiasCorrections& bias,
-                                 double loss_scale) {
+                                 double loss_scale, DType dtype) {
   Scalars scalars = step_scalars(h, bias, loss_scale);
-  with_rule(rule, [&](auto type) { decltype(type)::type::constants(h, scalars.decay); });
+  double* k = scalars.decay;
+  with_rule(rule, [&](auto type) { decltype(type)::type::constants(h, bias, k); });
+  if (has_bounds(rule)) {
+    k[2] = round_up(k[2], dtype);
+    k[3] = -round_up(-k[3], dtype);
+  }
   return scalars;
 }
 
@@ -35,7 +41,7 @@ static_assert(sizeof(GroupRecipe) % 8 == 0, "Triton reads it as words");
 struct ScalarsRecipe {
   void* step;
   int32_t group;
-  int32_t dtype;
+  int16_t dtype, param_dtype;
 };
 
 // What a payload with recipes has behind the grads: this, GroupRecipe[], ScalarsRecipe[].
@@ -92,7 +98,8 @@ HOST_DEVICE void prepare(const RecipesHead& head, PreparedHead& prepared, int wo
     for (int f = 0; f < kFlags; ++f) h.flag[f] = group.flag[f] != 0;
     BiasCorrections bias;
     bias.update(h, next_step(recipe));
-    prepared.scalars()[i] = make_scalars(group.rule, h, bias, loss_scale);
+    prepared.scalars()[i] =
+        make_scalars(group.rule, h, bias, loss_scale, static_cast<DType>(recipe.param_dtype));
     if (!skip) count_step(recipe);
   }
 }

@@ -11,32 +11,58 @@
 namespace adamprox {
 
 // The numbers of a param group. `item`: which one of a pair; `optional`: the key may be missing, or
-// its value None.
-enum Number { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kInitialLr, kEmaDecay, kNumbers };
+// its value None. Then the number is `missing`, but initial_lr is lr.
+enum Number {
+  kLr,
+  kBeta1,
+  kBeta2,
+  kEps,
+  kWeightDecay,
+  kInitialLr,
+  kEmaDecay,
+  kL2,
+  kLow,
+  kHigh,
+  kNumbers
+};
 struct NumberKey {
   const char* key;
   int item;
   bool optional;
+  double missing;
 };
 constexpr NumberKey kNumberKeys[kNumbers] = {
-    {"lr", -1, false},       {"betas", 0, false},         {"betas", 1, false},
-    {"eps", -1, false},      {"weight_decay", -1, false}, {"initial_lr", -1, true},
-    {"ema_decay", -1, true},
+    {"lr", -1, false, 0},           {"betas", 0, false, 0},
+    {"betas", 1, false, 0},         {"eps", -1, false, 0},
+    {"weight_decay", -1, false, 0}, {"initial_lr", -1, true, 0},
+    {"ema_decay", -1, true, 0},     {"l2", -1, true, 0},
+    {"bounds", 0, true, -INFINITY}, {"bounds", 1, true, INFINITY},
 };
 
-// Its switches. kTruth: on if the value is true; kOption: the same, where it may be missing; kNotNone: if
-// it is there and not None; kText: if it is `text`.
-enum Flag { kAmsgrad, kMaximize, kCapturable, kDecayBySchedule, kAverages, kCautious, kFlags };
-enum FlagKind { kTruth, kOption, kNotNone, kText };
+// Its switches. kTruth: on if the value is true; kNotNone: if it is not None; kText: if it is `text`.
+// `optional`: the key may be missing, and the switch is off then.
+enum Flag {
+  kAmsgrad,
+  kMaximize,
+  kCapturable,
+  kDecayBySchedule,
+  kAverages,
+  kCautious,
+  kAdamsMetric,
+  kFlags
+};
+enum FlagKind { kTruth, kNotNone, kText };
 struct FlagKey {
   const char* key;
   FlagKind kind;
   const char* text;
+  bool optional;
 };
 constexpr FlagKey kFlagKeys[kFlags] = {
-    {"amsgrad", kTruth, nullptr},     {"maximize", kTruth, nullptr},
-    {"capturable", kTruth, nullptr},  {"decay_by", kText, "schedule"},
-    {"ema_decay", kNotNone, nullptr}, {"cautious", kOption, nullptr},
+    {"amsgrad", kTruth, nullptr, false},    {"maximize", kTruth, nullptr, false},
+    {"capturable", kTruth, nullptr, false}, {"decay_by", kText, "schedule", false},
+    {"ema_decay", kNotNone, nullptr, true}, {"cautious", kTruth, nullptr, true},
+    {"metric", kText, "adam", true},
 };
 
 // The states of a param, of its shape. Moments have the param's dtype, or float32 for 16-bit params;
@@ -66,7 +92,7 @@ struct HyperParameters {
   }
 };
 
-constexpr int kDecayConstants = 2;  // the most that a rule of decay.h has
+constexpr int kDecayConstants = 4;  // the most that a rule of decay.h has
 
 // What changes with the step count, in double: computed once, rounded once to the compute type where
 // it is used. A line each:

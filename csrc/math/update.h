@@ -26,8 +26,8 @@ struct Update {
     const T g = Rule::couple(grad_scale * grad, param, decay);
     update_moment(exp_avg, g, one_minus_beta1);
     update_moment(exp_avg_sq, g * g, one_minus_beta2);
-    const T denominator = running_max(exp_avg_sq, max_exp_avg_sq...);
-    param = Rule::apply(param, adam_update(exp_avg, denominator, step_size, eps), decay);
+    const T denominator = adam_denominator(running_max(exp_avg_sq, max_exp_avg_sq...), eps);
+    param = Rule::apply(param, step_size * exp_avg / denominator, denominator, decay);
   }
 };
 

@@ -49,6 +49,9 @@ def states_of(group: Group) -> Iterator[State]:
     return (s for s in STATES if s.needs is None or is_on(group.get(s.needs)))
 
 
+Bounds = tuple[float | Tensor | None, float | Tensor | None] | None
+
+
 class Options(TypedDict, total=False):
     """The keyword arguments of every class."""
 
@@ -60,6 +63,9 @@ class Options(TypedDict, total=False):
     decay_by: str
     ema_decay: float | None
     cautious: bool
+    l2: float | Tensor
+    metric: str
+    bounds: Bounds
 
 
 # What a group has that does not say: for groups of older checkpoints, too. csrc/math/scalars.h and
@@ -79,8 +85,8 @@ DEFAULTS: dict[str, Any] = {
 RULES: dict[str, dict[str, Any]] = {
     "coupled": {},
     "decoupled": {"cautious": False},
-    "prox_sq_l2": {},
-    "prox_l1": {},
+    "prox_sq_l2": {"metric": "identity", "bounds": None},
+    "prox_l1": {"l2": 0.0, "metric": "identity", "bounds": None},
     "prox_l2": {},
 }
 RULE_OPTIONS = {key: neutral for options in RULES.values() for key, neutral in options.items()}
@@ -208,6 +214,34 @@ def _validate_options(group: Group) -> None:
             raise ValueError(f"Invalid ema_decay: {ema_decay}, expected a number from 0 to 1")
     if not isinstance(group.get("cautious", False), bool):
         raise TypeError(f"Invalid cautious: {group['cautious']!r}, expected True or False")
+    if group.get("metric", "identity") not in ("identity", "adam"):
+        raise ValueError(f"Invalid metric: {group['metric']!r}, expected 'identity' or 'adam'")
+    l2 = group.get("l2", 0.0)
+    if isinstance(l2, bool) or not isinstance(l2, Real | Tensor):
+        raise TypeError(f"Invalid l2: {l2!r}, expected a number")
+    if isinstance(l2, Tensor) and l2.numel() != 1:
+        raise ValueError("Tensor l2 must be 1-element")
+    if not float(l2) >= 0.0:
+        raise ValueError(f"Invalid l2: {l2}, expected a number, 0 or more")
+    _validate_bounds(group.get("bounds"))
+
+
+def _validate_bounds(bounds: Any) -> None:
+    if bounds is None:
+        return
+    two = isinstance(bounds, Collection) and len(bounds) == 2
+    if not two or not all(
+        end is None or (isinstance(end, Real | Tensor) and not isinstance(end, bool))
+        for end in bounds
+    ):
+        raise TypeError(f"Invalid bounds: {bounds!r}, expected None or two numbers or None's")
+    low, high = bounds
+    if any(isinstance(end, Tensor) and end.numel() != 1 for end in bounds):
+        raise ValueError("Tensor bounds must be 1-element")
+    if any(end is not None and not float(end) == float(end) for end in bounds) or (
+        low is not None and high is not None and not float(low) <= float(high)
+    ):
+        raise ValueError(f"Invalid bounds: {bounds!r}, expected a low end and a high one")
 
 
 def _validate_types_of(betas: Collection[Any], host_only: bool) -> None:

@@ -110,6 +110,11 @@ class _Param:
             if "grad" in self.stand_ins.by_id.get(id(self.param), {}):
                 self.refuse(f"the param and the states of {self.name} share memory")
             self.key = "grad"  # which may be amid what is written: it is copied before
+        elif self.key == "bounds":
+            self.refuse(
+                f"bounds={self.group['bounds']!r} of {self.name}: between them is no number of "
+                f"dtype={self.param.dtype}"
+            )
         elif self.key in (COUNT, "step on device"):
             self._count()
         else:

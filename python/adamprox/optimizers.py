@@ -320,7 +320,18 @@ class AdamW(_FusedAdam):
     decay = "decoupled"
 
 
-@document()
+_PROXIMAL = """
+        metric: the norm of the proximal step, the paper's M_t. ``"identity"``: ``M_t = eta_t I``,
+            which is scale-free (default). ``"adam"``: the general form of equation (3),
+            ``M_t = diag(lr / (sqrt(vhat) + eps))``. Each coordinate has ``s / (sqrt(vhat) + eps)``
+            in place of ``s``. It is not scale-free, and weakens the decay where gradients are
+            large. With an l1 penalty, a coordinate that never had a gradient becomes zero.
+        bounds: ``(low, high)``, either may be None: the param stays in this box, by the prox of the
+            penalty and the box together. ``(0, None)`` keeps params from being negative. Each end
+            is rounded inwards to the param's dtype (default: None)."""
+
+
+@document(more=_PROXIMAL)
 class AdamProx(_FusedAdam):
     r"""Adam with the proximal step of the squared l2 norm: the paper's equation (5).
 
@@ -333,7 +344,13 @@ class AdamProx(_FusedAdam):
     decay = "prox_sq_l2"
 
 
-@document()
+@document(
+    more="""
+        l2: adds ``l2 / 2`` times the squared l2 norm to the penalty (elastic net): the result is
+            divided by ``1 + s2``, with ``s2`` from ``l2`` as ``s`` from ``weight_decay``
+            (default: 0)."""
+    + _PROXIMAL
+)
 class AdamProxL1(_FusedAdam):
     r"""Adam with the proximal step of the l1 norm, the soft threshold: the paper's section 5.
 

@@ -24,6 +24,7 @@ BLOCK_SIZE = 256  # of what telemetry sums at a time
 BINS = 29  # of telemetry's histograms
 
 DECAYS = tuple(RULES)
+ELEMENTWISE_PROX = ("prox_sq_l2", "prox_l1")
 
 
 class Scalars(NamedTuple):
@@ -41,27 +42,66 @@ class Scalars(NamedTuple):
     """the constants of the rule: see :func:`decay_constants`"""
 
 
-def decay_strength(group: Mapping[str, Any]) -> float:
-    """``s = eta * weight_decay``, with ``eta`` the lr or, by schedule, ``lr / initial_lr``."""
+def decay_rate(group: Mapping[str, Any]) -> float:
+    """``eta``: the lr or, by schedule, ``lr / initial_lr``."""
     eta = float(group["lr"])
     if group["decay_by"] == "schedule":
         eta = eta / float(group["initial_lr"])
-    return eta * float(group["weight_decay"])
+    return eta
+
+
+def decay_strength(group: Mapping[str, Any]) -> float:
+    """``s = eta * weight_decay``."""
+    return decay_rate(group) * float(group["weight_decay"])
 
 
 def rule_of(group: Mapping[str, Any]) -> str:
-    """The rule that a group's values choose: its ``decay``, or ``"cautious"``."""
+    """The rule that a group's values choose: its ``decay``, or a variant of it.
+
+    ``"cautious"``; with ``metric="adam"``, ``"prox_sq_l2_metric"`` and ``"prox_l1_metric"``.
+    """
     if group["decay"] == "decoupled" and group.get("cautious"):
         return "cautious"
+    if group["decay"] in ELEMENTWISE_PROX and group.get("metric") == "adam":
+        return f"{group['decay']}_metric"
     return str(group["decay"])
 
 
-def decay_constants(rule: str, group: Mapping[str, Any]) -> tuple[float, ...]:
-    """``(weight_decay,)`` (coupled), ``(s / (1 + s),)`` (prox_sq_l2), else ``(s,)``."""
+def decay_constants(rule: str, group: Mapping[str, Any], root: float) -> tuple[float, ...]:
+    """``(weight_decay,)`` for coupled decay, else ``(s, ...)``; ``root = sqrt(1 - beta2**t)``.
+
+    For the elementwise proximal rules ``(k0, k1, low, high)``: ``s / (1 + s)`` (prox_sq_l2) or
+    ``s`` (prox_l1), ``s2 / (1 + s2)``, and the bounds; in Adam's metric ``s * root`` and
+    ``s2 * root``.
+    """
     if rule == "coupled":
         return (float(group["weight_decay"]),)
     s = decay_strength(group)
-    return (s / (1 + s) if rule == "prox_sq_l2" else s,)
+    if group["decay"] not in ELEMENTWISE_PROX:
+        return (s,)
+    s2 = decay_rate(group) * float(group.get("l2") or 0.0)
+    low, high = group.get("bounds") or (None, None)
+    bounds = (-math.inf if low is None else float(low), math.inf if high is None else float(high))
+    if rule.endswith("_metric"):
+        return (s * root, s2 * root, *bounds)
+    return (s / (1 + s) if rule == "prox_sq_l2" else s, s2 / (1 + s2), *bounds)
+
+
+def round_up(x: float, dtype: torch.dtype) -> float:
+    """The least number of that dtype that is not below ``x``."""
+    if dtype == torch.float64 or not math.isfinite(x) or x == 0:
+        return x
+    digits = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}[dtype]
+    least_exponent = -14 if dtype == torch.float16 else -126
+    exponent = max(math.frexp(x)[1] - 1, least_exponent)
+    unit = 2.0 ** (exponent - (digits - 1))
+    return math.ceil(x / unit) * unit
+
+
+def round_inwards(bounds: Sequence[float], dtype: torch.dtype) -> tuple[float, float]:
+    """Each end of the box as the nearest number of that dtype within."""
+    low, high = bounds
+    return round_up(low, dtype), -round_up(-high, dtype)
 
 
 def alpha(group: Mapping[str, Any]) -> float:
@@ -112,7 +152,7 @@ def step_scalars(group: Mapping[str, Any], step: float, loss_scale: float = 1.0)
         step_size=float(group["lr"]) * bias_correction2_sqrt / bias_correction1,
         eps=float(group["eps"]) * bias_correction2_sqrt,
         grad_scale=(-1.0 if group["maximize"] else 1.0) / loss_scale,
-        decay=decay_constants(rule_of(group), group),
+        decay=decay_constants(rule_of(group), group, bias_correction2_sqrt),
     )
 
 
@@ -133,9 +173,14 @@ def sqrt(x: Tensor) -> Tensor:
     return torch.sqrt(x) if x.is_cuda else x.clone().apply_(math.sqrt)
 
 
+def adam_denominator(exp_avg_sq: Tensor, eps: Tensor) -> Tensor:
+    """``D``: ``sqrt(vhat) + eps``, times ``sqrt(1 - beta2**t)``."""
+    return sqrt(exp_avg_sq) + eps
+
+
 def adam_update(exp_avg: Tensor, exp_avg_sq: Tensor, step_size: Tensor, eps: Tensor) -> Tensor:
     """``eta_t * alpha * mhat / (sqrt(vhat) + eps)`` of the paper's Algorithm 1, line 8."""
-    return (step_size * exp_avg) / (sqrt(exp_avg_sq) + eps)
+    return (step_size * exp_avg) / adam_denominator(exp_avg_sq, eps)
 
 
 def soft_threshold(z: Tensor, threshold: Tensor) -> Tensor:
@@ -145,8 +190,15 @@ def soft_threshold(z: Tensor, threshold: Tensor) -> Tensor:
     return torch.copysign(shrunk, z)
 
 
-def apply_decay(rule: str, param: Tensor, update: Tensor, k: Sequence[Tensor]) -> Tensor:
-    """The new param from Adam's update and the rule's constants ``k``.
+def clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The prox of the box's indicator, its projection; a NaN stays a NaN."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
+def apply_decay(
+    rule: str, param: Tensor, update: Tensor, denominator: Tensor, k: Sequence[Tensor]
+) -> Tensor:
+    """The new param from Adam's update, its :func:`adam_denominator` and the constants ``k``.
 
     A factor close to 1 is applied as a subtraction, so that param is rounded once.
     """
@@ -155,10 +207,15 @@ def apply_decay(rule: str, param: Tensor, update: Tensor, k: Sequence[Tensor]) -
     if rule == "cautious":  # not where decay would undo what the update does
         opposite = ((update > 0) & (param < 0)) | ((update < 0) & (param > 0))
         return param - torch.where(opposite, update, update + k[0] * param)
-    if rule == "prox_sq_l2":  # (param - update) / (1 + s): (5)
-        return param - (update + k[0] * (param - update))
-    if rule == "prox_l1":
-        return soft_threshold(param - update, k[0])
+    if rule in ("prox_sq_l2", "prox_sq_l2_metric"):  # (param - update) / (1 + s): (5)
+        factor = k[0] / (denominator + k[0]) if rule == "prox_sq_l2_metric" else k[0]
+        return clamp(param - (update + factor * (param - update)), k[2], k[3])
+    if rule in ("prox_l1", "prox_l1_metric"):
+        metric = rule == "prox_l1_metric"
+        x = soft_threshold(param - update, k[0] / denominator if metric else k[0])
+        if k[1] != 0:
+            x = x - (k[1] / (denominator + k[1]) if metric else k[1]) * x
+        return clamp(x, k[2], k[3])
     return param - update  # coupled; prox_l2 before its blocks shrink
 
 
@@ -233,7 +290,10 @@ def step(
         return torch.tensor(scalar, dtype=dtype, device=param.device)
 
     p, g = param.to(dtype), rounded(scalars.grad_scale) * grad.to(dtype)
-    k = [rounded(constant) for constant in scalars.decay]
+    constants = scalars.decay
+    if len(constants) > 2:
+        constants = (*constants[:2], *round_inwards(constants[2:], param.dtype))
+    k = [rounded(constant) for constant in constants]
     if rule == "coupled":  # Algorithm 1, line 5
         g = g + k[0] * p
     m = update_moment(own["exp_avg"].to(dtype), g, rounded(scalars.one_minus_beta1))
@@ -243,8 +303,9 @@ def step(
         largest = own["max_exp_avg_sq"].to(dtype)
         v = torch.where(largest > v, largest, v)
         writes.append((own["max_exp_avg_sq"], v))
-    update = adam_update(m, v, rounded(scalars.step_size), rounded(scalars.eps))
-    new = apply_decay(rule, p, update, k).to(param.dtype)
+    denominator = adam_denominator(v, rounded(scalars.eps))
+    update = rounded(scalars.step_size) * m / denominator
+    new = apply_decay(rule, p, update, denominator, k).to(param.dtype)
     if rule == "prox_l2" and param.numel() > 0:  # of what is stored
         new = prox_l2(torch.empty_like(param).copy_(new), scalars.decay[0])
     return [*writes, (param, new), *follow(new, own, group)]
