@@ -21,12 +21,6 @@ void append_bytes(std::string& out, const std::vector<T>& values) {
 
 }  // namespace
 
-struct DeviceTable::Interval {
-  uintptr_t begin, end;
-  int row;
-  bool written;
-};
-
 void DeviceTable::clear() {
   table.rows.clear();
   table.grads.clear();
@@ -87,8 +81,8 @@ void DeviceTable::append_written(size_t i, std::vector<Interval>& out) const {
 bool DeviceTable::overlaps_written(size_t i) const {
   const auto begin = reinterpret_cast<uintptr_t>(table.grads[i]);
   const uintptr_t end = begin + table.rows[i].numel * size_of(table.rows[i].param_dtype);
-  const auto next = std::lower_bound(begins_.begin(), begins_.end(), end) - begins_.begin();
-  return begin != end && next > 0 && ends_[next - 1] > begin;
+  const auto next = std::lower_bound(written_.begin(), written_.end(), Interval{end, 0, 0, true});
+  return begin != end && next != written_.begin() && next[-1].end > begin;
 }
 
 std::vector<int> DeviceTable::arrange() {
@@ -99,27 +93,21 @@ std::vector<int> DeviceTable::arrange() {
     known = same_row(rows[i], known_rows_[i]) && count_of(i) == known_counts_[i];
     rows[i].first_chunk = known_rows_[i].first_chunk;
   }
-  const auto before = [](const Interval& a, const Interval& b) { return a.begin < b.begin; };
   if (!known) {
     known_rows_.clear();  // in case that memory runs out amid this
     known_counts_.clear();
     table.lay_out_chunks();
-    std::vector<Interval> written;
+    written_.clear();
     for (size_t i = 0; i < rows.size(); ++i) {
       known_counts_.push_back(count_of(i));
-      append_written(i, written);
+      append_written(i, written_);
     }
-    std::sort(written.begin(), written.end(), before);
-    begins_.clear();
-    ends_.clear();
+    std::sort(written_.begin(), written_.end());
     overlap_ = false;
-    for (const Interval& i : written) {
-      overlap_ |= !ends_.empty() && i.begin < ends_.back();
-      if (ends_.empty() || i.begin > ends_.back()) {
-        begins_.push_back(i.begin);
-        ends_.push_back(i.end);
-      }
-      ends_.back() = std::max(ends_.back(), i.end);
+    uintptr_t reach = 0;  // the end of all so far
+    for (Interval& i : written_) {
+      overlap_ |= i.begin < reach;
+      i.end = reach = std::max(reach, i.end);
     }
     known_rows_ = rows;
   }
@@ -133,7 +121,7 @@ std::vector<int> DeviceTable::arrange() {
     const uintptr_t bytes = rows[i].numel * size_of(rows[i].param_dtype);
     memory.push_back({begin, begin + bytes, static_cast<int>(i), false});
   }
-  std::sort(memory.begin(), memory.end(), before);
+  std::sort(memory.begin(), memory.end());
   std::set<int> later;
   for (size_t i = 0; i < memory.size(); ++i) {
     for (size_t j = i + 1; j < memory.size() && memory[j].begin < memory[i].end; ++j) {

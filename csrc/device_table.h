@@ -93,7 +93,12 @@ class DeviceTable {
   double loss_scale = 1;  // the host's
 
  private:
-  struct Interval;
+  struct Interval {
+    uintptr_t begin, end;
+    int row;
+    bool written;
+    bool operator<(const Interval& o) const { return begin < o.begin; }
+  };
   void append_written(size_t row, std::vector<Interval>& out) const;
   bool overlaps_written(size_t row) const;
   int32_t scalars_of(int value, double step, DType dtype);
@@ -102,11 +107,12 @@ class DeviceTable {
   std::vector<int> value_of_;  // one a row
   std::vector<int> made_for_;  // one a scalars: the values, and the dtype where it matters
   BiasCorrections bias_;
-  // Kept from step to step: the rows and counts as they were when arranged, what they write to, sorted
-  // and merged, and whether some of it overlaps. So a step compares its new grads, and sorts nothing.
+  // Kept from step to step: the rows and counts as they were when arranged, what they write to, sorted, each
+  // with the end of all up to it, and whether some of it overlaps. So a step compares its new grads, and
+  // sorts nothing.
   std::vector<TensorRow> known_rows_;
   std::vector<void*> known_counts_;
-  std::vector<uintptr_t> begins_, ends_;
+  std::vector<Interval> written_;
   bool overlap_ = false;
   std::vector<TensorRow> uploaded_rows_;
 };

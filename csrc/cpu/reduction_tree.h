@@ -26,26 +26,18 @@ inline __attribute__((always_inline)) void add_neighbours(const Quad& a, const Q
   std::memcpy(sums, &four, sizeof(four));
 }
 
-struct Squares {
-  template <typename Storage>
-  static double at(const Storage* values, int64_t i) {
-    return square(Convert<Storage>::widen(values[i]));
-  }
-};
-
-struct Sums {
-  static double at(const double* sums, int64_t i) { return sums[i]; }
-};
-
 // Two levels of the reduction tree: from `count` values to a quarter of them, and zeros up to a
 // multiple of four; returns how many.
-template <typename Terms, typename Storage>
+template <bool kSquares, typename Storage>
 inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, int64_t count,
                                                         double* sums) {
   int64_t i = 0;
   const auto add = [&](const Storage* from) __attribute__((always_inline)) {
     Quad q[4];
-    for (int j = 0; j < 16; ++j) q[j / 4][j % 4] = Terms::at(from, j);
+    for (int j = 0; j < 16; ++j) {
+      const auto value = Convert<Storage>::widen(from[j]);
+      q[j / 4][j % 4] = kSquares ? square(value) : value;
+    }
     add_neighbours(q[0], q[1], q[2], q[3], sums + i / 4);
     i += 16;
   };
@@ -60,7 +52,7 @@ inline __attribute__((always_inline)) int64_t add_fours(const Storage* values, i
 
 // What is left to do when add_fours has taken all of a block's values.
 inline __attribute__((always_inline)) double sum_of_fours(double* sums, int64_t count) {
-  while (count > 4) count = add_fours<Sums>(sums, count, sums);
+  while (count > 4) count = add_fours<false>(sums, count, sums);
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 

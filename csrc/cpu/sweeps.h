@@ -48,9 +48,9 @@ MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
     int64_t fours = 0, i = 0;
     for (; i + kBatchSize <= block.count; i += kBatchSize) {
       Batch batch(Read<Param>{stored.data + i}, false);
-      fours += add_fours<Squares>(batch.elements().data, kBatchSize, sums + fours);
+      fours += add_fours<true>(batch.elements().data, kBatchSize, sums + fours);
     }
-    fours += add_fours<Squares>(stored.data + i, block.count - i, sums + fours);
+    fours += add_fours<true>(stored.data + i, block.count - i, sums + fours);
     squares.add(sum_of_fours(sums, fours));
   }
   return squares.total();

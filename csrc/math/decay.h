@@ -25,14 +25,14 @@
 namespace adamprox {
 
 // A line each: the struct, what a param group's "decay" says, and the switch that must be on as well.
-#define ADAMPROX_RULES(RULE)                       \
-  RULE(Coupled, "coupled", kAlways)                \
-  RULE(Decoupled, "decoupled", kAlways)            \
-  RULE(Cautious, "decoupled", kCautious)           \
-  RULE(ProxSqL2, "prox_sq_l2", kAlways)            \
-  RULE(ProxSqL2Metric, "prox_sq_l2", kAdamsMetric) \
-  RULE(ProxL1, "prox_l1", kAlways)                 \
-  RULE(ProxL1Metric, "prox_l1", kAdamsMetric)      \
+#define ADAMPROX_RULES(RULE)                  \
+  RULE(Coupled, "coupled", kAlways)           \
+  RULE(Decoupled, "decoupled", kAlways)       \
+  RULE(Cautious, "decoupled", kCautious)      \
+  RULE(ProxSqL2, "prox_sq_l2", kAlways)       \
+  RULE(ProxSqL2Metric, "prox_sq_l2", kMetric) \
+  RULE(ProxL1, "prox_l1", kAlways)            \
+  RULE(ProxL1Metric, "prox_l1", kMetric)      \
   RULE(ProxL2, "prox_l2", kAlways)
 
 enum class Decay : uint8_t {
@@ -53,10 +53,7 @@ constexpr RuleKey kRuleKeys[] = {
 constexpr int kRules = sizeof(kRuleKeys) / sizeof(RuleKey);
 
 struct Rule {
-  static HOST_DEVICE void constants(const HyperParameters& h, const BiasCorrections& /*bias*/,
-                                    double* k) {
-    k[0] = decay_rate(h) * h.number[kWeightDecay];
-  }
+  static HOST_DEVICE void constants(const Strengths& s, double* k) { k[0] = s.decay; }
 
   template <typename T>
   static HOST_DEVICE T couple(T grad, T /*param*/, const T* /*k*/) {
@@ -65,10 +62,7 @@ struct Rule {
 };
 
 struct Coupled : Rule {
-  static HOST_DEVICE void constants(const HyperParameters& h, const BiasCorrections& /*bias*/,
-                                    double* k) {
-    k[0] = h.number[kWeightDecay];
-  }
+  static HOST_DEVICE void constants(const Strengths& s, double* k) { k[0] = s.weight_decay; }
   template <typename T>
   static HOST_DEVICE T couple(T grad, T param, const T* k) {
     return grad + k[0] * param;
@@ -95,45 +89,6 @@ struct Cautious : Rule {
   }
 };
 
-// The elementwise proximal rules. kMetric: in Adam's.
-template <bool kMetric>
-struct Prox : Rule {
-  static HOST_DEVICE void constants(const HyperParameters& h, const BiasCorrections& bias,
-                                    double* k) {
-    const double strength = decay_rate(h) * h.number[kWeightDecay];
-    k[0] = kMetric ? strength * bias.correction2_sqrt : strength;
-    k[1] = decay_rate(h) * h.number[kL2];
-    k[1] = kMetric ? k[1] * bias.correction2_sqrt : k[1] / (1 + k[1]);
-    k[2] = h.number[kLow];
-    k[3] = h.number[kHigh];
-  }
-
-  template <typename T>
-  static HOST_DEVICE T clamp(T x, const T* k) {  // a NaN stays a NaN
-    return x < k[2] ? k[2] : x > k[3] ? k[3] : x;
-  }
-};
-
-struct ProxSqL2 : Prox<false> {
-  static HOST_DEVICE void constants(const HyperParameters& h, const BiasCorrections& bias,
-                                    double* k) {
-    Prox::constants(h, bias, k);
-    k[0] = k[0] / (1 + k[0]);
-  }
-  template <typename T>
-  static HOST_DEVICE T apply(T param, T update, T /*denominator*/, const T* k) {
-    return clamp(param - (update + k[0] * (param - update)), k);
-  }
-};
-
-struct ProxSqL2Metric : Prox<true> {
-  template <typename T>
-  static HOST_DEVICE T apply(T param, T update, T denominator, const T* k) {
-    const T shrinkage = k[0] / (denominator + k[0]);
-    return clamp(param - (update + shrinkage * (param - update)), k);
-  }
-};
-
 template <typename T>
 HOST_DEVICE T soft_threshold(T z, T threshold) {
   using std::copysign;
@@ -143,21 +98,33 @@ HOST_DEVICE T soft_threshold(T z, T threshold) {
   return copysign(magnitude <= threshold ? T(0) : magnitude - threshold, z);
 }
 
-struct ProxL1 : Prox<false> {
-  template <typename T>
-  static HOST_DEVICE T apply(T param, T update, T /*denominator*/, const T* k) {
-    const T x = soft_threshold(param - update, k[0]);
-    return clamp(k[1] == 0 ? x : x - k[1] * x, k);
+// The elementwise proximal rules: of the l1 norm or not, in Adam's metric or not.
+template <bool kL1, bool kInMetric>
+struct Prox : Rule {
+  static HOST_DEVICE void constants(const Strengths& s, double* k) {
+    k[0] = kInMetric ? s.decay * s.root : kL1 ? s.decay : s.decay / (1 + s.decay);
+    k[1] = kInMetric ? s.l2 * s.root : s.l2 / (1 + s.l2);
+    k[2] = s.low;
+    k[3] = s.high;
   }
-};
 
-struct ProxL1Metric : Prox<true> {
   template <typename T>
   static HOST_DEVICE T apply(T param, T update, T denominator, const T* k) {
-    const T x = soft_threshold(param - update, k[0] / denominator);
-    return clamp(k[1] == 0 ? x : x - k[1] / (denominator + k[1]) * x, k);
+    const auto share = [=](T of) { return kInMetric ? of / (denominator + of) : of; };
+    T x;
+    if constexpr (kL1) {
+      x = soft_threshold(param - update, kInMetric ? k[0] / denominator : k[0]);
+      x = k[1] == 0 ? x : x - share(k[1]) * x;
+    } else {
+      x = param - (update + share(k[0]) * (param - update));
+    }
+    return x < k[2] ? k[2] : x > k[3] ? k[3] : x;  // a NaN stays a NaN
   }
 };
+using ProxSqL2 = Prox<false, false>;
+using ProxSqL2Metric = Prox<false, true>;
+using ProxL1 = Prox<true, false>;
+using ProxL1Metric = Prox<true, true>;
 
 // In two sweeps: z is stored as Adam's param would be, then its blocks shrink by their norms.
 struct ProxL2 : Rule {
@@ -184,8 +151,7 @@ HOST_DEVICE constexpr bool has_blocks(Decay rule) { return rule == Decay::kProxL
 
 // Whether a rule has bounds, as k[2] and k[3].
 HOST_DEVICE constexpr bool has_bounds(Decay rule) {
-  return rule == Decay::kProxSqL2 || rule == Decay::kProxSqL2Metric || rule == Decay::kProxL1 ||
-         rule == Decay::kProxL1Metric;
+  return rule >= Decay::kProxSqL2 && rule <= Decay::kProxL1Metric;
 }
 
 }  // namespace adamprox

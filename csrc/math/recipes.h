@@ -14,7 +14,7 @@ HOST_DEVICE Scalars make_scalars(Decay rule, const HyperParameters& h, const Bia
                                  double loss_scale, DType dtype) {
   Scalars scalars = step_scalars(h, bias, loss_scale);
   double* k = scalars.decay;
-  with_rule(rule, [&](auto type) { decltype(type)::type::constants(h, bias, k); });
+  with_rule(rule, [&](auto type) { decltype(type)::type::constants(Strengths(h, bias), k); });
   if (has_bounds(rule)) {
     k[2] = round_up(k[2], dtype);
     k[3] = -round_up(-k[3], dtype);

@@ -12,19 +12,8 @@ namespace adamprox {
 
 // The numbers of a param group. `item`: which one of a pair; `optional`: the key may be missing, or
 // its value None. Then the number is `missing`, but initial_lr is lr.
-enum Number {
-  kLr,
-  kBeta1,
-  kBeta2,
-  kEps,
-  kWeightDecay,
-  kInitialLr,
-  kEmaDecay,
-  kL2,
-  kLow,
-  kHigh,
-  kNumbers
-};
+enum Number { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kInitialLr, kEmaDecay, kL2, kLow, kHigh };
+constexpr int kNumbers = kHigh + 1;
 struct NumberKey {
   const char* key;
   int item;
@@ -41,16 +30,8 @@ constexpr NumberKey kNumberKeys[kNumbers] = {
 
 // Its switches. kTruth: on if the value is true; kNotNone: if it is not None; kText: if it is `text`.
 // `optional`: the key may be missing, and the switch is off then.
-enum Flag {
-  kAmsgrad,
-  kMaximize,
-  kCapturable,
-  kDecayBySchedule,
-  kAverages,
-  kCautious,
-  kAdamsMetric,
-  kFlags
-};
+enum Flag { kAmsgrad, kMaximize, kCapturable, kDecayBySchedule, kAverages, kCautious, kMetric };
+constexpr int kFlags = kMetric + 1;
 enum FlagKind { kTruth, kNotNone, kText };
 struct FlagKey {
   const char* key;
@@ -153,10 +134,21 @@ struct BiasCorrections {
   }
 };
 
-// The factor of a decay: the learning rate, or eta_t of the paper.
-HOST_DEVICE double decay_rate(const HyperParameters& h) {
-  return h.flag[kDecayBySchedule] ? h.number[kLr] / h.number[kInitialLr] : h.number[kLr];
-}
+// What the constants of a decay rule are made of: rate is the learning rate, or eta_t of the paper.
+struct Strengths {
+  double weight_decay, decay, l2, low, high, root;  // decay: rate * weight_decay; l2: rate * l2
+
+  HOST_DEVICE Strengths(const HyperParameters& h, const BiasCorrections& bias) {
+    const double* n = h.number;
+    const double rate = h.flag[kDecayBySchedule] ? n[kLr] / n[kInitialLr] : n[kLr];
+    weight_decay = n[kWeightDecay];
+    decay = rate * n[kWeightDecay];
+    l2 = rate * n[kL2];
+    low = n[kLow];
+    high = n[kHigh];
+    root = bias.correction2_sqrt;
+  }
+};
 
 // The learning rate without its schedule. Times 2^-27 it is a normal number, whatever the type.
 HOST_DEVICE double alpha(const HyperParameters& h) {
