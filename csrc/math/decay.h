@@ -118,7 +118,8 @@ struct Prox : Rule {
     } else {
       x = param - (update + share(k[0]) * (param - update));
     }
-    return x < k[2] ? k[2] : x > k[3] ? k[3] : x;  // a NaN stays a NaN
+    x = k[2] > x ? k[2] : x;  // in one instruction; a NaN stays a NaN
+    return k[3] < x ? k[3] : x;
   }
 };
 using ProxSqL2 = Prox<false, false>;
