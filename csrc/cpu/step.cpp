@@ -94,6 +94,10 @@ class Step {
         using State = typename decltype(state)::type;
         if constexpr (std::is_same_v<Rule, ProxL2>) {
           squares = update_and_sum<Param, State>(span, scalars_of(span));
+        } else if constexpr (std::is_void_v<typename Rule::Plain>) {
+          update_span<Rule, Param, State>(span, scalars_of(span));
+        } else if (Rule::is_plain(scalars_of(span).decay)) {
+          update_span<typename Rule::Plain, Param, State>(span, scalars_of(span));
         } else {
           update_span<Rule, Param, State>(span, scalars_of(span));
         }

@@ -53,6 +53,7 @@ constexpr RuleKey kRuleKeys[] = {
 constexpr int kRules = sizeof(kRuleKeys) / sizeof(RuleKey);
 
 struct Rule {
+  using Plain = void;
   static HOST_DEVICE void constants(const Strengths& s, double* k) { k[0] = s.decay; }
 
   template <typename T>
@@ -98,9 +99,14 @@ HOST_DEVICE T soft_threshold(T z, T threshold) {
   return copysign(magnitude <= threshold ? T(0) : magnitude - threshold, z);
 }
 
-// The elementwise proximal rules: of the l1 norm or not, in Adam's metric or not.
-template <bool kL1, bool kInMetric>
+// The elementwise proximal rules: of the l1 norm or not, in Adam's metric or not. kPlain: without l2 and
+// bounds, which then change no bit; for the CPU, where 16-bit params would feel them.
+template <bool kL1, bool kInMetric, bool kPlain = false>
 struct Prox : Rule {
+  using Plain = Prox<kL1, kInMetric, true>;
+  static HOST_DEVICE bool is_plain(const double* k) {
+    return k[1] == 0 && k[2] == -INFINITY && k[3] == INFINITY;
+  }
   static HOST_DEVICE void constants(const Strengths& s, double* k) {
     k[0] = kInMetric ? s.decay * s.root : kL1 ? s.decay : s.decay / (1 + s.decay);
     k[1] = kInMetric ? s.l2 * s.root : s.l2 / (1 + s.l2);
@@ -114,10 +120,11 @@ struct Prox : Rule {
     T x;
     if constexpr (kL1) {
       x = soft_threshold(param - update, kInMetric ? k[0] / denominator : k[0]);
-      x = k[1] == 0 ? x : x - share(k[1]) * x;
+      if constexpr (!kPlain) x = k[1] == 0 ? x : x - share(k[1]) * x;
     } else {
       x = param - (update + share(k[0]) * (param - update));
     }
+    if constexpr (kPlain) return x;
     x = k[2] > x ? k[2] : x;  // in one instruction; a NaN stays a NaN
     return k[3] < x ? k[3] : x;
   }
