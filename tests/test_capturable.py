@@ -209,12 +209,11 @@ def test_fractional_step_counts(backend, count):
 @every_backend
 def test_groups_of_different_rules(backend):
     groups = OPTIONS["rules"].groups
-    values = [randn(i, shape) for i, shape in enumerate((*SHAPES, (3,), (2, 4)))]
+    values = [randn(i, (3, 1 + i)) for i in range(2 * len(groups))]
     ours, theirs = (
         build("AdamProx", values, Option({"capturable": capturable}, groups), name, None)
         for name, capturable in ((backend, True), ("reference", False))
     )
-    assert all(group["params"] for group in ours.param_groups)
     for opt in (ours, theirs):
         for step in range(3):
             set_grads(opt, step)
