@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from .grouping import WITHOUT_DECAY, param_groups
 from .in_backward import step_in_backward
 from .optimizers import Adam, AdamProx, AdamProxL1, AdamProxL2, AdamW
+from .sparsity_target import SparsityTarget
 from .telemetry import UpdateStats
 from .zeros import freeze_zeros, sparsity
 
@@ -16,6 +17,7 @@ __all__ = [
     "AdamProxL1",
     "AdamProxL2",
     "AdamW",
+    "SparsityTarget",
     "UpdateStats",
     "freeze_zeros",
     "param_groups",

@@ -5,6 +5,7 @@ The gradients never exist all at once, so their memory is that of the largest fe
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 import weakref
@@ -200,16 +201,18 @@ class _ParamStep:
         group = self._group_of(param, optimizer)
         if group is None:
             return
-        if optimizer._engine.tracker is not None:
+        if optimizer._engine.tracker is not None or optimizer._engine.target is not None:
             raise RuntimeError(
-                "track_updates() notes whole steps, and step_in_backward takes a param's at a "
-                "time: end one of them, by track_updates(every=0) or remove()"
+                "track_updates() and SparsityTarget read notes of whole steps, and "
+                "step_in_backward takes a param's at a time: end one of them, by "
+                "track_updates(every=0) or remove()"
             )
         if _is_nested():
             self._leave_to_step()
             return
         if self._engine is None:
             self._engine = Engine()
+            self._engine.watch.at = math.inf  # it watches whole steps
         self._engine.blocked = optimizer._engine.blocked
         self._engine.frozen = optimizer._engine.frozen
         state = optimizer.state.get(param, {})

@@ -162,7 +162,9 @@ class _FusedAdam(Stepped):
         DTensor they are of its local tensor: bins, counts and squares of norms add up over ranks.
         """
         tracker = self._engine.tracker
-        return [] if tracker is None else tracker.stats()
+        stats = [] if tracker is None else tracker.stats()
+        self._engine.watch.look()
+        return stats
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:

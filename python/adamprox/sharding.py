@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from typing_extensions import TypeIs
 
@@ -51,3 +53,24 @@ def local_of(tensor: Tensor, param: Tensor | None = None) -> Tensor:
         tensor = tensor.redistribute(placements=param.placements)
     share = tensor.to_local()
     return share.wait() if hasattr(share, "wait") else share  # it may still be under way
+
+
+def summed(counts: Sequence[int], params: Sequence[Tensor]) -> list[int]:
+    """Each count over the ranks that have parts of its param.
+
+    Every rank calls it with the same params. Those that are dealt out alike take one all-reduce.
+    """
+    result = list(counts)
+    alike: dict[Any, list[int]] = {}
+    for i, param in enumerate(params):
+        if is_distributed(param):
+            alike.setdefault((param.device_mesh, param.placements), []).append(i)
+    for (mesh, placements), members in alike.items():
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        terms = [Replicate() if p.is_replicate() else Partial() for p in placements]
+        own = torch.tensor([counts[i] for i in members], device=mesh.device_type)
+        whole = DTensor.from_local(own, mesh, terms, run_check=False).full_tensor()
+        for i, count in zip(members, whole.tolist(), strict=True):
+            result[i] = count
+    return result

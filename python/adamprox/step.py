@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -21,8 +21,10 @@ from . import _C, backends, reference
 from .loss_scaling import LossScaling
 from .mending import mend
 from .stand_ins import Given, StandIns
+from .zeros import ZeroWatch
 
 if TYPE_CHECKING:
+    from .sparsity_target import SparsityTarget
     from .telemetry import Tracker
     from .tensors import Row
     from .zeros import FrozenZeros
@@ -38,7 +40,10 @@ class Engine:
 
     def __init__(self) -> None:
         self.renew()
-        self.tracker: Tracker | None = None
+        self.steps = 0
+        self.tracker: Tracker | None = None  # of track_updates()
+        self.target: SparsityTarget | None = None
+        self.watch = ZeroWatch()
         self.handle: int | None = None  # of compiled.py
         self.blocked: str | None = None  # why no step may be taken now
         self.frozen: FrozenZeros | None = None
@@ -48,6 +53,27 @@ class Engine:
         """Forgets a step that another thread was in: a forked child does not have that thread."""
         self.lock: Any = threading.RLock()
         self.gather = _C.Gather()
+
+    def notes_of_step(
+        self, optimizer: Stepped
+    ) -> tuple[Tracker | None, Sequence[ZeroWatch | SparsityTarget]]:
+        """What notes the step that begins now, and who reads the notes once it is over.
+
+        One tracker notes it, that of ``track_updates()`` if it is due. A graph's replays are read
+        by nobody, so its capture is noted for ``track_updates()`` alone.
+        """
+        tracker = self.tracker
+        if tracker is not None and not tracker.due():
+            tracker = None
+        readers: list[ZeroWatch | SparsityTarget] = []
+        if not backends.capturing():
+            if self.target is not None and self.target.due():
+                readers.append(self.target)
+            if self.steps >= self.watch.at and self.watch.due(optimizer):
+                readers.append(self.watch)
+        if tracker is None and readers:
+            tracker = readers[0].tracker
+        return tracker, readers
 
 
 class Stepped(Optimizer):
@@ -89,9 +115,15 @@ def take_step(
             "nothing was updated"
         )
     with engine.lock:
-        tracker = engine.tracker
-        if tracker is not None and not tracker.due():
-            tracker = None
+        engine.steps += 1
+        tracker: Tracker | None = None
+        readers: Sequence[ZeroWatch | SparsityTarget] = ()
+        if (
+            engine.steps >= engine.watch.at
+            or engine.tracker is not None
+            or engine.target is not None
+        ):
+            tracker, readers = engine.notes_of_step(optimizer)
         try:
             if engine.frozen is None:
                 _take_step(optimizer, optimizer._param_groups, scaling, given, tracker)
@@ -102,6 +134,9 @@ def take_step(
                     engine.frozen.keep(optimizer, given)
         finally:
             engine.gather.release()
+        if tracker is not None:
+            for reader in readers:
+                reader.read(optimizer, tracker, given)
 
 
 def _take_step(

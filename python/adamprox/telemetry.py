@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -154,6 +154,17 @@ class _TensorNotes(NamedTuple):
         )
 
 
+class ZeroCount(NamedTuple):
+    """What of one tensor a tracked step has left zero; complex numbers are pairs of reals."""
+
+    place: tuple[int, int]
+    """Its group, and its position there."""
+    name: str
+    step: int
+    numel: int
+    zeros: int
+
+
 class Tracker:
     """Has every so many-th step note its updates, and reads the notes of the last one."""
 
@@ -214,9 +225,34 @@ class Tracker:
                     members.setdefault(name, []).append(_TensorNotes.of(of_tensor, numel))
         return [_merged(name, parts) for name, parts in members.items()]
 
+    def zeros(self) -> Iterator[ZeroCount]:
+        """What the step has left zero of each tensor; waits for it, if it is on a GPU."""
+        for _, tensors, records in self._noted:
+            on_host = records.cpu()
+            steps, zeros = _doubles(on_host)[:, STEP], _counts(on_host)[:, reference.BINS]
+            for group, index, first, numel in tensors:
+                step = int(steps[first]) if numel else 0
+                if step > 0:  # else nothing is noted of it
+                    count = int(zeros[first : first + _num_chunks(numel)].sum())
+                    name = self._tensor_name(group, index)
+                    yield ZeroCount((group, index), name, step, numel, count)
+
+    def copied(self) -> tuple[Tracker, Callable[[], bool]]:
+        """The notes on their way to the host, and whether they are there; it waits for nothing."""
+        copy = Tracker(self.every, self.per)
+        copy._names = self._names
+        arrivals = []
+        for noted in self._noted:
+            records = noted.records.to("cpu", non_blocking=True)
+            copy._noted.append(noted._replace(records=records))
+            if noted.records.is_cuda:
+                arrivals.append(torch.cuda.current_stream(noted.records.device).record_event())
+        return copy, lambda: all(arrival.query() for arrival in arrivals)
+
     def _name(self, group: int, index: int) -> str:
-        if self.per == "group":
-            return f"group {group}"
+        return f"group {group}" if self.per == "group" else self._tensor_name(group, index)
+
+    def _tensor_name(self, group: int, index: int) -> str:
         names = self._names[group]
         return f"group {group}, param {index}" if names is None else names[index]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .sharding import is_distributed, local_of
 from .stand_ins import Given
 from .tables import table
+from .telemetry import Tracker, ZeroCount
+
+if TYPE_CHECKING:
+    from .step import Engine, Stepped
+
+PENALTIES = ("prox_l1", "prox_l2")  # the rules that make exact zeros
+FIRST_WATCHED = 16
 
 
 class TensorSparsity(NamedTuple):
@@ -117,30 +127,43 @@ def freeze_zeros(optimizer: Optimizer) -> FrozenZeros:
 
     Raises:
         TypeError: ``optimizer`` is none of this package's.
-        RuntimeError: the optimizer's zeros are frozen already.
+        RuntimeError: the optimizer's zeros are frozen already, or a :class:`SparsityTarget` is
+            going to freeze them.
     """
-    engine = getattr(optimizer, "_engine", None)
+    engine = free_engine_of(optimizer)
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    engine.frozen = FrozenZeros(engine, ((p, local_of(p.detach()) == 0) for p in params))
+    return engine.frozen
+
+
+def free_engine_of(optimizer: Optimizer) -> Engine:
+    """The engine of an optimizer whose zeros nobody freezes, nor is going to.
+
+    Raises:
+        TypeError, RuntimeError: as :func:`freeze_zeros`.
+    """
+    engine: Engine | None = getattr(optimizer, "_engine", None)
     if engine is None:
         raise TypeError(
             f"optimizer must be one of adamprox's, but is a {torch.typename(optimizer)}"
         )
+    if engine.target is not None:
+        raise RuntimeError("this optimizer has a SparsityTarget already: remove() it")
     if engine.frozen is not None:
         raise RuntimeError("the zeros of this optimizer are frozen already: remove() the handle")
-    engine.frozen = FrozenZeros(optimizer)
-    return engine.frozen  # type: ignore[no-any-return]
+    return engine
 
 
 class FrozenZeros:
     """The handle of :func:`freeze_zeros`."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._engine: Any = optimizer._engine  # type: ignore[attr-defined]
+    def __init__(self, engine: Engine, zeros: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Of params, and where this rank's part of each is to stay zero."""
+        self._engine = engine
         self._zeros = WeakTensorKeyDictionary()
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                zero = local_of(param.detach()) == 0
-                if zero.any():
-                    self._zeros[param] = zero
+        for param, zero in zeros:
+            if zero.any():
+                self._zeros[param] = zero
 
     def check(self, optimizer: Any) -> None:
         """Before a step: follows params that have moved to another device.
@@ -186,3 +209,75 @@ class FrozenZeros:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+class ZeroWatch:
+    """Warns once of a tensor of weights that a step has left zero as a whole.
+
+    Steps 16, 32, 64, ... are noted, if a group has a penalty that makes zeros. What one of them has
+    noted is looked at when the next one is due, or sooner where others wait for the device anyway.
+    """
+
+    def __init__(self) -> None:
+        self.at: float = FIRST_WATCHED
+        """The next step that is looked at; infinite when there is no more to say."""
+        self.tracker = Tracker(1, "tensor")
+        self._notes: tuple[Tracker, Callable[[], bool], set[tuple[int, int]]] | None = None
+
+    def due(self, optimizer: Stepped) -> bool:
+        """Whether the step that begins now is noted, at ``at``; looks at the one before."""
+        self.look()
+        self.at *= 2
+        return math.isfinite(self.at) and bool(_watched(optimizer))
+
+    def read(self, optimizer: Stepped, tracker: Tracker, given: Given | None) -> None:
+        """Has the notes of a step that is over sent to the host."""
+        self._notes = *tracker.copied(), _watched(optimizer)
+
+    def look(self) -> None:
+        """Warns of what has been noted, if that has come from the device."""
+        if self._notes is None:
+            return
+        notes, are_there, places = self._notes
+        if are_there():
+            self._notes = None
+            self.warn(c for c in notes.zeros() if c.place in places and c.zeros == c.numel)
+
+    def warn(self, whole: Iterable[ZeroCount]) -> None:
+        """Warns of the first of these tensors, and of none ever after."""
+        for count in whole:
+            if math.isfinite(self.at):
+                self.at = math.inf
+                warnings.warn(
+                    f"{count.name} is zero as a whole after step {count.step}. Mostly the decay is "
+                    "too strong then: lower weight_decay, or have adamprox.SparsityTarget find it",
+                    stacklevel=2,
+                )
+
+
+def _watched(optimizer: Stepped) -> set[tuple[int, int]]:
+    """The places of weights, not biases, that a penalty may make zero.
+
+    Where a :class:`SparsityTarget` counts whole tensors, these are to become zero.
+    """
+    by_target = optimizer._engine.target is not None
+    return {
+        (g, i)
+        for g, group in enumerate(optimizer._param_groups)
+        if group["decay"] in PENALTIES
+        # A number on a GPU is not waited for.
+        and (isinstance(group["weight_decay"], Tensor) or group["weight_decay"] > 0)
+        and not (by_target and counts_tensors(group))
+        for i, param in enumerate(group["params"])
+        if is_weights(param)
+    }
+
+
+def counts_tensors(group: Mapping[str, Any]) -> bool:
+    """Whether the group's penalty makes whole tensors zero, and nothing less."""
+    return (group["decay"], group.get("block", "tensor")) == ("prox_l2", "tensor")
+
+
+def is_weights(param: Tensor) -> bool:
+    """Whether it is more than a bias or a number."""
+    return param.dim() >= 2 and param.numel() > 1

@@ -1,0 +1,524 @@
+"""``SparsityTarget`` leads to a share of zeros, and whole tensors that are zero are warned of."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adamprox
+from registry import same_bits
+
+INPUTS = torch.randn(64, 20, generator=torch.Generator().manual_seed(0))
+TARGETS = INPUTS[:, :3].sum(1, keepdim=True)
+
+
+def network(width: int = 16) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, width), nn.ReLU(), nn.Linear(width, 1))
+
+
+def l1(model: nn.Module, weight_decay: float | Tensor = 0.1, **arguments) -> adamprox.AdamProxL1:
+    groups = adamprox.param_groups(model, weight_decay)
+    return adamprox.AdamProxL1(groups, **{"lr": 1e-2, **arguments})
+
+
+def backward(model: nn.Module, step: int, scale: float = 1.0) -> None:
+    batch = torch.randint(64, (16,), generator=torch.Generator().manual_seed(step))
+    model.zero_grad()
+    (scale * (model(INPUTS[batch]) - TARGETS[batch]).square().mean()).backward()
+
+
+def train(model: nn.Module, opt: torch.optim.Optimizer, steps: range, schedule=None) -> None:
+    for step in steps:
+        if schedule is not None:
+            for group in opt.param_groups:
+                group["lr"] = schedule(step)
+        backward(model, step)
+        opt.step()
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [param for param in model.parameters() if param.dim() > 1]
+
+
+def zeros(model: nn.Module) -> int:
+    return sum(int((weight == 0).sum()) for weight in weights(model))
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    return [param.detach().clone() for param in model.parameters()]
+
+
+SCHEDULES = {
+    "constant": lambda step: 1e-2,
+    "cosine": lambda step: 1e-2 * (1 + math.cos(math.pi * min(step / 800, 1))) / 2,
+}
+
+
+# The share.
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.95])
+def test_the_share_of_zeros_is_the_one_asked_for(sparsity, schedule):
+    """On the way, it follows the cubic ramp: a weight takes a while to become zero."""
+    model = network()
+    opt = l1(model)
+    target = adamprox.SparsityTarget(opt, sparsity, steps=400)
+    for step in range(600):
+        train(model, opt, range(step, step + 1), SCHEDULES[schedule])
+        if step + 1 in (200, 300):
+            ramp = sparsity * (1 - (1 - (step + 1) / 400) ** 3)
+            assert 0.7 * ramp < target.share < 1.05 * ramp
+    assert target.held
+    assert zeros(model) == round(sparsity * 336)
+    assert target.share == zeros(model) / 336
+    assert [group["weight_decay"] for group in opt.param_groups] == [0.0, 0.0]
+    zero = [weight == 0 for weight in weights(model)]
+    train(model, opt, range(600, 630))
+    assert all(torch.equal(was, now == 0) for was, now in zip(zero, weights(model), strict=True))
+
+
+def test_strengths_that_follow_the_schedule_do_the_same():
+    models = [network(), network()]
+    opts = [l1(models[0], 0.125), l1(models[1], 2**-9, decay_by="schedule")]
+    for model, opt in zip(models, opts, strict=True):
+        for group in opt.param_groups:
+            group["initial_lr"] = group["lr"] = 2**-6
+        target = adamprox.SparsityTarget(opt, 0.8, steps=200)
+        train(model, opt, range(300), lambda step: 2**-6 if step < 200 else 2**-7)
+        assert target.held
+    assert all(map(same_bits, *map(values, models)))
+
+
+def test_the_surplus_that_is_let_go_has_the_largest_updates():
+    """Known beforehand: 8 of 10 are zero, and 6 are asked for."""
+    param = nn.Parameter(torch.tensor([1.0, 1.0, 0, 0, 0, 0, 0, 0, 0, 0]))
+    param.grad = torch.zeros(10)
+    opt = adamprox.AdamProxL1([param], lr=1e-3, weight_decay=0.5, betas=(0.9, 0.9))
+    ratios = torch.tensor([9.0, 9.0, 0.1, 0.4, 0.0, -0.45, 0.2, -0.1, 0.3, 0.25])
+    opt.state[param] = {
+        "step": torch.tensor(1e6),
+        "exp_avg": ratios.clone(),
+        "exp_avg_sq": torch.ones(10),
+    }
+    adamprox.SparsityTarget(opt, 0.6, steps=10, every=1)
+    opt.step()
+    assert (param == 0).sum() == 8  # their step is yet to come
+    param.grad = torch.ones(10)
+    opt.step()
+    assert (param == 0).nonzero().flatten().tolist() == [2, 4, 6, 7, 8, 9]
+
+
+def blocks(count: int = 8) -> nn.ParameterList:
+    generator = torch.Generator().manual_seed(1)
+    return nn.ParameterList(
+        [nn.Parameter(torch.randn(3 + i, 4, generator=generator)) for i in range(count)]
+    )
+
+
+def train_blocks(model: nn.ParameterList, opt: torch.optim.Optimizer, steps: range) -> None:
+    """The later a block comes, the more it is needed."""
+    generator = torch.Generator().manual_seed(2)
+    for _ in steps:
+        for i, param in enumerate(model):
+            noise = torch.randn(param.shape, generator=generator)
+            param.grad = noise + i * param.detach().sign()
+        opt.step()
+
+
+def test_whole_tensors_are_counted_with_a_norm_of_tensors():
+    model = blocks()
+    opt = adamprox.AdamProxL2(model.parameters(), lr=1e-2, weight_decay=0.1)
+    with adamprox.SparsityTarget(opt, 0.5, steps=200) as target:
+        train_blocks(model, opt, range(400))
+        assert target.held
+        assert target.share == 0.5
+        assert adamprox.sparsity(model).zero_tensors == 4
+        train_blocks(model, opt, range(10))
+        assert adamprox.sparsity(model).zero_tensors == 4
+
+
+@pytest.mark.parametrize(("block", "expected"), [("row", [1, 4]), (2, [4]), ("tensor", [])])
+def test_zero_blocks_are_kept_as_a_whole(block, expected):
+    """Of five rows, all but the first are zero; row 3 wants to move most, then 2."""
+    param = nn.Parameter(torch.zeros(5, 2))
+    with torch.no_grad():
+        param[0] = 1.0
+    opt = adamprox.AdamProxL2([param], lr=1e-3, weight_decay=1e-3, betas=(0.9, 0.9))
+    opt.param_groups[0]["block"] = block
+    ratios = torch.tensor([9.0, 0.1, 0.6, 0.9, 0.2])[:, None].expand(5, 2)
+    opt.state[param] = {
+        "step": torch.tensor(1e6),
+        "exp_avg": ratios.clone(),
+        "exp_avg_sq": torch.ones(5, 2),
+    }
+    target = adamprox.SparsityTarget(opt, 0.4, steps=10, every=1)
+    target._hold({}, fewer=True)
+    [mask] = target._frozen._zeros.values() if expected else [torch.zeros(5, 2)]
+    assert mask.any(1).nonzero().flatten().tolist() == expected
+    assert torch.equal(mask.any(1), mask.all(1))
+    assert target.share == {"row": 2 / 5, 2: 1 / 3, "tensor": 0.0}[block]
+
+
+def test_groups_keep_the_ratio_of_their_strengths_and_others_theirs():
+    model = network()
+    groups = [
+        {"params": [model[0].weight], "weight_decay": 0.1},
+        {"params": [model[2].weight], "weight_decay": 0.2},
+        {"params": [model[0].bias], "weight_decay": 0.0},
+        {"params": [model[2].bias], "weight_decay": 0.3, "decay": "decoupled"},
+    ]
+    opt = adamprox.AdamProxL1(groups, lr=1e-2)
+    target = adamprox.SparsityTarget(opt, 0.8, steps=200)
+    train(model, opt, range(50))
+    first, second, *others = (group["weight_decay"] for group in opt.param_groups)
+    assert first != 0.1
+    assert second == 2 * first
+    assert others == [0.0, 0.3]
+    assert 0 < target.share < 0.8
+    assert not target.held
+
+
+def test_a_share_that_steps_do_not_suffice_for_is_reached_later():
+    model = network()
+    opt = l1(model, 1e-3)
+    target = adamprox.SparsityTarget(opt, 0.9, steps=10)
+    train(model, opt, range(10))
+    assert not target.held
+    train(model, opt, range(10, 400))
+    assert target.held
+    assert zeros(model) == round(0.9 * 336)
+
+
+def test_a_rate_of_zero_raises_nothing_and_a_tiny_one_not_beyond_a_limit():
+    model = network()
+    opt = l1(model, 0.1)
+    adamprox.SparsityTarget(opt, 0.8, steps=10)
+    train(model, opt, range(100), lambda step: 0.0)
+    assert opt.param_groups[0]["weight_decay"] == 0.1
+    train(model, opt, range(2000), lambda step: 1e-9)
+    assert opt.param_groups[0]["weight_decay"] == pytest.approx(10.0)
+
+
+def test_params_that_are_frozen_are_not_counted():
+    model = network()
+    model[0].weight.requires_grad_(False)
+    opt = l1(model)
+    target = adamprox.SparsityTarget(opt, 0.5, steps=100)
+    train(model, opt, range(300))
+    assert target.held
+    assert (model[2].weight == 0).sum() == 8
+    assert (model[0].weight != 0).all()
+
+
+def test_a_strength_that_is_a_tensor_changes_in_place():
+    model = network()
+    opt = l1(model)
+    strength = opt.param_groups[0]["weight_decay"] = torch.tensor(0.1)
+    target = adamprox.SparsityTarget(opt, 0.5, steps=200)
+    train(model, opt, range(20))
+    assert opt.param_groups[0]["weight_decay"] is strength
+    assert strength != 0.1
+    train(model, opt, range(20, 300))
+    assert target.held
+    assert strength == 0.0
+
+
+# With what else reads notes, and with the rest of PyTorch.
+
+
+def test_track_updates_at_the_same_time():
+    """Both have what they would have alone."""
+    pairs = []
+    for tracked, led in ((True, True), (True, False), (False, True)):
+        model = network()
+        opt = l1(model)
+        if tracked:
+            opt.track_updates(every=7, per="tensor")
+        target = adamprox.SparsityTarget(opt, 0.8, steps=100) if led else None
+        pairs.append((model, opt, target))
+    (both, opt, target), (_, tracked_alone, _), (led_alone, _, target_alone) = pairs
+    for step in range(12):  # the strength changes after steps 5 and 10
+        for model, each, _ in pairs:
+            train(model, each, range(step, step + 1))
+        stats = [s.to_dict() for s in opt.update_stats()]
+        assert [s.step for s in opt.update_stats()] == ([7] * 4 if step >= 6 else [])
+        if step < 5:
+            assert stats == [s.to_dict() for s in tracked_alone.update_stats()]
+    for step in range(12, 240):
+        for model, each in ((both, opt), (led_alone, pairs[2][1])):
+            train(model, each, range(step, step + 1))
+        assert target.share == target_alone.share
+    assert target.held
+    assert all(map(same_bits, values(both), values(led_alone)))
+    assert [s.step for s in opt.update_stats()] == [238] * 4
+
+
+@pytest.mark.parametrize("stop", [40, 43, 260])
+def test_a_resumed_run_is_one_that_did_not_stop(stop, tmp_path):
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, adamprox.SparsityTarget]:
+        model = network()
+        opt = l1(model)
+        return model, opt, adamprox.SparsityTarget(opt, 0.8, steps=200)
+
+    whole, opt, target = start()
+    train(whole, opt, range(stop))
+    held = target.held
+    assert held == (stop == 260)
+    torch.save([each.state_dict() for each in (whole, opt, target)], tmp_path / "saved")
+    train(whole, opt, range(stop, 300))
+    resumed = start()
+    for each, state in zip(resumed, torch.load(tmp_path / "saved"), strict=True):
+        each.load_state_dict(state)
+    assert resumed[2].held == held
+    assert (resumed[1].param_groups[0]["weight_decay"] == 0) == held
+    train(*resumed[:2], range(stop, 300))
+    assert all(map(same_bits, values(whole), values(resumed[0])))
+    assert resumed[2].state_dict() == target.state_dict()
+
+
+def test_a_state_of_other_groups_is_refused_and_loads_nothing():
+    model = network()
+    target = adamprox.SparsityTarget(l1(model), 0.8, steps=200)
+    before = target.state_dict()
+    with pytest.raises(ValueError, match=r"param groups \[1\], and this one adapts \[0\]"):
+        target.load_state_dict({**before, "step": 7, "weight_decays": {1: 0.5}})
+    assert target.state_dict() == before
+
+
+def test_remove_lets_everything_go():
+    model = network()
+    opt = l1(model)
+    with adamprox.SparsityTarget(opt, 0.5, steps=100) as target:
+        train(model, opt, range(20))
+        strength = opt.param_groups[0]["weight_decay"]
+    train(model, opt, range(20, 40))
+    assert opt.param_groups[0]["weight_decay"] == strength
+    with adamprox.SparsityTarget(opt, 0.5, steps=100) as target:
+        train(model, opt, range(150))
+        assert target.held
+        assert zeros(model) == 168
+    target.remove()  # again does nothing
+    train(model, opt, range(150, 152))
+    assert zeros(model) < 168
+
+
+def test_it_is_collected_with_its_optimizer():
+    model = network()
+    opt = l1(model)
+    alive = weakref.ref(adamprox.SparsityTarget(opt, 0.5, steps=100))
+    train(model, opt, range(10))
+    assert alive() is not None
+    del opt
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_skipped_step_changes_no_strength():
+    model = network()
+    opt = l1(model)
+    target = adamprox.SparsityTarget(opt, 0.8, steps=100)
+    opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    for step in range(9):
+        backward(model, step, scale=4.0)
+        opt.step()
+    state = target.state_dict()
+    opt.found_inf.fill_(1.0)
+    opt.step()
+    assert target.state_dict() == {**state, "step": 10}
+    opt.found_inf.fill_(0.0)
+    for step in range(10, 15):
+        backward(model, step, scale=4.0)
+        opt.step()
+    assert target.state_dict()["factor"] != state["factor"]
+
+
+def test_a_param_without_a_grad_keeps_the_zeros_that_it_had():
+    model = network()
+    opt = l1(model, 2.0)
+    target = adamprox.SparsityTarget(opt, 0.9, steps=1000)
+    train(model, opt, range(60))
+    share = target.share
+    assert 0 < share < 0.9
+    for step in range(60, 65):
+        backward(model, step)
+        model[0].weight.grad = None
+        opt.step()
+    assert target.share >= ((model[0].weight == 0).sum() - 1) / 336 > 0
+
+
+def test_under_torch_compile():
+    pytest.importorskip("torch._dynamo")
+    models = [network(), network()]
+    opts = [l1(model) for model in models]
+    targets = [adamprox.SparsityTarget(opt, 0.8, steps=100) for opt in opts]
+    compiled = torch.compile(lambda: opts[0].step(), backend="eager", fullgraph=True)
+    for step in range(240):
+        for model, do in zip(models, (compiled, opts[1].step), strict=True):
+            backward(model, step)
+            do()
+    assert targets[0].held
+    assert targets[0].state_dict() == targets[1].state_dict()
+    assert all(map(same_bits, *map(values, models)))
+
+
+def test_steps_in_backward_are_refused_by_name():
+    model = network()
+    opt = l1(model)
+    target = adamprox.SparsityTarget(opt, 0.8, steps=100)
+    before = values(model)
+    with adamprox.step_in_backward(model, opt):
+        with pytest.raises(RuntimeError, match=r"SparsityTarget.*step_in_backward.*remove\(\)"):
+            backward(model, 0)
+        assert all(map(same_bits, before, values(model)))
+        target.remove()
+        backward(model, 0)
+    assert not any(map(same_bits, before[:1], values(model)))
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 0.0}, "Invalid sparsity: 0.0"),
+        ({"sparsity": 1.0}, "Invalid sparsity: 1.0"),
+        ({"sparsity": math.nan}, "Invalid sparsity: nan"),
+        ({"steps": 0}, "Invalid steps: 0"),
+        ({"steps": 1.5}, "Invalid steps: 1.5"),
+        ({"every": 0}, "Invalid every: 0"),
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments, message):
+    opt = l1(network())
+    with pytest.raises(ValueError, match=message):
+        adamprox.SparsityTarget(opt, **{"sparsity": 0.5, "steps": 10, **arguments})
+    adamprox.SparsityTarget(opt, 0.5, 10)  # nothing of it is left
+
+
+def test_optimizers_that_it_does_not_suit_are_refused():
+    model = network()
+    with pytest.raises(TypeError, match=r"optimizer must be one of adamprox's, but is a .*SGD"):
+        adamprox.SparsityTarget(torch.optim.SGD(model.parameters(), lr=1.0), 0.5, 10)
+    for opt in (l1(model, 0.0), adamprox.AdamW(model.parameters())):
+        with pytest.raises(ValueError, match="no param group has decay='prox_l1' or 'prox_l2'"):
+            adamprox.SparsityTarget(opt, 0.5, 10)
+    opt = adamprox.AdamProxL2(model.parameters(), weight_decay=1.0)
+    opt.param_groups[0]["block"] = "group"
+    with pytest.raises(ValueError, match=r"param_groups\[0\] has block='group'"):
+        adamprox.SparsityTarget(opt, 0.5, 10)
+    opt = adamprox.AdamProxL1([torch.ones(2), torch.ones(2, dtype=torch.complex64)])
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[1\] is complex"):
+        adamprox.SparsityTarget(opt, 0.5, 10)
+
+
+def test_one_alone_freezes_the_zeros():
+    opt = l1(network())
+    with adamprox.freeze_zeros(opt), pytest.raises(RuntimeError, match="frozen already"):
+        adamprox.SparsityTarget(opt, 0.5, 10)
+    with adamprox.SparsityTarget(opt, 0.5, 10):
+        for another in (adamprox.freeze_zeros, lambda o: adamprox.SparsityTarget(o, 0.5, 10)):
+            with pytest.raises(RuntimeError, match="has a SparsityTarget already"):
+                another(opt)
+
+
+# The warning.
+
+
+def warned(do) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        do()
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_tensor_that_is_zero_as_a_whole_is_warned_of_once():
+    model = network()
+    opt = l1(model, 20.0)
+    assert warned(lambda: train(model, opt, range(31))) == []
+    assert zeros(model) == 336
+    with pytest.warns(UserWarning, match=r"0\.weight is zero as a whole after step 16") as record:
+        train(model, opt, range(31, 32))
+    assert len(record) == 1
+    assert "lower weight_decay, or have adamprox.SparsityTarget find it" in str(record[0].message)
+    assert warned(lambda: train(model, opt, range(32, 140))) == []
+
+
+def test_it_is_warned_of_when_stats_are_read():
+    model = network()
+    opt = adamprox.AdamProxL1([{"params": weights(model), "weight_decay": 20.0}], lr=1e-2)
+    opt.track_updates(every=8)
+    train(model, opt, range(20))
+    [message] = warned(opt.update_stats)
+    assert message.startswith("group 0, param 0 is zero as a whole after step 16")
+    assert [stats.step for stats in opt.update_stats()] == [16]
+
+
+def test_a_share_that_leaves_a_layer_nothing_is_warned_of():
+    model = network(2)
+    model[2].weight.requires_grad_(True)
+    groups = [{"params": [model[0].weight], "weight_decay": 0.01}]
+    groups += [{"params": [model[2].weight], "weight_decay": 10.0}]
+    opt = adamprox.AdamProxL1(groups, lr=1e-2)
+    adamprox.SparsityTarget(opt, 0.9, steps=100)
+    [message] = warned(lambda: train(model, opt, range(15)))
+    assert message.startswith("group 1, param 0 is zero as a whole")
+
+
+@pytest.mark.parametrize("case", ["bias", "number", "another rule", "no strength", "no step"])
+def test_what_is_not_warned_of(case):
+    param = nn.Parameter(torch.zeros(1, 1) if case == "number" else torch.zeros(2, 2))
+    if case == "bias":
+        param = nn.Parameter(torch.zeros(4))
+    param.grad = None if case == "no step" else torch.zeros_like(param)
+    rule = "decoupled" if case == "another rule" else "prox_l1"
+    strength = 0.0 if case == "no strength" else 1.0
+    other = nn.Parameter(torch.ones(1))
+    other.grad = torch.ones(1)
+    groups = [{"params": [param], "decay": rule, "weight_decay": strength}]
+    opt = adamprox.AdamProxL1([*groups, {"params": [other], "weight_decay": 1e-3}])
+    assert warned(lambda: [opt.step() for _ in range(70)]) == []
+
+
+def test_whole_tensors_are_no_news_where_they_are_counted():
+    for led in (False, True):
+        model = blocks()
+        opt = adamprox.AdamProxL2(model.parameters(), lr=1e-2, weight_decay=20.0)
+        if led:
+            adamprox.SparsityTarget(opt, 0.5, steps=200)
+        assert len(warned(lambda: train_blocks(model, opt, range(70)))) == (not led)  # noqa: B023
+
+
+def test_steps_in_backward_are_not_watched():
+    model = network()
+    opt = l1(model, 20.0)
+    with adamprox.step_in_backward(model, opt):
+        assert warned(lambda: [backward(model, step) for step in range(70)]) == []
+    assert zeros(model) == 336
+
+
+def test_watched_steps_have_the_bits_of_others():
+    models = [network(), network()]
+    opts = [l1(model) for model in models]
+    opts[1]._engine.watch.at = math.inf
+    for model, opt in zip(models, opts, strict=True):
+        train(model, opt, range(40))
+    assert all(map(same_bits, *map(values, models)))
+    assert opts[0]._engine.watch.at == 64
+
+
+def test_a_copy_of_the_optimizer_has_no_target():
+    model = network()
+    opt = l1(model)
+    adamprox.SparsityTarget(opt, 0.5, 10)
+    twin = copy.deepcopy(opt)
+    adamprox.SparsityTarget(twin, 0.5, 10)
