@@ -350,6 +350,38 @@ def case_zeros_counted_and_frozen(world: int, name: str) -> None:
     assert after.zero_tensors >= 1
 
 
+def case_led_to_a_share_of_zeros(world: int, name: str) -> None:
+    """All ranks count together, and decide as one process does; and with rows as blocks."""
+    if name not in ("AdamProxL1", "AdamProxL2"):
+        return
+    net = model()
+    twin = Twin(net, name)
+    optimizer = make(name, fsdp(net, init_device_mesh("cpu", (world,))).parameters())
+    targets = [adamprox.SparsityTarget(o, 0.4, 20, every=2) for o in (optimizer, twin.optimizer)]
+    for step in range(60):
+        set_grads(net, step)
+        twin.step(net)
+        optimizer.step()
+    twin.check(net, optimizer)
+    assert targets[0].held
+    assert targets[0].state_dict() == targets[1].state_dict()
+    for target, each in zip(targets, (net, twin.net), strict=True):
+        target.remove()
+        with torch.no_grad():
+            for p in each.parameters():
+                p.mul_(0)
+        target._optimizer.param_groups[0].update(decay="prox_l2", block="row")
+        assert target._hold({})
+    assert targets[0].share == targets[1].share == round(0.4 * 28) / 28
+    ours, theirs = (target._frozen._zeros for target in targets)
+    for p, q in zip(net.parameters(), twin.net.parameters(), strict=True):
+        mine = ours.get(p, torch.zeros(p.to_local().shape, dtype=torch.bool))
+        all_ranks = DTensor.from_local(
+            mine, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
+        ).full_tensor()
+        assert torch.equal(all_ranks, theirs.get(q, torch.zeros(q.shape, dtype=torch.bool)))
+
+
 def case_ddp(world: int, name: str) -> None:
     net = model()
     twin = Twin(net, name)
