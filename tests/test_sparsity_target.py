@@ -7,6 +7,8 @@ import gc
 import math
 import warnings
 import weakref
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -230,6 +232,19 @@ def test_a_strength_that_is_a_tensor_changes_in_place():
     train(model, opt, range(20, 300))
     assert target.held
     assert strength == 0.0
+
+
+def test_the_lines_of_the_readme(capsys):
+    """They may be run, and do what they say."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    code = text.split("<!-- prune -->\n```python\n")[1].split("```")[0]
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert zeros(names["model"]) == round(0.8 * 1344)
+    loss = nn.functional.mse_loss(names["model"](names["x"]), names["y"])
+    assert loss < 1e-3
+    assert "of 4 tensors are zero" in capsys.readouterr().out
 
 
 # With what else reads notes, and with the rest of PyTorch.
