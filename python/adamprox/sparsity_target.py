@@ -35,11 +35,13 @@ class SparsityTarget:
     is led along ``sparsity * (1 - (1 - t / steps)**3)``. Once it reaches ``sparsity``, it is held:
     ``weight_decay`` becomes 0, and the zeros are frozen as by :func:`freeze_zeros`, so the training
     that follows is fine-tuning. If there are too many, those with the largest updates are let go.
-    Where ``steps`` did not suffice, the strength is raised until the share is reached.
+    Where ``steps`` did not suffice, the strength is raised until the share is reached. That takes a
+    learning rate that can move weights to zero: a schedule should not end before.
 
     With an l1 penalty single weights are counted, with an l2 penalty the blocks whose norms it
     takes; both only of params that require grad. A tensor's zero blocks are its zeros divided by
-    the size of a block, rounded down. Half of the training is a good number of ``steps``.
+    the size of a block, rounded down. Of a DTensor all ranks' parts are counted. Half of the
+    training is a good number of ``steps``.
 
     It counts by the notes that every ``every``-th step takes in passing (see ``track_updates``),
     and waits for a GPU only then. Steps of which a ``GradScaler`` lets nothing happen count as
