@@ -43,7 +43,7 @@ py::list rows(const Table& t) {
     result.append(make(owner, py::handle(m.param.object),
                        grad ? py::reinterpret_borrow<py::object>(grad) : owner.attr("grad"), states,
                        m.group, m.index, t.counts[i].before + 1, t.gather.is_deferred(m),
-                       row.first_chunk, row.numel));
+                       row.first_chunk, row.numel, row.block));
   }
   return result;
 }

@@ -52,8 +52,11 @@ inline std::map<std::string, size_t> describe_layout() {
       {"row.param", offsetof(TensorRow, param) / 8},
       {"row.states", offsetof(TensorRow, states) / 8},
       {"row.numel", offsetof(TensorRow, numel) / 8},
+      {"row.block", offsetof(TensorRow, block) / 8},
       {"row.scalars", offsetof(TensorRow, scalars) / 8},
       {"row.types", offsetof(TensorRow, param_dtype) / 8},
+      {"row.slot", offsetof(TensorRow, slot) / 8},
+      {"chunk", sizeof(Chunk) / 8},
       {"scalars", sizeof(Scalars) / 8},
 #define SCALAR(name) {"scalars." #name, offsetof(Scalars, name) / 8},
       ADAMPROX_SCALARS(SCALAR)

@@ -8,10 +8,11 @@
 namespace adamprox {
 namespace {
 
-// But for the scalars and the chunks, which follow.
-bool same_row(const TensorRow& a, const TensorRow& b) {
-  return std::memcmp(&a, &b, offsetof(TensorRow, scalars)) == 0 && a.param_dtype == b.param_dtype &&
-         a.state_dtype == b.state_dtype && a.rule == b.rule;
+// But for what follows from all rows: scalars, chunks, slots, and the block that has slots.
+bool same_row(const TensorRow& a, int norm_of_a, const TensorRow& b, int norm_of_b) {
+  return std::memcmp(&a, &b, offsetof(TensorRow, block)) == 0 && a.param_dtype == b.param_dtype &&
+         a.state_dtype == b.state_dtype && a.rule == b.rule && norm_of_a == norm_of_b &&
+         (norm_of_a >= 0 || a.block == b.block);
 }
 
 template <typename T>
@@ -31,6 +32,7 @@ void DeviceTable::clear() {
   table.head = {{1, nullptr, 0}, {0, nullptr, 0}, 0, 0};
   members.clear();
   counts.clear();
+  norms.clear();
   values.clear();
   value_of_.clear();
   recipes = deferred = begun_ = launched = false;
@@ -43,6 +45,7 @@ void DeviceTable::add(const Entry& entry, int member, const RowValues& row_value
   table.numel += entry.row.numel;
   members.push_back(member);
   counts.push_back(entry.count);
+  norms.push_back(entry.norm);
   if (values.empty() || !(row_values == values.back())) values.push_back(row_values);
   value_of_.push_back(static_cast<int>(values.size() - 1));
 }
@@ -59,7 +62,8 @@ std::vector<int> DeviceTable::uncountable() const {
 }
 
 bool DeviceTable::is_same(size_t i, const Entry& e) const {
-  return same_row(e.row, table.rows[i]) && e.grad == table.grads[i] && e.count.at == counts[i].at;
+  return same_row(e.row, e.norm, table.rows[i], norms[i]) && e.grad == table.grads[i] &&
+         e.count.at == counts[i].at;
 }
 
 void DeviceTable::append_written(size_t i, std::vector<Interval>& out) const {
@@ -90,12 +94,22 @@ std::vector<int> DeviceTable::arrange() {
   const auto count_of = [&](size_t i) { return recipes ? counts[i].at : nullptr; };
   bool known = rows.size() == known_rows_.size();
   for (size_t i = 0; known && i < rows.size(); ++i) {
-    known = same_row(rows[i], known_rows_[i]) && count_of(i) == known_counts_[i];
-    rows[i].first_chunk = known_rows_[i].first_chunk;
+    known = same_row(rows[i], norms[i], known_rows_[i], known_norms_[i]) &&
+            count_of(i) == known_counts_[i];
+  }
+  for (size_t i = 0; known && i < rows.size(); ++i) {
+    const TensorRow& r = known_rows_[i];
+    rows[i].block = r.block;
+    rows[i].first_chunk = r.first_chunk;
+    rows[i].slot = r.slot;
+    rows[i].first_slot = r.first_slot;
+    rows[i].num_slots = r.num_slots;
   }
   if (!known) {
     known_rows_.clear();  // in case that memory runs out amid this
     known_counts_.clear();
+    known_norms_ = norms;
+    number_slots();
     table.lay_out_chunks();
     written_.clear();
     for (size_t i = 0; i < rows.size(); ++i) {
@@ -130,6 +144,29 @@ std::vector<int> DeviceTable::arrange() {
     }
   }
   return {later.begin(), later.end()};
+}
+
+void DeviceTable::number_slots() {
+  std::vector<TensorRow>& rows = table.rows;
+  table.num_slots = 0;
+  for (size_t begin = 0, end = 0; begin < rows.size(); begin = end) {
+    while (end < rows.size() && norms[end] == norms[begin]) ++end;
+    if (norms[begin] < 0) continue;
+    int64_t numel = 0;
+    int32_t slot = static_cast<int32_t>(table.num_slots), count = 0;
+    for (size_t i = begin; i < end; ++i) {
+      numel += rows[i].numel;
+      count += rows[i].numel > 0;
+    }
+    for (size_t i = begin; i < end; ++i) {
+      rows[i].block = numel;
+      if (rows[i].numel == 0) continue;
+      rows[i].slot = slot++;
+      rows[i].first_slot = static_cast<int32_t>(table.num_slots);
+      rows[i].num_slots = count;
+    }
+    table.num_slots += count;
+  }
 }
 
 void DeviceTable::begin() {
@@ -197,8 +234,8 @@ std::string DeviceTable::metadata() const {
   std::string bytes;
   append_bytes(bytes, table.rows);
   append_bytes(bytes, table.chunks);
-  const auto num_chunks = static_cast<int64_t>(table.chunks.size());
-  bytes.append(Workspace::bytes(table.num_of_blocks > 0, num_chunks), '\0');
+  const int64_t num_places = static_cast<int64_t>(table.chunks.size()) + table.num_slots;
+  bytes.append(Workspace::bytes(table.num_of_blocks > 0, num_places), '\0');
   return bytes;
 }
 

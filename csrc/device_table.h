@@ -36,6 +36,7 @@ struct Entry {
   TensorRow row{};
   void* grad = nullptr;
   StepCount count{};
+  int norm = -1;  // rows with the same number here are one block together
 };
 
 // The values of a row's param group; some may be known on the device only.
@@ -86,6 +87,7 @@ class DeviceTable {
   TensorTable table;
   std::vector<int> members;  // one a row, as is
   std::vector<StepCount> counts;
+  std::vector<int> norms;
   std::vector<RowValues> values;  // rows that follow one another share theirs
   bool recipes = false;           // whether the scalars are made on the device
   bool deferred = false;          // whether the decay of a row is: see Gather::is_deferred
@@ -99,6 +101,7 @@ class DeviceTable {
     bool written;
     bool operator<(const Interval& o) const { return begin < o.begin; }
   };
+  void number_slots();
   void append_written(size_t row, std::vector<Interval>& out) const;
   bool overlaps_written(size_t row) const;
   int32_t scalars_of(int value, double step, DType dtype);
@@ -112,6 +115,7 @@ class DeviceTable {
   // sorts nothing.
   std::vector<TensorRow> known_rows_;
   std::vector<void*> known_counts_;
+  std::vector<int> known_norms_;
   std::vector<Interval> written_;
   bool overlap_ = false;
   std::vector<TensorRow> uploaded_rows_;

@@ -1,6 +1,7 @@
 // The table that one step hands to a backend: pointers, sizes, types and scalars; no maths.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -20,45 +21,59 @@ struct TensorRow {
   void* param;
   void* states[kStates];  // null where there is none
   int64_t numel;          // reals: a complex number counts twice
+  int64_t block;          // reals of one of its blocks, of which the last one may be smaller
   int32_t scalars;        // index into TensorTable::scalars
   int32_t first_chunk;    // index of this tensor's first chunk
   DType param_dtype;      // of param and grad
   DType state_dtype;      // of the moments
   Decay rule;
-  uint8_t aligned;    // 1: all pointers are multiples of 16 bytes, grad's included
-  uint8_t unused[4];  // named, so that equal rows are equal bytes
+  uint8_t aligned;  // 1: all pointers are multiples of 16 bytes, grad's included
+  // Rows that are one block together: which of them it is, the first one's number, and how many they are;
+  // 0: the row has blocks of its own.
+  int32_t slot, first_slot, num_slots;
 };
-static_assert(sizeof(TensorRow) == 8 * (4 + kStates), "Triton reads it as words");
+static_assert(sizeof(TensorRow) == 8 * (6 + kStates), "Triton reads it as words");
 
+// Either some whole blocks, or a part of one: then of `parts` chunks, of which `first` is the first.
 struct Chunk {
-  int32_t row;
-  int32_t index;  // within the tensor: it starts at index * kChunkSize
+  int64_t begin;  // within the tensor
+  int32_t row, count, first, parts;
 };
+static_assert(sizeof(Chunk) == 24, "Triton reads it as words");
 
 HOST_DEVICE constexpr int64_t num_chunks_of(int64_t numel) {
   return (numel + kChunkSize - 1) / kChunkSize;
 }
 
-// How far a tensor of AdamProxL2 is on a GPU.
+// The reals of the block that a chunk is a part of.
+HOST_DEVICE int64_t numel_of_block(const TensorRow& row, const Chunk& chunk, int64_t index) {
+  if (row.num_slots > 0) return row.block;
+  const int64_t rest = row.numel - (chunk.begin - (index - chunk.first) * kChunkSize);
+  return rest < row.block ? rest : row.block;
+}
+
+// How far AdamProxL2 is on a GPU.
 struct Progress {
-  uint32_t done;  // at a tensor's first chunk: how many it has updated, and then shrunk
-  int32_t below;  // the chunk that the same block put aside before this one, or -1
+  uint32_t done;   // at a tensor's or a block's first chunk: how many are updated, and then shrunk
+  uint32_t ready;  // how many of those that are one block together are updated, and then shrunk
+  int32_t below;   // the chunk that the same block of threads put aside before this one, or -1
+  int32_t unused;
 };
 
-// Where the kernels on a GPU work: behind the metadata, zeros at first. What counts (the ticket and
-// Progress::done) is zero again after every launch.
+// Where the kernels on a GPU work: behind the metadata, zeros at first. What counts (the ticket, `done`
+// and `ready`) is zero again after every launch. A place is for a chunk; those of slots follow.
 struct Workspace {
   uint32_t* ticket;  // how many chunks blocks have taken
-  double* sums;      // AdamProxL2's sums of squares, one a chunk; and then
+  double* sums;      // AdamProxL2's sums of squares, one a place; and then
   Progress* progress;
 
-  Workspace(void* memory, int64_t num_chunks)
+  Workspace(void* memory, int64_t num_places)
       : ticket(static_cast<uint32_t*>(memory)),
         sums(static_cast<double*>(memory) + 1),
-        progress(reinterpret_cast<Progress*>(sums + num_chunks)) {}
+        progress(reinterpret_cast<Progress*>(sums + num_places)) {}
 
-  static size_t bytes(bool blocks, int64_t num_chunks) {
-    return sizeof(double) + blocks * num_chunks * (sizeof(double) + sizeof(Progress));
+  static size_t bytes(bool blocks, int64_t num_places) {
+    return sizeof(double) + blocks * num_places * (sizeof(double) + sizeof(Progress));
   }
 };
 
@@ -73,8 +88,9 @@ struct TensorTable {
   // Those of the elementwise rules come first, with the packed ones last, then those of blocks.
   std::vector<Chunk> chunks;
   int64_t num_packed = 0, num_of_blocks = 0;  // chunks
+  int64_t num_slots = 0;
   int64_t numel = 0;
-  std::vector<double> sums;   // the CPU's, of the squares of each chunk, and then of each tensor
+  std::vector<double> sums;   // the CPU's, of the squares of each chunk, and then of each block
   Record* records = nullptr;  // one a chunk, where a tracked step is noted; null: it is not
 
   bool has_recipes() const { return !scalars_recipes.empty(); }
@@ -84,17 +100,52 @@ struct TensorTable {
     const auto add = [this](auto wanted) {
       const size_t before = chunks.size();
       for (size_t i = 0; i < rows.size(); ++i) {
-        if (!wanted(has_blocks(rows[i].rule), rows[i].numel <= kPackedNumel)) continue;
-        rows[i].first_chunk = static_cast<int32_t>(chunks.size());
-        const auto count = static_cast<int32_t>(num_chunks_of(rows[i].numel));
-        for (int32_t c = 0; c < count; ++c) chunks.push_back({static_cast<int32_t>(i), c});
+        if (wanted(rows[i])) add_chunks(static_cast<int32_t>(i));
       }
       return static_cast<int64_t>(chunks.size() - before);
     };
-    add([](bool blocks, bool tiny) { return !blocks && !tiny; });
-    num_packed = add([](bool blocks, bool tiny) { return !blocks && tiny; });
-    num_of_blocks = add([](bool blocks, bool) { return blocks; });
+    const auto tiny = [](const TensorRow& row) { return row.numel <= kPackedNumel; };
+    add([&](const TensorRow& row) { return !has_blocks(row.rule) && !tiny(row); });
+    num_packed = add([&](const TensorRow& row) { return !has_blocks(row.rule) && tiny(row); });
+    num_of_blocks =
+        add([](const TensorRow& row) { return has_blocks(row.rule) && row.num_slots == 0; });
+    num_of_blocks += add([](const TensorRow& row) { return row.num_slots > 0; });
     sums.resize(num_of_blocks > 0 ? chunks.size() : 0);
+  }
+
+ private:
+  void add_chunks(int32_t index) {
+    TensorRow& row = rows[index];
+    const auto num_chunks = [this] { return static_cast<int32_t>(chunks.size()); };
+    row.first_chunk = num_chunks();
+    const bool own = row.num_slots == 0;
+    const int64_t block = own ? row.block : row.numel;
+    if (own && 0 < block && block <= kChunkSize) {
+      // Eight blocks are a multiple of 16 bytes.
+      const int64_t fit = kChunkSize / block, size = (fit < 8 ? fit : fit / 8 * 8) * block;
+      for (int64_t begin = 0; begin < row.numel; begin += size) {
+        const auto count = static_cast<int32_t>(std::min(size, row.numel - begin));
+        chunks.push_back({begin, index, count, num_chunks(), 0});
+      }
+      return;
+    }
+    for (int64_t begin = 0; begin < row.numel; begin += block) {
+      const int64_t numel = std::min(block, row.numel - begin);
+      const auto first = num_chunks(), parts = static_cast<int32_t>(num_chunks_of(numel));
+      for (int64_t at = 0; at < numel; at += kChunkSize) {
+        const auto count = static_cast<int32_t>(std::min(kChunkSize, numel - at));
+        chunks.push_back({begin + at, index, count, first, parts});
+      }
+    }
+    if (own || row.slot + 1 < row.first_slot + row.num_slots) return;
+    // The last of the tensors that are one block: the chunks of all are its parts.
+    const TensorRow* of_block = &row;
+    while (of_block->num_slots == 0 || of_block->slot != row.first_slot) --of_block;
+    const int32_t first = of_block->first_chunk, parts = num_chunks() - first;
+    for (int32_t i = first; i < num_chunks(); ++i) {
+      chunks[i].first = first;
+      chunks[i].parts = parts;
+    }
   }
 };
 

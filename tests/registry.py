@@ -151,6 +151,15 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             groups=({}, {"metric": "adam"}, {"bounds": (-1.0, 0.5), "l2": 20.0}),
             optimizers=("AdamProxL1",),
         ),
+        "blocks": Option(
+            groups=(
+                *({"block": "row", "weight_decay": 3.0}, {"block": 2}),
+                *({"block": "group", "weight_decay": 60.0}, {"block": 3, "block_scaling": "sqrt"}),
+                {"block": "row", "block_scaling": "sqrt", "weight_decay": 1.0, "ema_decay": 0.9},
+                {"block": "group", "block_scaling": "sqrt", "weight_decay": 2.0},
+            ),
+            optimizers=("AdamProxL2",),
+        ),
         # A group a rule, whatever the class is.
         "rules": Option(
             groups=(
@@ -161,6 +170,8 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
                 {"decay": "decoupled", "weight_decay": 0.5, "cautious": True},
                 {"decay": "prox_l1", "weight_decay": 0.3, "metric": "adam", "l2": 2.0},
                 {"decay": "prox_sq_l2", "metric": "adam", "bounds": (-0.6, 0.6)},
+                {"decay": "prox_l2", "weight_decay": 3.0, "block": "row"},
+                {"decay": "prox_l2", "weight_decay": 30.0, "block": "group"},
             ),
             optimizers=("AdamProx",),
         ),

@@ -25,9 +25,10 @@ MULTIVERSION void average_span(const Span& span, const Scalars& scalars) {
 
 // Below this many elements, waking a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;
-// AdamProxL2's tensors are shrunk while they are in a cache: one of up to kAlone elements by the thread
-// that updates it, larger ones in batches.
-constexpr int64_t kAlone = 2 * kElementsPerThread, kBatchPerThread = 8 * kElementsPerThread;
+// AdamProxL2's blocks are shrunk while they are in a cache: one of up to kAlone chunks by the thread that
+// updates it, larger ones in batches.
+constexpr int64_t kAlone = 2 * kElementsPerThread / kChunkSize;
+constexpr int64_t kBatchPerThread = 8 * kElementsPerThread;
 
 class Step {
  public:
@@ -43,47 +44,49 @@ class Step {
     for (int64_t begin = elementwise, end = begin; begin < all; begin = end) {
       int64_t numel = 0, numel_of_large = 0;
       while (end < all && numel_of_large < threads_ * kBatchPerThread) {
-        const TensorRow& row = row_of(end);
-        numel += row.numel;
-        if (is_large(row)) numel_of_large += row.numel;
-        end += num_chunks_of(row.numel);
+        const bool large = is_large(end);
+        for (const int64_t after = end_of_block(end); end < after; ++end) {
+          numel += table_.chunks[end].count;
+          numel_of_large += large ? table_.chunks[end].count : 0;
+        }
       }
       share_out(end - begin, numel, [&](int64_t i) {
         const int64_t chunk = begin + i;
-        const TensorRow& row = row_of(chunk);
-        if (is_large(row)) {
+        if (is_large(chunk)) {
           table_.sums[chunk] = update_chunk(chunk);
-        } else if (chunk == row.first_chunk) {
-          update_and_shrink(row);
+        } else if (table_.chunks[chunk].first == chunk) {
+          update_and_shrink(chunk);
         }
       });
       if (numel_of_large == 0) continue;
-      for (int64_t first = begin; first < end; first += num_chunks_of(row_of(first).numel)) {
-        if (is_large(row_of(first))) sum_tensor(row_of(first));
+      for (int64_t chunk = begin; chunk < end; chunk = end_of_block(chunk)) {
+        if (is_large(chunk)) sum_block(chunk);
       }
       // Backwards, from what is still cached.
       share_out(end - begin, numel_of_large, [&](int64_t i) {
         const int64_t chunk = end - 1 - i;
-        if (is_large(row_of(chunk))) shrink_chunk(chunk);
+        if (is_large(chunk)) shrink_chunk(chunk);
       });
     }
   }
 
  private:
-  const TensorRow& row_of(int64_t chunk) const { return table_.rows[table_.chunks[chunk].row]; }
-
   Span span_of(int64_t chunk) const {
     const Chunk& c = table_.chunks[chunk];
-    const TensorRow& row = table_.rows[c.row];
-    const int64_t first = int64_t{c.index} * kChunkSize;
-    return Span{row, table_.grads[c.row], first, std::min(row.numel - first, kChunkSize), 0};
+    return Span{table_.rows[c.row], table_.grads[c.row], c.begin, c.count, 0};
   }
 
   const Scalars& scalars_of(const Span& span) const { return table_.scalars[span.row.scalars]; }
 
-  static bool is_large(const TensorRow& row) { return row.numel > kAlone; }
+  bool is_large(int64_t chunk) const { return table_.chunks[chunk].parts > kAlone; }
 
-  // Returns, for AdamProxL2, the sum of the squares of the new params.
+  // Of the block that begins with that chunk, or of the blocks in it.
+  int64_t end_of_block(int64_t first) const {
+    return first + std::max(table_.chunks[first].parts, 1);
+  }
+
+  // Returns, for a part of a block of AdamProxL2, the sum of the squares of the new params; whole blocks
+  // are shrunk.
   double update_chunk(int64_t chunk) const {
     const Span span = span_of(chunk);
     double squares = 0;
@@ -93,7 +96,11 @@ class Step {
         using Param = typename decltype(param)::type;
         using State = typename decltype(state)::type;
         if constexpr (std::is_same_v<Rule, ProxL2>) {
-          squares = update_and_sum<Param, State>(span, scalars_of(span));
+          if (table_.chunks[chunk].parts > 0) {
+            squares = update_and_sum<Param, State>(span, scalars_of(span));
+          } else {
+            update_and_shrink_span<Param, State>(span, scalars_of(span));
+          }
         } else if constexpr (std::is_void_v<typename Rule::Plain>) {
           update_span<Rule, Param, State>(span, scalars_of(span));
         } else if (Rule::is_plain(scalars_of(span).decay)) {
@@ -112,27 +119,47 @@ class Step {
     return squares;
   }
 
-  // From the sums of its chunks, the tensor's at the place of the first.
-  void sum_tensor(const TensorRow& row) const {
+  double sum_of_chunks(int64_t first, int64_t count) const {
     WaitingSums<> squares;
-    const int64_t count = num_chunks_of(row.numel);
-    for (int64_t i = 0; i < count; ++i) squares.add(i, table_.sums[row.first_chunk + i]);
-    table_.sums[row.first_chunk] = squares.total(count);
+    for (int64_t i = 0; i < count; ++i) squares.add(i, table_.sums[first + i]);
+    return squares.total(count);
   }
 
-  void update_and_shrink(const TensorRow& row) const {
-    const int64_t first = row.first_chunk, end = first + num_chunks_of(row.numel);
+  // From the sums of its chunks, the block's at the place of the first; of several tensors, from theirs.
+  void sum_block(int64_t first) const {
+    const Chunk& chunk = table_.chunks[first];
+    const int32_t tensors = table_.rows[chunk.row].num_slots;
+    double sum;
+    if (tensors == 0) {
+      sum = sum_of_chunks(first, chunk.parts);
+    } else {
+      WaitingSums<> squares;
+      int64_t at = first;
+      for (int32_t i = 0; i < tensors; ++i) {
+        const int64_t count = num_chunks_of(table_.rows[table_.chunks[at].row].numel);
+        squares.add(i, sum_of_chunks(at, count));
+        at += count;
+      }
+      sum = squares.total(tensors);
+    }
+    table_.sums[first] = sum;
+  }
+
+  void update_and_shrink(int64_t first) const {
+    const int64_t end = end_of_block(first);
     for (int64_t chunk = first; chunk < end; ++chunk) table_.sums[chunk] = update_chunk(chunk);
-    sum_tensor(row);
+    if (table_.chunks[first].parts == 0) return finish_chunk(first);
+    sum_block(first);
     for (int64_t chunk = end; chunk-- > first;) shrink_chunk(chunk);
   }
 
   void shrink_chunk(int64_t chunk) const {
     const Span span = span_of(chunk);
-    const double sum = table_.sums[span.row.first_chunk], strength = scalars_of(span).decay[0];
-    with_dtype(span.row.param_dtype, [&](auto param) {
-      shrink_span<typename decltype(param)::type>(span, ProxL2::shrinkage(sum, strength));
-    });
+    const Chunk& c = table_.chunks[chunk];
+    const double shrinkage = ProxL2::shrinkage(table_.sums[c.first], scalars_of(span).decay,
+                                               numel_of_block(span.row, c, chunk));
+    with_dtype(span.row.param_dtype,
+               [&](auto param) { shrink_span<typename decltype(param)::type>(span, shrinkage); });
     finish_chunk(chunk);
   }
 

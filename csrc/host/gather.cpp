@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <optional>
 #include <stdexcept>
 
@@ -165,12 +166,38 @@ bool Gather::settle(Member& m, TensorRef& tensor) {
       abi_.python.attr("local")(py::handle(m.owner), py::handle(tensor.object));
   if (local.is_none()) return false;
   tensor.object = hold(local[py::int_(0)].ptr());
-  m.sharded |= local[py::int_(1)].cast<bool>();
+  if (const py::object cut = local[py::int_(1)]; !cut.is_none()) {
+    m.sharded = true;
+    m.cut = cut.cast<int64_t>();
+  }
   return is_ordinary(tensor);
+}
+
+bool Gather::is_deferred(const Member& m) const {
+  const GroupValues& v = groups_[m.group];
+  if (!has_blocks(v.rule)) return false;
+  const double rows = v.h.number[kBlock];
+  if (rows == kGroupBlock) return v.divided;
+  return m.sharded && !(rows > 0 && m.cut >= 0 && std::fmod(static_cast<double>(m.cut), rows) == 0);
+}
+
+void Gather::find_divided() {
+  for (GroupValues& v : groups_) v.divided = false;
+  TensorView first, t;
+  const Member* before = nullptr;
+  for (const Member& m : members) {
+    GroupValues& v = groups_[m.group];
+    if (!m.usable || !has_blocks(v.rule) || v.h.number[kBlock] != kGroupBlock) continue;
+    if (!abi_.read(m.param.handle(), t)) continue;
+    if (before == nullptr || before->group != m.group) first = t;
+    v.divided |= m.sharded || !(t.device == first.device);
+    before = &m;
+  }
 }
 
 void Gather::resolve() {
   for (auto& t : tables) t->clear();
+  find_divided();
   for (size_t i = 0; i < members.size(); ++i) {
     Member& m = members[i];
     Entry entry;
@@ -227,6 +254,13 @@ bool Gather::resolve(Member& m, Entry& entry, Device& device) {
   row.param_dtype = p.dtype;
   row.rule = is_deferred(m) ? Decay::kProxL1 : groups_[m.group].rule;
   const double* number = groups_[m.group].h.number;
+  row.block = row.numel;
+  if (has_blocks(row.rule) && number[kBlock] == kGroupBlock) entry.norm = m.group;
+  if (has_blocks(row.rule) && p.dim > 0 && 0 < number[kBlock] && number[kBlock] < p.sizes[0]) {
+    // Rows that are no ranges of memory are copied to where they are.
+    if (p.strides[0] * p.sizes[0] != p.numel()) report(m, "block");
+    row.block = static_cast<int64_t>(number[kBlock]) * (row.numel / p.sizes[0]);
+  }
   const bool empty = round_up(number[kLow], p.dtype) > -round_up(-number[kHigh], p.dtype);
   if (has_bounds(row.rule) && empty) report(m, "bounds");
   if (abi_.read(m.step.handle(), t) && t.numel() == 1 && !t.complex && size_of(t.dtype) >= 4) {

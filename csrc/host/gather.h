@@ -33,6 +33,7 @@ struct Member {
   int group, index;
   TensorRef param{}, grad{}, step{}, states[kStates]{};
   bool sharded = false;  // other ranks have parts of it
+  int64_t cut = -1;      // then: each rank begins at a multiple of so many rows; or -1
   bool usable = true;
 };
 
@@ -74,7 +75,8 @@ class Gather {
   // A tensor of one number on that device is read there; any other number, here and now.
   Value value_of(const Device& device, PyObject* object, double value);
 
-  bool is_deferred(const Member& m) const { return m.sharded && has_blocks(groups_[m.group].rule); }
+  // Whether the norms of its blocks are taken after the step, since a block is not all in one table.
+  bool is_deferred(const Member& m) const;
 
   std::vector<Member> members;
   std::vector<std::unique_ptr<HeldTable>> tables;  // one a device; some may have no rows
@@ -91,6 +93,7 @@ class Gather {
   bool is_ordinary(TensorRef& tensor);
   void settle(Member& m);
   bool settle(Member& m, TensorRef& tensor);
+  void find_divided();
   void resolve();
   bool resolve(Member& m, Entry& entry, Device& device);
   bool read_tensors();

@@ -38,6 +38,7 @@ struct GroupValues {
   bool has_tensors = false;
   bool on_host = false;  // then `h` has their numbers
   bool lasting = false;  // no value can change by itself: what has its address is the same value
+  bool divided = false;  // it is one block, and not all in one table
   std::array<py::object, kGroupKeys> held;
   py::object tensors[kNumbers];  // numbers that may be read on a device, and are not in `h`
 
@@ -111,6 +112,10 @@ class GroupReader {
     v.tensors[n] = n == kInitialLr ? v.tensors[kLr] : py::object();
     if (key.optional && (!v.held[n] || v.held[n].is_none())) return;
     py::object value = required(v, n);
+    if (n == kBlock) {
+      v.h.number[n] = rows_of_block(value);
+      return;
+    }
     if (key.item >= 0) {
       const auto pair = py::reinterpret_steal<py::tuple>(PySequence_Tuple(value.ptr()));
       if (!pair || pair.size() != 2) {
@@ -124,6 +129,20 @@ class GroupReader {
     v.has_tensors |= tensor;
     v.tensors[n] = tensor ? value : py::object();
     if (!tensor) v.h.number[n] = number(key.key, value);
+  }
+
+  static double rows_of_block(const py::object& value) {
+    for (const BlockName& block : kBlockNames) {
+      if (is_text(value, block.name)) return block.rows;
+    }
+    const auto rows = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+    PyErr_Clear();
+    const double number = rows && !PyBool_Check(value.ptr()) ? PyLong_AsDouble(rows.ptr()) : 0;
+    PyErr_Clear();
+    if (number >= 1) return number;
+    throw py::value_error(invalid("block", value) +
+                          "'tensor', 'row', 'group' or a number of rows, " +
+                          "1 or more; nothing was updated");
   }
 
   bool is_on(int f, const GroupValues& v) const {  // may run Python code

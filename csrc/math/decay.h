@@ -9,10 +9,11 @@
 //   ProxSqL2Metric  AdamProx    param <- z / (1 + s * c / D)                        k = s * c
 //   ProxL1          AdamProxL1  param <- sign(z) * max(abs(z) - s, 0) / (1 + s2)    k = s, s2 / (1 + s2)
 //   ProxL1Metric    AdamProxL1  the same with s * c / D and s2 * c / D              k = s * c, s2 * c
-//   ProxL2          AdamProxL2  param <- max(1 - s / norm(z), 0) * z                k = s
+//   ProxL2          AdamProxL2  block <- max(1 - s / norm(z), 0) * z                k = s, 1 or 0
 //
 // s2 is of `l2` what s is of weight_decay. The elementwise proximal rules clamp the result to `bounds`,
 // which are k[2] and k[3]. In Adam's metric they are the prox in the norm that D / (c * lr) weighs.
+// ProxL2's z and norm are a block's, and its s is times the root of the block's size where k[1] is 1.
 //
 // A rule's constants k are made by `constants`, once a step, in double. A factor close to 1 is applied
 // as a subtraction, so that param is rounded once.
@@ -136,15 +137,22 @@ using ProxL1Metric = Prox<true, true>;
 
 // In two sweeps: z is stored as Adam's param would be, then its blocks shrink by their norms.
 struct ProxL2 : Rule {
+  static HOST_DEVICE void constants(const Strengths& s, double* k) {
+    k[0] = s.decay;
+    k[1] = s.by_size ? 1 : 0;
+  }
+
   template <typename T>
   static HOST_DEVICE T apply(T param, T update, T /*denominator*/, const T* /*k*/) {
     return param - update;
   }
 
-  // The fraction of a block that is taken away: all of it up to norm = s, where both are 0 too.
-  static HOST_DEVICE double shrinkage(double sum_of_squares, double strength) {
+  // The fraction of a block of so many reals that is taken away: all of it up to norm = s, where both are
+  // 0 too.
+  static HOST_DEVICE double shrinkage(double sum_of_squares, const double* k, int64_t numel) {
     using std::sqrt;
     const double norm = sqrt(sum_of_squares);
+    const double strength = k[1] == 0 ? k[0] : k[0] * sqrt(static_cast<double>(numel));
     return norm <= strength ? 1.0 : strength / norm;
   }
 

@@ -11,9 +11,22 @@
 namespace adamprox {
 
 // The numbers of a param group. `item`: which one of a pair; `optional`: the key may be missing, or
-// its value None. Then the number is `missing`, but initial_lr is lr.
-enum Number { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kInitialLr, kEmaDecay, kL2, kLow, kHigh };
-constexpr int kNumbers = kHigh + 1;
+// its value None. Then the number is `missing`, but initial_lr is lr. kBlock: the rows of a block, or
+// one of the names below.
+enum Number {
+  kLr,
+  kBeta1,
+  kBeta2,
+  kEps,
+  kWeightDecay,
+  kInitialLr,
+  kEmaDecay,
+  kL2,
+  kLow,
+  kHigh,
+  kBlock,
+  kNumbers
+};
 struct NumberKey {
   const char* key;
   int item;
@@ -26,12 +39,30 @@ constexpr NumberKey kNumberKeys[kNumbers] = {
     {"weight_decay", -1, false, 0}, {"initial_lr", -1, true, 0},
     {"ema_decay", -1, true, 0},     {"l2", -1, true, 0},
     {"bounds", 0, true, -INFINITY}, {"bounds", 1, true, INFINITY},
+    {"block", -1, true, 0},
 };
+
+// What a block is, beside a number of rows: an index of dim 0, the whole tensor, or the whole group.
+struct BlockName {
+  const char* name;
+  double rows;
+};
+constexpr double kTensorBlock = 0, kGroupBlock = -1;
+constexpr BlockName kBlockNames[] = {{"tensor", kTensorBlock}, {"row", 1}, {"group", kGroupBlock}};
 
 // Its switches. kTruth: on if the value is true; kNotNone: if it is not None; kText: if it is `text`.
 // `optional`: the key may be missing, and the switch is off then.
-enum Flag { kAmsgrad, kMaximize, kCapturable, kDecayBySchedule, kAverages, kCautious, kMetric };
-constexpr int kFlags = kMetric + 1;
+enum Flag {
+  kAmsgrad,
+  kMaximize,
+  kCapturable,
+  kDecayBySchedule,
+  kAverages,
+  kCautious,
+  kMetric,
+  kBlockScaling,
+  kFlags
+};
 enum FlagKind { kTruth, kNotNone, kText };
 struct FlagKey {
   const char* key;
@@ -43,7 +74,7 @@ constexpr FlagKey kFlagKeys[kFlags] = {
     {"amsgrad", kTruth, nullptr, false},    {"maximize", kTruth, nullptr, false},
     {"capturable", kTruth, nullptr, false}, {"decay_by", kText, "schedule", false},
     {"ema_decay", kNotNone, nullptr, true}, {"cautious", kTruth, nullptr, true},
-    {"metric", kText, "adam", true},
+    {"metric", kText, "adam", true},        {"block_scaling", kText, "sqrt", true},
 };
 
 // The states of a param, of its shape. Moments have the param's dtype, or float32 for 16-bit params;
@@ -137,6 +168,7 @@ struct BiasCorrections {
 // What the constants of a decay rule are made of: rate is the learning rate, or eta_t of the paper.
 struct Strengths {
   double weight_decay, decay, l2, low, high, root;  // decay: rate * weight_decay; l2: rate * l2
+  bool by_size;                                     // whether blocks' strengths grow with them
 
   HOST_DEVICE Strengths(const HyperParameters& h, const BiasCorrections& bias) {
     const double* n = h.number;
@@ -147,6 +179,7 @@ struct Strengths {
     low = n[kLow];
     high = n[kHigh];
     root = bias.correction2_sqrt;
+    by_size = h.flag[kBlockScaling];
   }
 };
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -44,22 +45,24 @@ class ReferenceBackend:
 
     def _step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
         writes, notes = [], []
-        for row in table.rows():
-            values, states = groups[row.group], row.states
-            if row.deferred:  # z first: a soft threshold of zero leaves it, to the bit
+        for (index, deferred), rows in groupby(table.rows(), lambda r: (r.group, r.deferred)):
+            values, members = groups[index], []
+            if deferred:  # z first: a soft threshold of zero leaves it, to the bit
                 values = {**values, "decay": "prox_l1", "weight_decay": 0.0}
-                states = {key: state for key, state in states.items() if key not in FOLLOWERS}
-            scalars = reference.step_scalars(values, row.step, table.loss_scale)
-            writes += reference.step(values, row.param, row.grad, states, scalars)
-            notes.append((row, scalars, reference.alpha(values)))
+            for row in rows:
+                states = {k: s for k, s in row.states.items() if not deferred or k not in FOLLOWERS}
+                scalars = reference.step_scalars(values, row.step, table.loss_scale)
+                members.append(reference.Member(row.param, row.grad, states, scalars))
+                notes.append((row, scalars, reference.alpha(values)))
+            writes += reference.step(values, members)
         reference.write(writes)
         if table.records is None:
             return
         for row, scalars, alpha in notes:
             squares = row.states.get("max_exp_avg_sq", row.states["exp_avg_sq"])
             update = reference.noted_update(row.states["exp_avg"], squares, scalars)
-            telemetry.write_update(reference.note_update(update, alpha), table, row)
-            telemetry.write_param(reference.note_param(row.param), table, row)
+            telemetry.write_update(reference.note_update(update, alpha, row.block), table, row)
+            telemetry.write_param(reference.note_param(row.param, row.block), table, row)
 
 
 class CpuBackend:

@@ -1,17 +1,18 @@
-"""AdamProxL2 where ranks share a block: the norm of the whole, the bits of one process.
+"""AdamProxL2 where a block is not all in one place: the norm of the whole, the bits of one process.
 
     each rank: z, the sums of the tree that it knows -> one small all-reduce -> the rest -> shrink
 
-A rank that has the elements from ``k * 2**n`` to ``(k + 1) * 2**n`` knows one of the tree's sums
-(:func:`adamprox.reference.tree_sum`), and a shard's range falls apart into a few of these. Every
-sum has a place of its own in the buffer that is reduced: zeros are added to it, in any order.
+A rank that has the elements from ``k * 2**n`` to ``(k + 1) * 2**n`` of a block knows one of the
+tree's sums (:func:`adamprox.reference.tree_sum`), and a shard's range falls apart into a few of
+these. Every sum has a place of its own in the buffer that is reduced: zeros are added to it, in any
+order. A block that is all on one rank needs no place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,15 +20,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .sharding import is_distributed
+from .sharding import is_distributed, row_ranges, shards_of, split_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.tensor import DTensor
 
 
-class Block(NamedTuple):
-    """One param of which a norm is taken."""
+class Member(NamedTuple):
+    """One param whose blocks are to be shrunk."""
 
     param: Tensor
     z: Tensor
@@ -55,73 +55,12 @@ def nodes_of(begin: int, end: int, total: int) -> Iterator[Node]:
 
 
 class Shares(NamedTuple):
-    """How a block's elements are dealt out."""
+    """How a block's elements are dealt out, in ranges."""
 
     total: int
     ranges: tuple[tuple[int, int], ...]
     mine: int
     """Which of the ranges is this rank's."""
-    exact: bool
-    """Whether these are ranges of elements; or else each share is a term of one element."""
-
-
-def shares_of(param: Tensor) -> tuple[Shares, tuple[ProcessGroup, ...]]:
-    """And over which groups. Rows (``Shard(0)``) are ranges; other shards are terms."""
-    reals = 2 if param.is_complex() else 1
-    total = param.numel() * reals
-    dims = (
-        [d for d, placement in enumerate(param.placements) if not placement.is_replicate()]
-        if is_distributed(param)
-        else []
-    )
-    if not dims:
-        return Shares(total, ((0, total),), 0, exact=True), ()
-    assert is_distributed(param)
-    mesh = param.device_mesh
-    sizes = [mesh.size(d) for d in dims]
-    mine = 0
-    for d, size in zip(dims, sizes, strict=True):
-        mine = mine * size + mesh.get_local_rank(d)
-    if _by_rows(param, dims):
-        row = total // param.shape[0]
-        ranges = tuple(
-            (first * row, last * row)
-            for first, last in (
-                _rows(param.shape[0], coordinate, sizes)
-                for coordinate in product(*(range(size) for size in sizes))
-            )
-        )
-        return Shares(total, ranges, mine, exact=True), _groups(param, dims)
-    ranges = tuple((i, i + 1) for i in range(prod(sizes)))
-    return Shares(len(ranges), ranges, mine, exact=False), _groups(param, dims)
-
-
-def _by_rows(param: DTensor, dims: Sequence[int]) -> bool:
-    from torch.distributed.tensor import Shard
-
-    rows = all(type(p) is Shard and p.dim == 0 for p in (param.placements[d] for d in dims))
-    return rows and param.stride(0) * param.shape[0] == param.numel() > 0
-
-
-def _rows(rows: int, coordinate: Sequence[int], sizes: Sequence[int]) -> tuple[int, int]:
-    """Split and split again, as torch.chunk does."""
-    first, last = 0, rows
-    for index, size in zip(coordinate, sizes, strict=True):
-        most = -(-(last - first) // size)
-        first, last = min(first + index * most, last), min(first + (index + 1) * most, last)
-    return first, last
-
-
-def _groups(param: DTensor, dims: Sequence[int]) -> tuple[ProcessGroup, ...]:
-    """One for all ranks with shares where there is one, else one a dim of the mesh."""
-    import torch.distributed as dist
-
-    mesh = param.device_mesh
-    if len(dims) > 1 and prod(mesh.size(d) for d in dims) == dist.get_world_size():
-        world = dist.group.WORLD
-        assert world is not None
-        return (world,)
-    return tuple(mesh.get_group(d) for d in dims)
 
 
 class Plan:
@@ -184,9 +123,8 @@ def plan_of(shares: tuple[Shares, ...]) -> Plan:
     return Plan(shares)
 
 
-def sums_of_nodes(z: Tensor, begin: int, nodes: Sequence[Node]) -> list[Tensor]:
-    """The nodes' sums of squares; ``z`` begins at element ``begin`` of its block."""
-    values = reference.in_memory_order(torch.view_as_real(z) if z.is_complex() else z)
+def sums_of_nodes(values: Tensor, begin: int, nodes: Sequence[Node]) -> list[Tensor]:
+    """The nodes' sums of squares; ``values`` begin at element ``begin`` of their block."""
     result = []
     for level, number in nodes:
         first = (number << level) - begin
@@ -195,44 +133,206 @@ def sums_of_nodes(z: Tensor, begin: int, nodes: Sequence[Node]) -> list[Tensor]:
     return result
 
 
-@torch.no_grad()
-def shrink(blocks: Sequence[Block]) -> None:
-    """``z <- max(1 - s / norm(z), 0) * z``, each norm over all of its shares.
+class _Part:
+    """What this rank has of a param, and what it knows of the blocks that are in it."""
 
-    Every rank calls it with the same blocks. One all-reduce of float64 numbers for each mesh: some
-    for every share of every block, at most ``2 * log2(numel)``.
+    sums: Tensor
+    """Of each of these blocks the sum of squares: of this rank's part, and then of all."""
+
+    def __init__(self, member: Member) -> None:
+        self.param, z, self.group = member
+        self.z = torch.view_as_real(z) if z.is_complex() else z
+        self.together = self.group.get("block") == "group"
+        self.total = self.param.numel() * (2 if self.param.is_complex() else 1)
+        self.size = reference.block_numel(self.param, self.group.get("block", "tensor"))
+        dims = shards_of(self.param)
+        self.groups = _groups(self.param, dims)
+        ranges = self._ranges()
+        by_memory = self.size == self.total or _rows_first(self.param)
+        self.values = reference.in_memory_order(self.z) if by_memory else self.z.reshape(-1)
+        # The values begin `front` elements after a block does, of which this rank has `piece`.
+        self.shares: dict[int, Shares] = {}  # of the blocks that ranks have ranges of, by number
+        self.terms, self.column = 0, _index_of(self.param, dims)
+        if ranges is not None:
+            begin, _ = ranges[self.column]
+            self.first, self.front, self.piece = begin // self.size, begin % self.size, self.size
+            cut = {c // self.size for c, end in ranges if 0 < c < end and c % self.size}
+            for block in sorted(cut | ({0} if self.together and len(ranges) > 1 else set())):
+                self.shares[block] = self._shares(block, ranges)
+        else:  # each rank adds a term to the blocks that it has a part of
+            rows = max(1, self.size * self.param.shape[0] // self.total)
+            first, last = _own_rows(self.param, dims)
+            row = len(self.values) // max(1, last - first)
+            self.first, self.front, self.piece = first // rows, first % rows * row, rows * row
+            self.terms = prod(self.param.device_mesh.size(d) for d in dims)  # type: ignore[attr-defined]
+        self.count = -(-(self.front + len(self.values)) // self.piece) if len(self.values) else 0
+        self.sums = self._own_sums()
+
+    def _ranges(self) -> list[tuple[int, int]] | None:
+        """Of each rank, the elements; None if they are no ranges of the order of a block's."""
+        if not is_distributed(self.param) or not shards_of(self.param):
+            return [(0, self.total)]
+        rows = row_ranges(self.param)
+        if rows is None or (self.size == self.total and not _rows_first(self.param)):
+            return None
+        row = self.total // self.param.shape[0]
+        return [(first * row, last * row) for first, last in rows]
+
+    def _shares(self, block: int, ranges: Sequence[tuple[int, int]]) -> Shares:
+        begin = block * self.size
+        total = min(self.size, self.total - begin)
+        clipped = (tuple(min(max(at - begin, 0), total) for at in ends) for ends in ranges)
+        return Shares(total, tuple(clipped), self.column)  # type: ignore[arg-type]
+
+    def _own_sums(self) -> Tensor:
+        if self.count == 0:
+            return torch.zeros(0, dtype=torch.float64, device=self.z.device)
+        back = self.count * self.piece - self.front - len(self.values)
+        values = torch.nn.functional.pad(self.values.to(torch.float64), (self.front, back))
+        values = values.view(self.count, self.piece)
+        return reference.tree_sum(values * values)
+
+    def known(self, block: int, nodes: Sequence[Node]) -> list[Tensor]:
+        """The sums of this rank's nodes of a block of ``shares``."""
+        begin, _ = self.shares[block].ranges[self.column]
+        at = (block - self.first) * self.size - self.front + begin
+        return sums_of_nodes(self.values[max(at, 0) :], begin, nodes)
+
+    def fill(self, table: Tensor) -> None:
+        """Writes this rank's terms into ``(blocks, ranks)``."""
+        table[self.first : self.first + self.count, self.column] = self.sums
+
+    def learn(self, table: Tensor, roots: Mapping[int, Tensor]) -> None:
+        """Takes over what all ranks know together."""
+        if self.terms:
+            sums = reference.tree_sum(table)
+            self.sums = sums if self.together else sums[self.first : self.first + self.count]
+        for block, root in roots.items():
+            if self.together:
+                self.sums = root[None]
+            elif 0 <= block - self.first < self.count:
+                self.sums[block - self.first] = root
+
+    def shrink(self, sums: Tensor, numels: Tensor) -> None:
+        """The values, by the sums of all of their blocks, or by one of them all."""
+        strength = reference.decay_strength(self.group)
+        by_size = self.group.get("block_scaling") == "sqrt"
+        k = reference.shrinkages(sums, numels, strength, by_size)
+        k = k.expand(self.count).repeat_interleave(self.piece)
+        reference.shrink_values(self.values, k[self.front : self.front + len(self.values)])
+        if self.values.data_ptr() != self.z.data_ptr():
+            self.z.copy_(self.values.view(self.z.shape))
+
+    def numels(self) -> Tensor:
+        """The reals of each block."""
+        ends = (torch.arange(self.count, device=self.z.device) + self.first + 1) * self.size
+        return (self.size - (ends - self.total).clamp(min=0)).to(torch.float64)
+
+
+def why_not(param: Tensor, block: str | int) -> str | None:
+    """What keeps ranks from taking the norms of a param's blocks, or None."""
+    if not is_distributed(param) or block in ("tensor", "group") or row_ranges(param) is not None:
+        return None
+    from torch.distributed.tensor import Shard
+
+    if all(p.is_replicate() or type(p) is Shard for p in param.placements):
+        return None
+    return f"block={block!r} of a param with placements={param.placements} is not supported"
+
+
+def _rows_first(param: Tensor) -> bool:
+    """Whether each index of dim 0 is a range of memory."""
+    rows = param.shape[0] if param.dim() else 1
+    return rows == 1 or param.stride(0) * rows == param.numel()
+
+
+def _own_rows(param: Tensor, dims: Sequence[int]) -> tuple[int, int]:
+    """The rows of which this rank has some elements."""
+    assert is_distributed(param)
+    of_rows = [d for d in dims if param.placements[d].is_shard(0)]
+    sizes = tuple(param.device_mesh.size(d) for d in of_rows)
+    return split_rows(param.shape[0], sizes)[_index_of(param, of_rows)]
+
+
+def _index_of(param: Tensor, dims: Sequence[int]) -> int:
+    """This rank's number among those along these dims of the mesh."""
+    index = 0
+    for d in dims:
+        assert is_distributed(param)
+        index = index * param.device_mesh.size(d) + param.device_mesh.get_local_rank(d)
+    return index
+
+
+def _groups(param: Tensor, dims: Sequence[int]) -> tuple[ProcessGroup, ...]:
+    """One for all ranks with parts where there is one, else one a dim of the mesh."""
+    if not dims:
+        return ()
+    import torch.distributed as dist
+
+    assert is_distributed(param)
+    mesh = param.device_mesh
+    if len(dims) > 1 and prod(mesh.size(d) for d in dims) == dist.get_world_size():
+        world = dist.group.WORLD
+        assert world is not None
+        return (world,)
+    return tuple(mesh.get_group(d) for d in dims)
+
+
+@torch.no_grad()
+def shrink(members: Sequence[Member]) -> None:
+    """``z <- max(1 - s / norm(z), 0) * z`` of each block, each norm over all of its parts.
+
+    Every rank calls it with the same params. One all-reduce of float64 numbers for each mesh: for
+    each block that ranks have ranges of at most ``2 * log2(numel)`` numbers a rank; for each block
+    of a param that is dealt out otherwise, a number a rank.
     """
-    by_groups: dict[tuple[tuple[ProcessGroup, ...], torch.device], list[tuple[Block, Shares]]] = {}
-    for block in blocks:
-        shares, groups = shares_of(block.param)
-        by_groups.setdefault((groups, block.z.device), []).append((block, shares))
-    for (groups, device), members in by_groups.items():
-        plan = plan_of(tuple(shares for _, shares in members))
-        sums = []
-        for (block, shares), nodes in zip(members, plan.mine, strict=True):
-            if shares.exact:
-                sums += sums_of_nodes(block.z, shares.ranges[shares.mine][0], nodes)
-            else:
-                whole = nodes_of(0, block.z.numel(), block.z.numel())
-                sums += sums_of_nodes(block.z, 0, list(whole)) or [torch.zeros((), device=device)]
-        buffer = torch.zeros(plan.size, dtype=torch.float64, device=device)
-        if sums:
-            buffer[torch.tensor(plan.places, device=device)] = torch.stack(sums).double()
-        _all_reduce(buffer[: plan.reduced], groups, members[0][0].param)
-        norms = reference.sqrt(plan.complete(buffer))
-        strengths = torch.tensor(
-            [reference.decay_strength(block.group) for block, _ in members],
-            dtype=torch.float64,
-            device=device,
-        )
-        shrinkages = torch.where(norms <= strengths, torch.ones_like(norms), strengths / norms)
-        for (block, _), shrinkage in zip(members, shrinkages, strict=True):
-            reference.shrink(block.z, shrinkage)
+    parts = [_Part(member) for member in members if member.param.numel() > 0]
+    by_mesh: dict[tuple[tuple[ProcessGroup, ...], torch.device], list[_Part]] = {}
+    for part in parts:
+        by_mesh.setdefault((part.groups, part.z.device), []).append(part)
+    for (groups, device), of_mesh in by_mesh.items():
+        if groups:
+            _exchange(of_mesh, groups, device)
+    for _, of_group in groupby(parts, lambda part: id(part.group)):
+        own = list(of_group)
+        if own[0].together:
+            sums = reference.tree_sum(torch.cat([part.sums.cpu() for part in own]))[None]
+            numels = torch.tensor([float(sum(part.total for part in own))], dtype=torch.float64)
+            for part in own:
+                part.shrink(sums.to(part.z.device), numels.to(part.z.device))
+        else:
+            for part in own:
+                part.shrink(part.sums, part.numels())
+
+
+def _exchange(parts: Sequence[_Part], groups: Sequence[ProcessGroup], device: torch.device) -> None:
+    """Has each part of a mesh know the sums of its blocks."""
+    sizes = [-(-part.total // part.size) * part.terms for part in parts]
+    blocks = [(part, block) for part in parts for block in part.shares]
+    plan = plan_of(tuple(part.shares[block] for part, block in blocks))
+    buffer = torch.zeros(sum(sizes) + plan.size, dtype=torch.float64, device=device)
+    of_nodes = buffer[sum(sizes) :]
+    tables = [
+        table.view(-1, part.terms) if part.terms else table
+        for part, table in zip(parts, buffer[: sum(sizes)].split(sizes), strict=True)
+    ]
+    for part, table in zip(parts, tables, strict=True):
+        if part.terms:
+            part.fill(table)
+    known = [
+        part.known(block, nodes) for (part, block), nodes in zip(blocks, plan.mine, strict=True)
+    ]
+    if plan.places:
+        places = torch.tensor(plan.places, device=device)
+        of_nodes[places] = torch.stack([s for sums in known for s in sums])
+    _all_reduce(buffer[: sum(sizes) + plan.reduced], groups, parts[0].param)
+    roots = plan.complete(of_nodes)
+    for part, table in zip(parts, tables, strict=True):
+        own = {block: root for (p, block), root in zip(blocks, roots, strict=True) if p is part}
+        part.learn(table, own)
 
 
 def _all_reduce(buffer: Tensor, groups: Sequence[ProcessGroup], param: Tensor) -> None:
-    if not groups:
-        return
     import torch.distributed as dist
 
     assert is_distributed(param)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -66,6 +66,8 @@ class Options(TypedDict, total=False):
     l2: float | Tensor
     metric: str
     bounds: Bounds
+    block: str | int
+    block_scaling: str
 
 
 # What a group has that does not say: for groups of older checkpoints, too. csrc/math/scalars.h and
@@ -87,8 +89,9 @@ RULES: dict[str, dict[str, Any]] = {
     "decoupled": {"cautious": False},
     "prox_sq_l2": {"metric": "identity", "bounds": None},
     "prox_l1": {"l2": 0.0, "metric": "identity", "bounds": None},
-    "prox_l2": {},
+    "prox_l2": {"block": "tensor", "block_scaling": "none"},
 }
+BLOCK_NAMES = ("tensor", "row", "group")  # beside a number of rows
 RULE_OPTIONS = {key: neutral for options in RULES.values() for key, neutral in options.items()}
 
 # A checkpoint's are taken if it was saved under the same rule.
@@ -224,6 +227,18 @@ def _validate_options(group: Group) -> None:
     if not float(l2) >= 0.0:
         raise ValueError(f"Invalid l2: {l2}, expected a number, 0 or more")
     _validate_bounds(group.get("bounds"))
+    block = group.get("block", "tensor")
+    if block not in BLOCK_NAMES and not is_row_count(block):
+        names = ", ".join(map(repr, BLOCK_NAMES))
+        raise ValueError(f"Invalid block: {block!r}, expected {names} or a number of rows")
+    scaling = group.get("block_scaling", "none")
+    if scaling not in ("none", "sqrt"):
+        raise ValueError(f"Invalid block_scaling: {scaling!r}, expected 'none' or 'sqrt'")
+
+
+def is_row_count(block: Any) -> bool:
+    """Whether ``block`` is a number of rows, 1 or more."""
+    return isinstance(block, Integral) and not isinstance(block, bool) and int(block) >= 1
 
 
 def _validate_bounds(bounds: Any) -> None:

@@ -91,6 +91,7 @@ class _Param:
             self.name += f" ({self.group['param_names'][finding.index]})"
         self.state: Any = optimizer.state.get(self.param) or {}
         self._own_is_missing = self.key not in self.state
+        self._format = torch.preserve_format
 
     def tensor(self, key: str) -> Any:
         """What the step has at ``key``."""
@@ -117,6 +118,9 @@ class _Param:
             )
         elif self.key in (COUNT, "step on device"):
             self._count()
+        elif self.key == "block":
+            self._check_tensor("param")
+            self.key, self._format = "param", torch.contiguous_format
         else:
             self._check_tensor("param")
             if not self.is_missing():
@@ -180,7 +184,7 @@ class _Param:
     def _like(self, dtype: torch.dtype) -> Tensor:
         """New memory, laid out as the step has the param."""
         param = local_of(self.tensor("param"))
-        return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        return torch.empty_like(param, dtype=dtype, memory_format=self._format)
 
     def _count(self) -> float:
         what = f"the step count of {self.name}"

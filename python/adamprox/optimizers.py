@@ -368,17 +368,26 @@ class AdamProxL1(_FusedAdam):
     decay = "prox_l1"
 
 
-@document()
+@document(
+    more="""
+        block: what a norm is taken of. ``"tensor"``: a param (default). ``"row"``: each index of
+            dim 0, which is a neuron, or a filter. An int n: n rows, as of an attention head; the
+            last block of a param may have fewer. ``"group"``: all params of the group that have a
+            grad, the paper's formula taken literally. Of a 1-D param a row is one element.
+        block_scaling: ``"sqrt"`` multiplies ``s`` by the square root of the block's number of
+            reals, so that one ``weight_decay`` suits blocks of any size. ``"none"``: the paper's,
+            one ``s`` for all (default)."""
+)
 class AdamProxL2(_FusedAdam):
     r"""Adam with the proximal step of the l2 norm, not squared: the paper's section 5.
 
     .. math::
-        x_t = \operatorname{argmin}_x \tfrac12 \|x - z_t\|^2 + s \|x\|_2
-            = \max(1 - s / \|z_t\|, 0) z_t, \quad
+        x_t = \operatorname{argmin}_x \tfrac12 \|x - z_t\|^2 + s \sum_B \|x_B\|_2, \quad
+        x_{t,B} = \max(1 - s / \|z_{t,B}\|, 0) z_{t,B}, \quad
         z_t = x_{t-1} - \eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)
 
-    The block whose norm is taken is one param tensor: it becomes exactly zero as a whole once its
-    norm is at most ``s``. ``z`` is rounded to the param's dtype before its norm is taken.
+    A block B is one param, or what ``block`` says: it becomes exactly zero as a whole once its norm
+    is at most ``s``. ``z`` is rounded to the param's dtype before its norm is taken.
     """
 
     decay = "prox_l2"

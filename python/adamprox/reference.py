@@ -70,6 +70,7 @@ def rule_of(group: Mapping[str, Any]) -> str:
 def decay_constants(rule: str, group: Mapping[str, Any], root: float) -> tuple[float, ...]:
     """``(weight_decay,)`` for coupled decay, else ``(s, ...)``; ``root = sqrt(1 - beta2**t)``.
 
+    For prox_l2 ``(s, by_size)``: 1 if ``s`` grows with the root of a block's size, or 0.
     For the elementwise proximal rules ``(k0, k1, low, high)``: ``s / (1 + s)`` (prox_sq_l2) or
     ``s`` (prox_l1), ``s2 / (1 + s2)``, and the bounds; in Adam's metric ``s * root`` and
     ``s2 * root``.
@@ -77,6 +78,8 @@ def decay_constants(rule: str, group: Mapping[str, Any], root: float) -> tuple[f
     if rule == "coupled":
         return (float(group["weight_decay"]),)
     s = decay_strength(group)
+    if rule == "prox_l2":
+        return (s, float(group.get("block_scaling") == "sqrt"))
     if group["decay"] not in ELEMENTWISE_PROX:
         return (s,)
     s2 = decay_rate(group) * float(group.get("l2") or 0.0)
@@ -219,71 +222,146 @@ def apply_decay(
     return param - update  # coupled; prox_l2 before its blocks shrink
 
 
-def prox_l2(z: Tensor, strength: float) -> Tensor:
-    """``argmin_x 0.5 * norm(x - z)**2 + strength * norm(x)``: ``max(1 - strength/norm(z), 0) * z``.
+# prox_l2's blocks. Their tensors are dense and of reals: a complex number is two of them.
 
-    The block is the whole tensor; a block of norm 0 stays 0.
+
+def block_numel(param: Tensor, block: str | int) -> int:
+    """The reals of each of the param's blocks, of which the last one may be smaller.
+
+    ``block``: ``"tensor"``, ``"row"`` (each index of dim 0), a number of rows, or ``"group"``, of
+    which the whole param is a part.
     """
-    norm = math.sqrt(sum_of_squares(z))
-    shrinkage = 1.0 if norm <= strength else strength / norm
-    result = z.clone()
-    shrink(result, torch.tensor(shrinkage, dtype=torch.float64, device=z.device))
-    return result
+    reals = param.numel() * (2 if param.is_complex() else 1)
+    rows = block if isinstance(block, int) else 1 if block == "row" else 0
+    if param.dim() == 0 or not 0 < rows < param.shape[0]:
+        return reals
+    return rows * (reals // param.shape[0])
 
 
-def shrink(z: Tensor, shrinkage: Tensor) -> None:
-    """``z <- (1 - shrinkage) * z``, in place; the shrinkage is a float64 number."""
-    z = _reals(z)
+def in_block_order(z: Tensor, size: int) -> Tensor:
+    """The elements in one row, block after block of ``size`` of them.
+
+    A view, as they lie in memory, if each block is a range of it; else a copy, in logical order.
+    """
+    ranges = size >= z.numel() or z.stride(0) * z.shape[0] == z.numel()
+    return in_memory_order(z) if ranges else z.reshape(-1)
+
+
+def sums_of_squares(z: Tensor, size: int) -> Tensor:
+    """Of each block the sum of squares in double, by :func:`tree_sum`."""
+    values = in_block_order(z, size).to(torch.float64)
+    count = -(-len(values) // size) if size else 0
+    blocks = values.new_zeros(count, size)
+    blocks.view(-1)[: len(values)] = values
+    return tree_sum(blocks * blocks)
+
+
+def shrinkages(sums: Tensor, numels: Tensor, strength: float, by_size: bool) -> Tensor:
+    """The fraction of each block that is taken away: ``min(s / norm, 1)``, and 1 of a norm of 0.
+
+    Args:
+        sums, numels: of each block: the sum of squares, and the number of reals; float64.
+        strength: ``s``; if ``by_size``, times the root of the block's number of reals.
+    """
+    norms = sqrt(sums)
+    strengths = strength * sqrt(numels) if by_size else torch.full_like(norms, strength)
+    return torch.where(norms <= strengths, torch.ones_like(norms), strengths / norms)
+
+
+def shrink(z: Tensor, size: int, shrinkage: Tensor) -> None:
+    """``z <- (1 - shrinkage) * z``, in place; of each block, or of all, in double."""
+    values = in_block_order(z, size)
+    k = shrinkage.expand(-(-len(values) // size)).repeat_interleave(size)[: len(values)]
+    shrink_values(values, k)
+    if values.data_ptr() != z.data_ptr():
+        z.copy_(values.view(z.shape))
+
+
+def shrink_values(z: Tensor, shrinkage: Tensor) -> None:
+    """``z <- (1 - shrinkage) * z``, in place, of one row of elements."""
     compute = z.to(_compute_dtype(z))
     z.copy_(compute - shrinkage.to(compute.dtype) * compute)
 
 
-def sum_of_squares(values: Tensor) -> float:
-    """The sum of squares in double, by one fixed tree, elements taken as they lie in memory."""
-    squares = in_memory_order(values).to(torch.float64)
-    squares = squares * squares
-    return tree_sum(squares).item()
+def prox_l2(
+    tensors: Sequence[Tensor], sizes: Sequence[int], strength: float, by_size: bool, together: bool
+) -> list[Tensor]:
+    """``argmin_x 0.5 * norm(x - z)**2 + s * norm(x)`` of each block: ``max(1 - s/norm(z), 0) * z``.
+
+    Args:
+        tensors: those of a param group, with elements.
+        sizes: of each tensor, the :func:`block_numel`.
+        strength, by_size: as of :func:`shrinkages`.
+        together: whether all of them are one block.
+    """
+    results = [torch.empty_like(z).copy_(z) for z in tensors]
+    sums = [sums_of_squares(z, size) for z, size in zip(tensors, sizes, strict=True)]
+    numels = [_numels_of_blocks(z, size) for z, size in zip(tensors, sizes, strict=True)]
+    if together and tensors:
+        sums = [tree_sum(torch.cat(sums))[None]] * len(sums)
+        numels = [torch.cat(numels).sum()[None]] * len(numels)
+    for z, size, squares, numel in zip(results, sizes, sums, numels, strict=True):
+        shrink(z, size, shrinkages(squares, numel, strength, by_size))
+    return results
+
+
+def _numels_of_blocks(z: Tensor, size: int) -> Tensor:
+    ends = torch.arange(0, z.numel(), size, device=z.device) + size
+    return (size - (ends - z.numel()).clamp(min=0)).to(torch.float64)
 
 
 def tree_sum(values: Tensor) -> Tensor:
-    """A sum of float64 values in a fixed order that threads, vectors and ranks can follow.
+    """Sums of float64 values over the last dim, in a fixed order that threads and ranks can follow.
 
     Each value is added to its neighbour, then each of these sums to its neighbour, until one is
     left; the last one of an odd number stays as it is. So whoever has the values from ``k * 2**n``
     to ``(k + 1) * 2**n`` knows one of the sums.
     """
-    while len(values) > 1:
-        pairs = values.new_zeros((len(values) + 1) // 2, 2)
-        pairs.view(-1)[: len(values)] = values
-        values = pairs[:, 0] + pairs[:, 1]
-    return values[0]
+    while values.shape[-1] > 1:
+        values = torch.nn.functional.pad(values, (0, values.shape[-1] % 2))
+        values = values[..., ::2] + values[..., 1::2]
+    return values[..., 0]
 
 
 Writes = list[tuple[Tensor, Tensor]]
 """Tensors and their new values."""
 
 
+class Member(NamedTuple):
+    """One tensor of a param group in a step. All have the param's shape."""
+
+    param: Tensor
+    grad: Tensor
+    states: Mapping[str, Tensor]
+    """By the keys of :data:`adamprox.hyperparameters.STATES`, those that there are."""
+    scalars: Scalars
+    """From :func:`step_scalars`."""
+
+
 @torch.no_grad()
-def step(
-    group: Mapping[str, Any],
-    param: Tensor,
-    grad: Tensor,
-    states: Mapping[str, Tensor],
-    scalars: Scalars,
-) -> Writes:
-    """One step of one tensor: what is to be written, so that an error leaves everything as it is.
+def step(group: Mapping[str, Any], members: Sequence[Member]) -> Writes:
+    """One step of the params of a group: what is to be written, so that an error changes nothing.
 
-    Every tensor has the param's shape; complex numbers are pairs of reals.
-
-    Args:
-        group: the values of the param group.
-        param, grad: of the same dtype.
-        states: by the keys of :data:`adamprox.hyperparameters.STATES`, those that there are.
-        scalars: from :func:`step_scalars`.
+    ``group`` has the values of the param group. Complex numbers are pairs of reals.
     """
-    rule = rule_of(group)
-    param, grad = _reals(param), _reals(grad)
-    own = {key: _reals(state) for key, state in states.items()}
+    writes: Writes = []
+    stepped = []
+    for member in members:
+        moments, new = _adam(group, member)
+        writes += moments
+        stepped.append(new)
+    if rule_of(group) == "prox_l2":
+        stepped = _prox_l2(group, members, stepped)
+    for member, new in zip(members, stepped, strict=True):
+        writes += [(_reals(member.param), new), *follow(new, member.states, group)]
+    return writes
+
+
+def _adam(group: Mapping[str, Any], member: Member) -> tuple[Writes, Tensor]:
+    """The new moments, and the new param; of prox_l2, before its blocks shrink."""
+    rule, scalars = rule_of(group), member.scalars
+    param, grad = _reals(member.param), _reals(member.grad)
+    own = {key: _reals(state) for key, state in member.states.items()}
     dtype = _compute_dtype(param)
 
     def rounded(scalar: float) -> Tensor:
@@ -305,10 +383,27 @@ def step(
         writes.append((own["max_exp_avg_sq"], v))
     denominator = adam_denominator(v, rounded(scalars.eps))
     update = rounded(scalars.step_size) * m / denominator
-    new = apply_decay(rule, p, update, denominator, k).to(param.dtype)
-    if rule == "prox_l2" and param.numel() > 0:  # of what is stored
-        new = prox_l2(torch.empty_like(param).copy_(new), scalars.decay[0])
-    return [*writes, (param, new), *follow(new, own, group)]
+    return writes, apply_decay(rule, p, update, denominator, k).to(param.dtype)
+
+
+def _prox_l2(
+    group: Mapping[str, Any], members: Sequence[Member], stepped: Sequence[Tensor]
+) -> list[Tensor]:
+    """Of what is stored, as the params lie; those without elements are no part of a block."""
+    block = group.get("block", "tensor")
+    result = [
+        torch.empty_like(_reals(member.param)).copy_(z)
+        for member, z in zip(members, stepped, strict=True)
+    ]
+    some = [i for i, z in enumerate(result) if z.numel() > 0]
+    if some:
+        strength, by_size = members[0].scalars.decay
+        sizes = [block_numel(members[i].param, block) for i in some]
+        tensors = [result[i] for i in some]
+        shrunk = prox_l2(tensors, sizes, strength, bool(by_size), together=block == "group")
+        for i, z in zip(some, shrunk, strict=True):
+            result[i] = z
+    return result
 
 
 def follow(param: Tensor, states: Mapping[str, Tensor], group: Mapping[str, Any]) -> Writes:
@@ -382,34 +477,50 @@ def magnitude_bins(update: Tensor, alpha: float) -> Tensor:
     return above[:-1] - above[1:]
 
 
-def sum_by_halves(values: Tensor) -> float:
+def chunk_sizes(numel: int, block: int) -> list[int]:
+    """How many elements each of a tensor's chunks has, as csrc/table.h lays them out.
+
+    A chunk has some whole blocks of ``block`` elements, or a part of one that is longer.
+    """
+    if numel == 0:
+        return []
+    if block > CHUNK_SIZE:
+        blocks = [min(block, numel - begin) for begin in range(0, numel, block)]
+        return [min(CHUNK_SIZE, n - at) for n in blocks for at in range(0, n, CHUNK_SIZE)]
+    fit = CHUNK_SIZE // block
+    size = (fit if fit < 8 else fit // 8 * 8) * block
+    return [min(size, numel - begin) for begin in range(0, numel, size)]
+
+
+def sum_by_halves(values: Tensor, block: int | None = None) -> float:
     """Telemetry's sum of squares, elements taken as they lie in memory; 0 of none.
 
-    In the compute type the halves of each block of :data:`BLOCK_SIZE` are added until one number is
-    left, so that vectors and warps can; then blocks are in double, by :func:`tree_sum`. The last
-    block is filled up with zeros.
+    In the compute type the halves of each 256 of a chunk's elements (:data:`BLOCK_SIZE`) are added
+    until one number is left, so that vectors and warps can. The last ones are filled up with zeros.
+    Then a chunk's sums are added in double by :func:`tree_sum`, and so are the chunks'.
     """
-    row = in_memory_order(values)
-    count = max(1, -(-len(row) // BLOCK_SIZE))
-    blocks = row.new_zeros(count, BLOCK_SIZE, dtype=_compute_dtype(values))
-    blocks.view(-1)[: len(row)] = row
-    sums = blocks * blocks
-    while sums.size(1) > 1:
-        first, second = sums.chunk(2, dim=1)
-        sums = first + second
-    return tree_sum(sums[:, 0].to(torch.float64)).item()
+    row = in_memory_order(values).to(_compute_dtype(values))
+    of_chunks = [torch.zeros((), dtype=torch.float64)]
+    for chunk in row.split(chunk_sizes(len(row), block or len(row))):
+        parts = torch.nn.functional.pad(chunk, (0, -len(chunk) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+        sums = parts * parts
+        while sums.size(1) > 1:
+            first, second = sums.chunk(2, dim=1)
+            sums = first + second
+        of_chunks.append(tree_sum(sums[:, 0].to(torch.float64)).cpu())
+    return tree_sum(torch.stack(of_chunks[1:] or of_chunks)).item()
 
 
-def note_update(update: Tensor, alpha: float) -> UpdateNotes:
-    """Of :func:`noted_update`."""
-    return UpdateNotes(sum_by_halves(update), magnitude_bins(update, alpha).tolist())
+def note_update(update: Tensor, alpha: float, block: int | None = None) -> UpdateNotes:
+    """Of :func:`noted_update`; ``block`` as of :func:`chunk_sizes`, or None for the whole."""
+    return UpdateNotes(sum_by_halves(update, block), magnitude_bins(update, alpha).tolist())
 
 
-def note_param(param: Tensor) -> ParamNotes:
+def note_param(param: Tensor, block: int | None = None) -> ParamNotes:
     """Of a step's new param."""
     param = _reals(param)
     return ParamNotes(
-        squares=sum_by_halves(param),
+        squares=sum_by_halves(param, block),
         zeros=int((param == 0).sum()),
         nans=int(param.isnan().sum()),
         infs=int(param.isinf().sum()),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,3 +77,48 @@ def summed(counts: Sequence[int], params: Sequence[Tensor]) -> list[int]:
         for i, count in zip(members, whole.tolist(), strict=True):
             result[i] = count
     return result
+
+
+def shards_of(param: Tensor) -> list[int]:
+    """The dims of the mesh over which a param is dealt out, rather than repeated."""
+    if not is_distributed(param):
+        return []
+    return [d for d, placement in enumerate(param.placements) if not placement.is_replicate()]
+
+
+def row_ranges(param: DTensor) -> list[tuple[int, int]] | None:
+    """The rows, indices of dim 0, of each rank with another part, by its coordinate in the mesh.
+
+    None if ranks have anything but ranges of rows.
+    """
+    from torch.distributed.tensor import Shard
+
+    dims = shards_of(param)
+    if param.dim() == 0 or not all(
+        type(param.placements[d]) is Shard and param.placements[d].is_shard(0) for d in dims
+    ):
+        return None
+    return split_rows(param.shape[0], tuple(param.device_mesh.size(d) for d in dims))
+
+
+@lru_cache(maxsize=1024)
+def split_rows(rows: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Split and split again, as torch.chunk does."""
+    ranges = [(0, rows)]
+    for size in sizes:
+        divided = []
+        for first, last in ranges:
+            most = -(-(last - first) // size)
+            cuts = [min(first + i * most, last) for i in range(size + 1)]
+            divided += list(pairwise(cuts))
+        ranges = divided
+    return ranges
+
+
+def rows_of_cuts(param: DTensor) -> int:
+    """Blocks of n rows are all whole on one rank if n divides this; -1 if no blocks are."""
+    ranges = row_ranges(param)
+    if ranges is not None:
+        return math.gcd(*(first for first, last in ranges if first < last))
+    of_rows = all(getattr(param.placements[d], "dim", None) == 0 for d in shards_of(param))
+    return 1 if of_rows and param.dim() > 0 else -1

@@ -165,6 +165,7 @@ def _take_step(
             break
         later = {(f.group, f.index) for f in findings if f.key == "overlap"}
         if 0 < len(later) < sum(table.num_rows for table in gather.tables()):
+            _refuse_divided_norms(optimizer, groups)
             with Uninterrupted():
                 for part in _divided(groups, later):
                     _take_step(optimizer, part, scaling, given, None)
@@ -186,6 +187,7 @@ def _take_step(
         )
     tables = gather.tables()
     if stand_ins is not None and stand_ins.overlap(tables):
+        _refuse_divided_norms(optimizer, groups)
         with Uninterrupted():
             for one in _one_by_one(groups):
                 _take_step(optimizer, one, scaling, given, None)
@@ -207,6 +209,16 @@ def _divided(groups: Groups, later: Container[tuple[int, int]]) -> tuple[Groups,
                 part["param_names"] = [group["param_names"][i] for i in kept]
             half.append(part)
     return halves
+
+
+def _refuse_divided_norms(optimizer: Stepped, groups: Groups) -> None:
+    for index, group in enumerate(groups):
+        if group["decay"] == "prox_l2" and group.get("block") == "group":
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: params share memory, so that they are stepped one "
+                f"after the other, but block='group' of param_groups[{index}] takes one norm of "
+                "all; nothing was updated"
+            )
 
 
 def _one_by_one(groups: Groups) -> Iterator[Groups]:
@@ -245,9 +257,9 @@ def _run(
                 table.undo()
                 raise
         if deferred:
-            from .block_norms import Block, shrink
+            from .block_norms import Member, shrink
 
-            shrink([Block(row.owner, row.param, groups[row.group]) for row in deferred])
+            shrink([Member(row.owner, row.param, groups[row.group]) for row in deferred])
             for row in deferred:
                 reference.write(reference.follow(row.param, row.states, groups[row.group]))
             if tracker is not None:
@@ -269,6 +281,11 @@ def _plan(
     deferred = [
         row for table in tables if table.has_deferred for row in table.rows() if row.deferred
     ]
+    for row in deferred:
+        from .block_norms import why_not
+
+        if reason := why_not(row.owner, groups[row.group].get("block", "tensor")):
+            raise RuntimeError(f"{type(optimizer).__name__}: {reason}; nothing was updated")
     if capturing and deferred:
         raise RuntimeError(
             f"{type(optimizer).__name__} on shards cannot be captured into a CUDA graph: "

@@ -131,8 +131,8 @@ class _Noted(NamedTuple):
     """One table of a tracked step, and what the step writes; on the device until it is read."""
 
     device: tuple[str, int]
-    tensors: Sequence[tuple[int, int, int, int]]
-    """(its group, its place in the group, its first record, its numel)"""
+    tensors: Sequence[tuple[int, int, int, int, int]]
+    """(its group, its place in the group, its first record, how many it has, its numel)"""
     records: Tensor
 
 
@@ -190,7 +190,9 @@ class Tracker:
         noted = []
         for table in tables:
             device = table.device
-            tensors = [(r.group, r.position, r.first_chunk, r.numel) for r in table.rows()]
+            tensors = [
+                (r.group, r.position, r.first_chunk, _num_chunks(r), r.numel) for r in table.rows()
+            ]
             known = (n.records for n in self._noted if n[:2] == (device, tensors))
             records = next(known, None)
             if records is None:
@@ -210,15 +212,15 @@ class Tracker:
         """Notes the params anew, which have changed since the tables' step."""
         for table in tables:
             for row in table.rows():
-                write_param(reference.note_param(row.param), table, row)
+                write_param(reference.note_param(row.param, row.block), table, row)
 
     def stats(self) -> list[UpdateStats]:
         """Waits for the step, if it is on a GPU."""
         members: dict[str, list[_TensorNotes]] = {}
         for _, tensors, records in self._noted:
             on_host = records.cpu()
-            for group, index, first, numel in tensors:
-                of_tensor = on_host[first : first + _num_chunks(numel)]
+            for group, index, first, count, numel in tensors:
+                of_tensor = on_host[first : first + count]
                 # Nothing is noted of a tensor without elements, nor of a step that was skipped.
                 if of_tensor.any():
                     name = self._name(group, index)
@@ -291,11 +293,11 @@ def write_param(notes: reference.ParamNotes, table: _C.Table, row: Row) -> None:
 
 def _records_of(table: _C.Table, row: Row) -> Tensor:
     assert table.records is not None
-    return table.records[row.first_chunk : row.first_chunk + _num_chunks(row.numel)]
+    return table.records[row.first_chunk : row.first_chunk + _num_chunks(row)]
 
 
-def _num_chunks(numel: int) -> int:
-    return -(-numel // reference.CHUNK_SIZE)
+def _num_chunks(row: Row) -> int:
+    return len(reference.chunk_sizes(row.numel, row.block))
 
 
 def _doubles(records: Tensor) -> Tensor:

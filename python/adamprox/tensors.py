@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .sharding import is_distributed, placed_alike
+from .sharding import is_distributed, placed_alike, rows_of_cuts
 
 
 class Row(NamedTuple):
@@ -27,6 +27,8 @@ class Row(NamedTuple):
     first_chunk: int
     numel: int
     """Of its reals: a complex number counts twice."""
+    block: int
+    """Of the reals of a block of ``AdamProxL2``, or of all."""
 
 
 def dispatches(tensor: Tensor) -> bool:
@@ -54,13 +56,13 @@ def is_ordinary(tensor: Any) -> bool:
     )
 
 
-def local(param: Any, tensor: Any) -> tuple[Any, bool] | None:
-    """A DTensor's local tensor, and whether other ranks have parts of it; any other one as it is.
+def local(param: Any, tensor: Any) -> tuple[Any, int | None] | None:
+    """A DTensor's local tensor, and its :func:`rows_of_cuts`; any other tensor as it is, and None.
 
     None for one that is placed otherwise than ``param``, or whose ranks have parts of a sum.
     """
     if not is_distributed(tensor):
-        return tensor, False
+        return tensor, None
     alike = tensor is param or (is_distributed(param) and placed_alike(tensor, param))
     if not alike:
         return None
@@ -71,7 +73,7 @@ def local(param: Any, tensor: Any) -> tuple[Any, bool] | None:
             if not placement.is_shard() and not hasattr(placement, "split_factor"):
                 return None
             sharded = True
-    return tensor._local_tensor, sharded
+    return tensor._local_tensor, rows_of_cuts(tensor) if sharded else None
 
 
 def trials() -> dict[str, Any]:
