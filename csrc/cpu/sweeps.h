@@ -39,44 +39,50 @@ HOST_DEVICE void update_part(const Span& part, const Update<ProxL2, Compute<Para
   });
 }
 
-// Of up to kBlockSize params, as they are stored.
-template <typename Param>
-HOST_DEVICE double sum_of_part(const Span& part) {
-  const Param* stored = part.at<Param>(part.row.param);
-  double sums[kBlockSize / 4];
-  int64_t fours = 0, i = 0;
-  for (; i + kBatchSize <= part.count; i += kBatchSize) {
-    Batch batch(Read<Param>{const_cast<Param*>(stored) + i}, false);
-    fours += add_fours<true>(batch.elements().data, kBatchSize, sums + fours);
-  }
-  fours += add_fours<true>(stored + i, part.count - i, sums + fours);
-  return sum_of_fours(sums, fours);
-}
-
-// Adds up f(part) for the parts of a span: what f has just stored is in the nearest cache.
-template <typename F>
-HOST_DEVICE double sum_of_parts(const Span& span, F f) {
-  BlockSums squares;
-  for (int64_t first = 0; first < span.count; first += kBlockSize) {
-    squares.add(f(span.part(first, std::min<int64_t>(span.count - first, kBlockSize))));
-  }
-  return squares.total();
-}
-
 template <typename Param>
 HOST_DEVICE void shrink_part(const Span& part, double shrinkage) {
   const Shrink<Compute<Param>> shrink{static_cast<Compute<Param>>(shrinkage)};
   for_each_element(part, shrink, ReadWrite<Param>{part.at<Param>(part.row.param)});
 }
 
+// The sum of the squares of up to kBlockSize params, as they are stored. Before a batch's are taken,
+// before(batch) is called.
+template <typename Param, typename F>
+HOST_DEVICE double sum_of_part(const Span& part, F before) {
+  double sums[kBlockSize / 4];
+  int64_t fours = 0;
+  for (int64_t i = 0; i < part.count; i += kBatchSize) {
+    const Span batch = part.part(i, std::min<int64_t>(kBatchSize, part.count - i));
+    before(batch);
+    Param* stored = batch.at<Param>(part.row.param);
+    if (batch.count == kBatchSize) {
+      Batch widened(Read<Param>{stored}, false);
+      fours += add_fours<true>(widened.elements().data, kBatchSize, sums + fours);
+    } else {
+      fours += add_fours<true>(stored, batch.count, sums + fours);
+    }
+  }
+  return sum_of_fours(sums, fours);
+}
+
+// The sum goes along with the update, which waits for memory.
+template <typename Param, typename State>
+HOST_DEVICE double update_and_sum_parts(const Span& span,
+                                        const Update<ProxL2, Compute<Param>>& update) {
+  BlockSums squares;
+  for (int64_t first = 0; first < span.count; first += kBlockSize) {
+    const Span part = span.part(first, std::min<int64_t>(span.count - first, kBlockSize));
+    squares.add(sum_of_part<Param>(part, [&](const Span& batch) __attribute__((always_inline)) {
+      update_part<Param, State>(batch, update);
+    }));
+  }
+  return squares.total();
+}
+
 // A part of one of AdamProxL2's blocks: returns the sum of the squares of what is stored.
 template <typename Param, typename State>
 MULTIVERSION double update_and_sum(const Span& span, const Scalars& scalars) {
-  const Update<ProxL2, Compute<Param>> update(scalars);
-  return sum_of_parts(span, [&](const Span& part) __attribute__((always_inline)) {
-    update_part<Param, State>(part, update);
-    return sum_of_part<Param>(part);
-  });
+  return update_and_sum_parts<Param, State>(span, Update<ProxL2, Compute<Param>>(scalars));
 }
 
 template <typename Param>
@@ -84,22 +90,32 @@ MULTIVERSION void shrink_span(const Span& span, double shrinkage) {
   shrink_part<Param>(span, shrinkage);
 }
 
-// Whole blocks, so many at a time that they are in the nearest cache when they are shrunk.
+// A chunk of whole blocks, which are shrunk once all are updated: norms one after another would wait for
+// roots, and a chunk's params are still in a cache. Small blocks are, a part's worth at a time.
 template <typename Param, typename State>
 MULTIVERSION void update_and_shrink_span(const Span& span, const Scalars& scalars) {
-  constexpr int64_t kAtATime = 1024;
-  const int64_t block = span.row.block, run = std::max<int64_t>(1, kAtATime / block) * block;
   const Update<ProxL2, Compute<Param>> update(scalars);
+  const int64_t block = span.row.block;
+  const bool small = block <= kBlockSize / 2;
+  const int64_t run = small ? kBlockSize / block * block : span.count;
   for (int64_t first = 0; first < span.count; first += run) {
     const Span blocks = span.part(first, std::min(run, span.count - first));
-    update_part<Param, State>(blocks, update);
-    for (int64_t at = 0; at < blocks.count; at += block) {
-      const Span one = blocks.part(at, std::min(block, blocks.count - at));
-      const double sum = sum_of_parts(one, [](const Span& part) __attribute__((always_inline)) {
-        return sum_of_part<Param>(part);
-      });
-      shrink_part<Param>(one, ProxL2::shrinkage(sum, scalars.decay, one.count));
-    }
+    double sums[kBlockSize];
+    const auto for_each_block = [&](auto f) __attribute__((always_inline)) {
+      for (int64_t at = 0, i = 0; at < blocks.count; at += block, ++i) {
+        f(blocks.part(at, std::min(block, blocks.count - at)), sums[i]);
+      }
+    };
+    if (small) update_part<Param, State>(blocks, update);
+    for_each_block([&](const Span& one, double& sum) __attribute__((always_inline)) {
+      sum = small ? sum_of_part<Param>(one, [](const Span&) {})
+                  : update_and_sum_parts<Param, State>(one, update);
+    });
+    for_each_block([&](const Span& one, double& sum) __attribute__((always_inline)) {
+      sum = ProxL2::shrinkage(sum, scalars.decay, one.count);
+    });
+    for_each_block([&](const Span& one, double shrinkage)
+                       __attribute__((always_inline)) { shrink_part<Param>(one, shrinkage); });
   }
 }
 
