@@ -117,6 +117,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("num_scalars", size_of_vector(&TensorTable::scalars))
       .def_property_readonly("num_packed", [](const Table& t) { return t.table.num_packed; })
       .def_property_readonly("num_of_blocks", [](const Table& t) { return t.table.num_of_blocks; })
+      .def_property_readonly("num_slots", [](const Table& t) { return t.table.num_slots; })
       .def_property_readonly("variants", &Table::variants)
       .def("metadata", [](const Table& t) { return py::bytes(t.metadata()); })
       .def_property_readonly("metadata_is_uploaded", &Table::metadata_is_uploaded)

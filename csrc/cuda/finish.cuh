@@ -28,7 +28,7 @@ __device__ __forceinline__ void finish_chunk(Team team, const LaunchArgs& args,
   if (row.states[kEma] != nullptr) {
     average(team, chunk.at(row.param, row.param_dtype),
             chunk.at(row.states[kEma], compute_type(row.param_dtype)), row.param_dtype, chunk.count,
-            row.aligned != 0, args.scalars_of(row).one_minus_ema);
+            chunk.aligned(), args.scalars_of(row).one_minus_ema);
   }
   if (args.records != nullptr) note_params(args, chunk);  // the team is a block then
 }

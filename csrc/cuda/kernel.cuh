@@ -71,7 +71,7 @@ __device__ __forceinline__ void update_span(Team team, const LaunchArgs& args,
     const Optional<Streaming<ReadWrite<State>>> max_exp_avg_sq{
         {{state(amsgrad ? kMaxExpAvgSq : kExpAvgSq)}}, amsgrad};
     const auto run = [&](const auto& f) {
-      for_each_element(team, span.count, row.aligned != 0, f, param, grad, exp_avg, exp_avg_sq,
+      for_each_element(team, span.count, span.aligned(), f, param, grad, exp_avg, exp_avg_sq,
                        max_exp_avg_sq);
     };
     if constexpr (std::is_same_v<Rule, ProxL2>) {

@@ -30,12 +30,13 @@ struct LaunchArgs {
   const unsigned char* payload;  // null: inline_payload
   alignas(16) unsigned char inline_payload[kInlinePayload];
 
-  LaunchArgs(void* metadata, int64_t num_rows, int64_t num_chunks, const void* payload,
-             void* prepared, Record* records)
+  // `num_chunks` of all of the step's launches.
+  LaunchArgs(void* metadata, int64_t num_rows, int64_t num_chunks, int64_t num_slots,
+             const void* payload, void* prepared, Record* records)
       : rows(static_cast<const TensorRow*>(metadata)),
         chunks(reinterpret_cast<const Chunk*>(rows + num_rows)),
         num_rows(num_rows),
-        work(const_cast<Chunk*>(chunks + num_chunks), num_chunks),
+        work(const_cast<Chunk*>(chunks + num_chunks), num_chunks + num_slots),
         records(records),
         prepared(static_cast<PreparedHead*>(prepared)),
         payload(static_cast<const unsigned char*>(payload)) {}
@@ -84,8 +85,13 @@ struct ChunkSpan {
       : chunk(chunk),
         row_index(args.chunks[chunk].row),
         row(args.rows[row_index]),
-        begin(args.chunks[chunk].index * kChunkSize),
-        count(row.numel - begin < kChunkSize ? row.numel - begin : kChunkSize) {}
+        begin(args.chunks[chunk].begin),
+        count(args.chunks[chunk].count) {}
+
+  // Whether it begins at a multiple of 16 bytes in all of the row's tensors.
+  __device__ __forceinline__ bool aligned() const {
+    return row.aligned != 0 && begin * size_of(row.param_dtype) % 16 == 0;
+  }
 
   // At most `most` of its elements, from the `first` on.
   __device__ __forceinline__ ChunkSpan piece(int first, int most) const {

@@ -52,6 +52,14 @@ struct Optional : Stream {
   bool present;
 };
 
+// Of memory that the same block of threads has written: from L2.
+__device__ __forceinline__ float load_written(const float* from) { return __ldcg(from); }
+__device__ __forceinline__ double load_written(const double* from) { return __ldcg(from); }
+template <typename T>
+__device__ __forceinline__ T load_written(const T* from) {
+  return bit_cast<T>(__ldcg(reinterpret_cast<const unsigned short*>(from)));
+}
+
 // A thread's vectors of a stream, kVectors times kWidth elements, in registers as they are stored.
 //
 // A vector moves as 128-bit words, by intrinsics: the compiler splits plain accesses for sm_100 and

@@ -42,8 +42,8 @@ int64_t resident_blocks(const void* kernel, size_t shared, int device) {
 
 void step_on_cuda(const TensorTable& table, const CudaStep& step) {
   const auto num_chunks = static_cast<int64_t>(table.chunks.size());
-  LaunchArgs args(step.metadata, static_cast<int64_t>(table.rows.size()), num_chunks, step.payload,
-                  step.prepared, table.records);
+  LaunchArgs args(step.metadata, static_cast<int64_t>(table.rows.size()), num_chunks,
+                  table.num_slots, step.payload, step.prepared, table.records);
   if (step.payload == nullptr) {
     std::memcpy(args.inline_payload, step.inline_payload, step.inline_size);
   }

@@ -25,6 +25,7 @@ class _Step(ctypes.Structure):
         ("num_chunks", ctypes.c_int64),
         ("num_packed", ctypes.c_int64),
         ("num_of_blocks", ctypes.c_int64),
+        ("num_slots", ctypes.c_int64),
         ("num_recipes", ctypes.c_int64),
         ("payload", ctypes.c_char_p),
         ("payload_bytes", ctypes.c_int64),
@@ -77,6 +78,7 @@ class CudaOnHostBackend:
             num_chunks=table.num_chunks,
             num_packed=table.num_packed,
             num_of_blocks=table.num_of_blocks,
+            num_slots=table.num_slots,
             num_recipes=table.num_scalars if table.has_recipes else 0,
             payload=payload,
             payload_bytes=len(payload),
@@ -92,8 +94,10 @@ class CudaOnHostBackend:
         self.launches += ["update"] * step.update_launches + ["blocks"] * step.block_launches
         self.sleeps += step.sleeps
         self.seed += 1
-        work = metadata[8 * (table.num_rows * _C.layout["row"] + table.num_chunks) :]
-        assert _counts(work, table.num_chunks).count_nonzero() == 0, "not ready for the next launch"
+        chunks = table.num_chunks * _C.layout["chunk"]
+        work = metadata[8 * (table.num_rows * _C.layout["row"] + chunks) :]
+        places = table.num_chunks + table.num_slots
+        assert _counts(work, places).count_nonzero() == 0, "not ready for the next launch"
 
     def _launch(self, step: _Step) -> None:
         if error := self._step(ctypes.byref(step)):
@@ -104,10 +108,11 @@ class CudaOnHostBackend:
         self._launch(self._last[0])
 
 
-def _counts(work: Tensor, num_chunks: int) -> Tensor:
-    """What counts in a Workspace: its ticket, and each Progress::done, if there are any."""
+def _counts(work: Tensor, num_places: int) -> Tensor:
+    """What counts in a Workspace: its ticket; Progress::done and ready, if there are any."""
     words = work.view(torch.int32)
-    return torch.cat([words[:2], words[2 + 2 * num_chunks :: 2]])
+    progress = words[2 + 2 * num_places :]
+    return torch.cat([words[:2], progress[::4], progress[1::4]])
 
 
 def build(directory: Path) -> CudaOnHostBackend:

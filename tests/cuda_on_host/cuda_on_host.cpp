@@ -20,7 +20,7 @@ ChunkNotes* adamprox::chunk_notes() {
 
 struct Step {
   void* metadata;
-  int64_t num_rows, num_chunks, num_packed, num_of_blocks, num_recipes;
+  int64_t num_rows, num_chunks, num_packed, num_of_blocks, num_slots, num_recipes;
   const void* payload;
   int64_t payload_bytes;
   void* prepared;
@@ -33,8 +33,8 @@ struct Step {
 extern "C" const char* step(Step* s) {
   static std::string error;
   const bool is_inline = s->payload_bytes <= kInlinePayload;
-  LaunchArgs args(s->metadata, s->num_rows, s->num_chunks, is_inline ? nullptr : s->payload,
-                  s->prepared, s->records);
+  LaunchArgs args(s->metadata, s->num_rows, s->num_chunks, s->num_slots,
+                  is_inline ? nullptr : s->payload, s->prepared, s->records);
   if (is_inline) std::memcpy(args.inline_payload, s->payload, s->payload_bytes);
   cuda_on_host::Launch::sleeps = 0;
   const auto launch = [s](void (*kernel)(LaunchArgs), const LaunchArgs& args, int64_t) {
