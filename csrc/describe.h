@@ -55,7 +55,7 @@ inline std::map<std::string, size_t> describe_layout() {
       {"row.block", offsetof(TensorRow, block) / 8},
       {"row.scalars", offsetof(TensorRow, scalars) / 8},
       {"row.types", offsetof(TensorRow, param_dtype) / 8},
-      {"row.slot", offsetof(TensorRow, slot) / 8},
+      {"row.slots", offsetof(TensorRow, first_slot) / 8},
       {"chunk", sizeof(Chunk) / 8},
       {"scalars", sizeof(Scalars) / 8},
 #define SCALAR(name) {"scalars." #name, offsetof(Scalars, name) / 8},

@@ -245,14 +245,15 @@ bool DeviceTable::metadata_is_uploaded() const {
          std::memcmp(rows.data(), uploaded_rows_.data(), rows.size() * sizeof(TensorRow)) == 0;
 }
 
-std::set<std::tuple<int, int, int, int>> DeviceTable::variants() const {
-  std::set<std::tuple<int, int, int, int>> result;
+std::set<std::tuple<int, int, int, int, int>> DeviceTable::variants() const {
+  std::set<std::tuple<int, int, int, int, int>> result;
   for (const TensorRow& row : table.rows) {
     if (row.numel == 0) continue;
-    int states = 0;
+    int states = 0, size = 0;
     for (int s = 0; s < kStates; ++s) states |= (row.states[s] != nullptr) << s;
+    for (int64_t n = 1; has_blocks(row.rule) && n < row.block && n <= kTileSize; n *= 2) ++size;
     result.emplace(static_cast<int>(row.param_dtype), static_cast<int>(row.state_dtype),
-                   static_cast<int>(row.rule), states);
+                   static_cast<int>(row.rule), states, size);
   }
   return result;
 }

@@ -80,8 +80,9 @@ class DeviceTable {
   std::string metadata() const;
   bool metadata_is_uploaded() const;  // as it is now, if note_upload() has been told of it
   void note_upload() { uploaded_rows_ = table.rows; }
-  // The distinct (param's dtype, moments' dtype, rule, which states are there as bits) of the rows.
-  std::set<std::tuple<int, int, int, int>> variants() const;
+  // The distinct (param's dtype, moments' dtype, rule, which states are there as bits, log2 of the next
+  // power of two of a block up to kTileSize) of the rows.
+  std::set<std::tuple<int, int, int, int, int>> variants() const;
 
   const Device device;
   TensorTable table;

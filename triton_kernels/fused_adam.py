@@ -16,14 +16,19 @@ import triton.language as tl
 
 from .recipes import VECTOR, prepare_kernel
 from .table import (
+    CHUNK,
     CHUNK_SIZE,
     COMPUTE,
     FOLLOWERS,
+    LARGE,
     MOMENTS,
     ROW,
+    ROW_BLOCK,
     ROW_NUMEL,
     ROW_PARAM,
     ROW_SCALARS,
+    ROW_SLOTS,
+    ROW_TYPES,
     RULES,
     SCALARS,
     SCALARS_ALPHA,
@@ -38,6 +43,7 @@ from .table import (
     pointer,
     pointers,
     scalars_of,
+    size_class,
     variant_of,
 )
 from .telemetry import (
@@ -86,11 +92,11 @@ def read_chunk(metadata, prepared, num_rows, chunk):
 
     In a step that is to be skipped, a chunk has no elements.
     """
-    words = tl.load(metadata + num_rows * ROW + chunk)
-    index = words & 0xFFFFFFFF
+    words = metadata + num_rows * ROW + chunk * CHUNK
+    begin, row_and_count = tl.load(words), tl.load(words + 1)
+    index = row_and_count & 0xFFFFFFFF
     row = metadata + index * ROW
-    begin = (words >> 32) * CHUNK_SIZE
-    count = tl.minimum(tl.load(row + ROW_NUMEL) - begin, CHUNK_SIZE).to(tl.int32)
+    count = (row_and_count >> 32).to(tl.int32)
     if prepared is not None:
         count = tl.where(tl.load(prepared) != 0, 0, count)
     return index, row, begin, count
@@ -170,10 +176,19 @@ def update_tile(tensors, args, first, mask, sums):
 
 
 @triton.jit
+def square_tile(tensors, args, first, mask, sums):
+    (param,) = tensors
+    return put(tree_sum(square(within(load(param, first, mask), mask))), first, sums)
+
+
+@triton.jit
 def shrink_tile(tensors, args, first, mask, params):
+    """And what follows; without a factor it has been shrunk."""
     param, followers = tensors
     factor, scalars, records = args
-    p = store(param, first, mask, shrink(load(param, first, mask), factor))
+    p = load(param, first, mask)
+    if factor is not None:
+        p = store(param, first, mask, shrink(p, factor))
     finish_tile(followers, first, mask, p, scalars)
     if records is None:
         return params
@@ -182,10 +197,10 @@ def shrink_tile(tensors, args, first, mask, params):
 
 
 @triton.jit
-def for_each_tile(f: tl.constexpr, tensors, args, row, count, sums):
+def for_each_tile(f: tl.constexpr, tensors, args, aligned, count, sums):
     """Calls f on the tiles of a chunk; returns the sums, which f fills in."""
     # Two loops, since one with both kinds of access takes all registers that there are.
-    full = (count // TILE_SIZE * TILE_SIZE) * is_aligned(row)
+    full = (count // TILE_SIZE * TILE_SIZE) * aligned
     first = 0
     while first < full:
         sums = f(tensors, args, first, None, sums)
@@ -210,13 +225,14 @@ def update_chunk(row, grad, begin, count, scalars, sum_out, record, VARIANT: tl.
     )
     rounded = load_scalars(scalars, SCALAR_OFFSETS, dtype)
     sums = tl.zeros([TILES], tl.float64)
+    aligned = is_aligned(row, begin)
     if record is None:
-        sums = for_each_tile(update_tile, tensors, (rounded, None, RULE), row, count, sums)
+        sums = for_each_tile(update_tile, tensors, (rounded, None, RULE), aligned, count, sums)
     else:
         least = lowest(tl.load(scalars + SCALARS_ALPHA).to(dtype))
         notes = (sums, no_notes(), no_notes())
         sums, updates, params = for_each_tile(
-            update_tile, tensors, (rounded, least, RULE), row, count, notes
+            update_tile, tensors, (rounded, least, RULE), aligned, count, notes
         )
         if count > 0:  # it may be a step that is to be skipped
             write_step(record, tl.load(scalars + SCALARS_STEP))
@@ -242,45 +258,123 @@ def update_kernel(metadata, payload, prepared, sums, records, num_rows, VARIANTS
 
 
 @triton.jit
-def shrink_chunk(row, begin, count, scalars, k, record, VARIANT: tl.constexpr):
+def sum_of_range(sums, count):
+    """Of the first ``count`` sums, by the tree."""
+    tops = tl.zeros([TILE_SIZE], tl.float64)  # a sum each of TILE_SIZE of them
+    first = 0
+    while first < count:
+        index = first + tl.arange(0, TILE_SIZE)
+        top = tree_sum(tl.load(sums + index, index < count, 0.0))
+        tops = tl.where(tl.arange(0, TILE_SIZE) == first // TILE_SIZE, top, tops)
+        first += TILE_SIZE
+    return tree_sum(tops)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_chunks"])
+def slot_kernel(metadata, sums, num_rows, num_chunks):
+    """Where tensors are one block together: the sum of each, behind those of chunks."""
+    row = metadata + tl.program_id(0) * ROW
+    if (tl.load(row + ROW_SLOTS) >> 32) > 0:
+        parts = tl.cdiv(tl.load(row + ROW_NUMEL), CHUNK_SIZE).to(tl.int32)
+        sum = sum_of_range(sums + (tl.load(row + ROW_SCALARS) >> 32), parts)
+        tl.store(sums + num_chunks + (tl.load(row + ROW_TYPES) >> 32), sum)
+
+
+@triton.jit
+def shrink_small_blocks(param, count, block, decay, dtype: tl.constexpr, WIDTH: tl.constexpr):
+    """Blocks of up to WIDTH elements, as many at a time as a tile has place for."""
+    ROWS: tl.constexpr = TILE_SIZE // WIDTH
+    column = tl.arange(0, WIDTH)[None, :]
+    first = 0
+    while first < count:
+        begin = first + tl.arange(0, ROWS) * block
+        at = begin[:, None] + column
+        mask = (column < block) & (at < count)
+        z = widen(tl.load(param + at, mask, 0.0))
+        numel = tl.maximum(tl.minimum(count - begin, block), 0)
+        k = shrinkage(tree_sum(square(z)), decay, numel)
+        tl.store(param + at, narrow(shrink(z, k.to(dtype)[:, None]), param.dtype.element_ty), mask)
+        first += ROWS * block
+
+
+@triton.jit
+def shrink_large_blocks(param, count, block, decay, dtype: tl.constexpr):
+    """Blocks of some tiles, one after another."""
+    first = 0
+    while first < count:
+        numel = tl.minimum(count - first, block)
+        none = tl.zeros([TILES], tl.float64)
+        sums = for_each_tile(square_tile, (param + first,), None, 0, numel, none)
+        k = shrinkage(tree_sum(sums), decay, numel).to(dtype)
+        for_each_tile(shrink_tile, (param + first, ()), (k, None, None), 0, numel, none)
+        first += block
+
+
+@triton.jit
+def shrink_chunk(
+    row, begin, count, scalars, sums, first, parts, numel, record, VARIANT: tl.constexpr
+):
     PARAM: tl.constexpr = STORAGE[VARIANT & 0xFF]
+    CLASS: tl.constexpr = VARIANT >> 8 & 0xFF
     dtype: tl.constexpr = COMPUTE[VARIANT & 0xFF]
-    tensors = (
-        pointer(tl.load(row + ROW_PARAM), begin, PARAM),
-        pointers(row, begin, FOLLOWERS, dtype, VARIANT),
-    )
-    args = (k.to(dtype), load_scalars(scalars, SCALAR_OFFSETS, dtype), record)
-    if record is None:
-        for_each_tile(shrink_tile, tensors, args, row, count, tl.zeros([TILES], tl.float64))
+    param = pointer(tl.load(row + ROW_PARAM), begin, PARAM)
+    tensors = (param, pointers(row, begin, FOLLOWERS, dtype, VARIANT))
+    decay = (tl.load(scalars + SCALARS_DECAY), tl.load(scalars + SCALARS_DECAY + 1))
+    rounded = load_scalars(scalars, SCALAR_OFFSETS, dtype)
+    aligned = is_aligned(row, begin)
+    block = tl.load(row + ROW_BLOCK)
+    if parts > 0:
+        k = shrinkage(sum_of_range(sums + first, parts), decay, numel).to(dtype)
+        finish_chunk(tensors, (k, rounded, record), aligned, count, record)
     else:
-        params = for_each_tile(shrink_tile, tensors, args, row, count, no_notes())
+        if CLASS == LARGE:
+            shrink_large_blocks(param, count, block.to(tl.int32), decay, dtype)
+        else:
+            shrink_small_blocks(param, count, block.to(tl.int32), decay, dtype, 1 << CLASS)
+        tl.debug_barrier()  # other threads have written what follows
+        finish_chunk(tensors, (None, rounded, record), aligned, count, record)
+
+
+@triton.jit
+def finish_chunk(tensors, args, aligned, count, record):
+    if record is None:
+        for_each_tile(shrink_tile, tensors, args, aligned, count, tl.zeros([TILES], tl.float64))
+    else:
+        params = for_each_tile(shrink_tile, tensors, args, aligned, count, no_notes())
         if count > 0:
             write(record, params, PARAM_SQUARES, BINS, COUNTS)
 
 
-@triton.jit(do_not_specialize=["num_rows", "first_chunk"])
+@triton.jit(do_not_specialize=["num_rows", "num_chunks", "first_chunk"])
 def shrink_kernel(
-    metadata, payload, prepared, sums, records, num_rows, first_chunk, VARIANTS: tl.constexpr
+    metadata,
+    payload,
+    prepared,
+    sums,
+    records,
+    num_rows,
+    num_chunks,
+    first_chunk,
+    VARIANTS: tl.constexpr,
 ):
-    """The second sweep: every program first takes its tensor's norm from the sums."""
+    """The second sweep: every program takes its block's norm from the sums, or its own blocks'."""
     chunk = first_chunk + tl.program_id(0)
     _, row, begin, count = read_chunk(metadata, prepared, num_rows, chunk)
-    sums += tl.load(row + ROW_SCALARS) >> 32
-    num_chunks = tl.cdiv(tl.load(row + ROW_NUMEL), CHUNK_SIZE).to(tl.int32)
-    tops = tl.zeros([TILE_SIZE], tl.float64)  # a sum each of TILE_SIZE chunks
-    first = 0
-    while first < num_chunks:
-        of_chunk = first + tl.arange(0, TILE_SIZE)
-        top = tree_sum(tl.load(sums + of_chunk, of_chunk < num_chunks, 0.0))
-        tops = tl.where(tl.arange(0, TILE_SIZE) == first // TILE_SIZE, top, tops)
-        first += TILE_SIZE
+    block, slots = tl.load(row + ROW_BLOCK), tl.load(row + ROW_SLOTS)
+    words = tl.load(metadata + num_rows * ROW + chunk * CHUNK + 2)
+    first, parts = (words & 0xFFFFFFFF).to(tl.int32), (words >> 32).to(tl.int32)
+    numel = tl.minimum(
+        block, tl.load(row + ROW_NUMEL) - begin + (chunk - first).to(tl.int64) * CHUNK_SIZE
+    )
+    if (slots >> 32) > 0:
+        first, parts = num_chunks + slots.to(tl.int32), (slots >> 32).to(tl.int32)
+        numel = block
     scalars = scalars_of(row, payload, prepared, num_rows)
-    k = shrinkage(tree_sum(tops), tl.load(scalars + SCALARS_DECAY))
     record = None if records is None else records + chunk * RECORD
-    variant = variant_of(row) & SECOND_SWEEP
+    variant = (variant_of(row) & SECOND_SWEEP) | (size_class(block) << 8)
     for i in tl.static_range(len(VARIANTS)):
         if variant == VARIANTS[i]:
-            shrink_chunk(row, begin, count, scalars, k, record, VARIANTS[i])
+            shrink_chunk(row, begin, count, scalars, sums, first, parts, numel, record, VARIANTS[i])
 
 
 def fused_adam(
@@ -290,14 +384,16 @@ def fused_adam(
     num_recipes: int,
     num_chunks: int,
     num_of_blocks: int,
-    variants: Iterable[tuple[int, int, int, int]],
+    num_slots: int,
+    variants: Iterable[tuple[int, int, int, int, int]],
     records: Tensor | None,
 ) -> None:
     """One step on the current device and stream, of what ``adamprox._C.Table`` says.
 
-    With recipes, a small launch before it makes the scalars. Only the ``variants`` (of param's and
-    state's dtype, rule, and states that are there) are compiled; each row finds its own at run
-    time. ``records`` is where a tracked step is noted.
+    With recipes, a small launch before it makes the scalars. With ``num_slots`` tensors that are
+    a block with others, a small one after it adds up their sums. Only the ``variants`` (of param's
+    and state's dtype, rule, states that are there, and size of blocks) are compiled; each row finds
+    its own at run time. ``records`` is where a tracked step is noted.
     """
     prepared = sums = None
     if num_recipes > 0:
@@ -307,12 +403,20 @@ def fused_adam(
     if num_chunks == 0:
         return
     if num_of_blocks > 0:  # behind the chunks and the Workspace's ticket
-        first = num_rows * ROW.value + num_chunks + 1
-        sums = metadata[first : first + num_chunks].view(torch.float64)
+        first = num_rows * ROW.value + num_chunks * CHUNK.value + 1
+        sums = metadata[first : first + num_chunks + num_slots].view(torch.float64)
     packed = {v[0] | v[1] << 8 | v[2] << 16 | v[3] << 24 for v in variants}
-    shrunk = {v & SECOND_SWEEP.value for v in packed if has_blocks(RULES.value[v >> 16 & 0xFF])}
     args = metadata, payload, prepared, sums, records, num_rows
     update_kernel[num_chunks,](*args, tuple(sorted(packed)), **OPTIONS)
+    if num_slots > 0:
+        slot_kernel[num_rows,](metadata, sums, num_rows, num_chunks, **OPTIONS)
     if num_of_blocks > 0:
+        shrunk = {
+            (v[0] | v[3] << 24) & SECOND_SWEEP.value | v[4] << 8
+            for v in variants
+            if has_blocks(RULES.value[v[2]])
+        }
         first_chunk = num_chunks - num_of_blocks
-        shrink_kernel[num_of_blocks,](*args, first_chunk, tuple(sorted(shrunk)), **OPTIONS)
+        shrink_kernel[num_of_blocks,](
+            *args, num_chunks, first_chunk, tuple(sorted(shrunk)), **OPTIONS
+        )

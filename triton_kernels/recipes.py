@@ -28,8 +28,8 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, INITIAL_LR = (
 EMA_DECAY, L2, LOW, HIGH = (
     tl.constexpr(_C.numbers.index(key)) for key in ("ema_decay", "l2", "bounds[0]", "bounds[1]")
 )
-MAXIMIZE, DECAY_BY_SCHEDULE = (
-    tl.constexpr(_C.flags.index(key)) for key in ("maximize", "decay_by")
+MAXIMIZE, DECAY_BY_SCHEDULE, BLOCK_SCALING = (
+    tl.constexpr(_C.flags.index(key)) for key in ("maximize", "decay_by", "block_scaling")
 )
 
 # What make_scalars makes: all of Scalars but the constants of the decay.
@@ -107,7 +107,7 @@ def alpha(initial_lr):
 
 
 @triton.jit
-def constants(strength, weight_decay, strength2, bounds, root, NUMBER: tl.constexpr):
+def constants(strength, weight_decay, strength2, bounds, by_size, root, NUMBER: tl.constexpr):
     """``strength2`` is the one of l2, and ``root`` is sqrt(1 - beta2**t)."""
     RULE: tl.constexpr = RULES[NUMBER]
     if RULE == "Coupled":
@@ -117,6 +117,8 @@ def constants(strength, weight_decay, strength2, bounds, root, NUMBER: tl.conste
     elif RULE == "ProxSqL2" or RULE == "ProxL1":
         share = divide(strength, 1.0 + strength) if RULE == "ProxSqL2" else strength
         return (share, divide(strength2, 1.0 + strength2), *bounds)
+    elif RULE == "ProxL2":
+        return (strength, by_size)
     else:
         return (strength,)
 
@@ -164,13 +166,15 @@ def make_scalars(group, step, loss_scale, param_dtype, mask):
     strength2 = rate * read(group + L2 * VALUE, mask)
     low = round_up(read(group + LOW * VALUE, mask), param_dtype)
     high = -round_up(-read(group + HIGH * VALUE, mask), param_dtype)
+    by_size = (byte(group, FLAG_BYTES + BLOCK_SCALING, mask) != 0).to(tl.float64)
     rule = byte(group, RULE_BYTE, mask)
     decay = ()
     for i in tl.static_range(DECAY_CONSTANTS):
         constant = tl.zeros_like(step)
         for r in tl.static_range(size(RULES)):
             k = constants(
-                rate * weight_decay, weight_decay, strength2, (low, high), correction2_sqrt, r
+                *(rate * weight_decay, weight_decay, strength2, (low, high)),
+                *(by_size, correction2_sqrt, r),
             )
             if i < len(k):
                 constant = tl.where(rule == r, k[i], constant)

@@ -28,14 +28,18 @@ MOMENTS, FOLLOWERS = (
 )
 
 ROW, ROW_PARAM, ROW_STATES = _at("row"), _at("row.param"), _at("row.states")
-ROW_NUMEL, ROW_SCALARS, ROW_TYPES = _at("row.numel"), _at("row.scalars"), _at("row.types")
+ROW_NUMEL, ROW_BLOCK = _at("row.numel"), _at("row.block")
+ROW_SCALARS, ROW_TYPES, ROW_SLOTS = _at("row.scalars"), _at("row.types"), _at("row.slots")
+CHUNK = _at("chunk")  # its begin; its row and count; the first of its block's chunks, and how many
 SCALARS, SCALARS_DECAY = _at("scalars"), _at("scalars.decay")
 SCALARS_ALPHA, SCALARS_STEP = _at("scalars.alpha"), _at("scalars.step")
 DECAY_CONSTANTS = _at("decay_constants")  # a number
 
 # A variant is what a row's loops are compiled for, from the lowest byte on: its param's dtype, its
-# state's, its rule, and which states it has, a bit each. The second sweep's loops depend on less.
+# state's, its rule, and which states it has, a bit each. The second sweep's loops depend on less,
+# but on the size of blocks: a byte of it is in the place of the state's dtype.
 SECOND_SWEEP = tl.constexpr(0xFF | sum(1 << (24 + i) for i in FOLLOWERS.value))
+LARGE = tl.constexpr(TILE_SIZE.value.bit_length())  # the byte of blocks that are above a tile
 
 
 @triton.constexpr_function
@@ -52,8 +56,18 @@ def variant_of(row):
 
 
 @triton.jit
-def is_aligned(row):
-    return ((tl.load(row + ROW_TYPES) >> 24) & 1).to(tl.int32)
+def size_class(block):
+    """log2 of the next power of two, up to LARGE."""
+    result = block * 0
+    for i in tl.static_range(LARGE):
+        result += (block > (1 << i)).to(tl.int64)
+    return result
+
+
+@triton.jit
+def is_aligned(row, begin):
+    aligned = ((tl.load(row + ROW_TYPES) >> 24) & 1) != 0
+    return (aligned & (begin % 8 == 0)).to(tl.int32)
 
 
 @triton.jit

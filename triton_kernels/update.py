@@ -161,8 +161,10 @@ def copysign(magnitude, sign):
 
 
 @triton.jit
-def shrinkage(sum_of_squares, strength):
+def shrinkage(sum_of_squares, k, numel):
     norm = sqrt(sum_of_squares)
+    by_size = k[0] * sqrt(numel.to(tl.float64))
+    strength = tl.where(k[1] == 0, k[0] + tl.zeros_like(by_size), by_size)
     return tl.where(norm <= strength, 1.0, divide(strength, norm))
 
 
@@ -224,8 +226,13 @@ def square(value):
 @triton.jit
 def tree_sum(sums):
     # Neighbours until one is left. A tl.sum has no fixed order, but a sum of two has only one.
-    SIZE: tl.constexpr = sums.shape[0]
-    if SIZE == 2:
+    # Over the last of one or two axes.
+    SIZE: tl.constexpr = sums.shape[len(sums.shape) - 1]
+    if SIZE == 1:
+        return tl.sum(sums, axis=len(sums.shape) - 1)
+    elif len(sums.shape) == 2:
+        return tree_sum(tl.sum(tl.reshape(sums, (sums.shape[0], SIZE // 2, 2)), axis=2))
+    elif SIZE == 2:
         return tl.sum(sums, axis=0)
     else:
         return tree_sum(tl.sum(tl.reshape(sums, (SIZE // 2, 2)), axis=1))

@@ -146,6 +146,7 @@ class TritonBackend:
                 table.num_scalars if table.has_recipes else 0,
                 table.num_chunks,
                 table.num_of_blocks,
+                table.num_slots,
                 table.variants,
                 table.records,
             )
