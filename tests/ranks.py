@@ -40,6 +40,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import adamprox
+from adamprox import block_norms
 from registry import OPTIMIZERS, same_bits
 
 if TYPE_CHECKING:
@@ -296,6 +297,56 @@ def case_columns(world: int, name: str) -> None:
         twin.check(net, optimizer, exactly=name != "AdamProxL2")
 
 
+BLOCKS = (
+    *({"block": "row", "weight_decay": 9.0}, {"block": 2, "weight_decay": 14.0}),
+    *({"block": 3, "block_scaling": "sqrt"}, {"block": 40, "weight_decay": 30.0}),
+    *({"block": "group", "weight_decay": 90.0}, {"block": "group", "block_scaling": "sqrt"}),
+)
+
+
+def case_blocks(world: int, name: str) -> None:
+    """Rows, rows that edges of shards divide, and all params together; other params beside them."""
+    if name != "AdamProxL2":
+        return
+    mesh = init_device_mesh("cpu", (world,))
+    for build, features in ((model, 7), (wide_model, 131)):
+        for options in BLOCKS:
+            net = build()
+            twin = Twin(net, name, **options)
+            optimizer = make(name, fsdp(net, mesh).parameters(), **options)
+            for step in range(2):
+                backward(net, step, features)
+                if step == 1:
+                    net[0].bias.grad = None
+                twin.step(net)
+                with pytest.MonkeyPatch.context() as patch:
+                    if options["block"] == "row":  # no rank needs another one
+                        patch.setattr(block_norms, "shrink", None)
+                    optimizer.step()
+                twin.check(net, optimizer)
+
+
+def case_blocks_of_columns(world: int, name: str) -> None:
+    """Shards of columns, and on 4 ranks of both: a term for each block of each rank."""
+    if name != "AdamProxL2":
+        return
+    shape = (2, world // 2) if world == 4 else (1, world)
+    mesh = init_device_mesh("cpu", shape)
+    for options in BLOCKS:
+        values = [torch.randn(13, 6, 5, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+        net = nn.ParameterList([v.transpose(0, 2).contiguous().transpose(0, 2) for v in values[:1]])
+        net.append(nn.Parameter(values[1]))
+        twin = Twin(net, name, **options)
+        for i, p in enumerate(list(net)):
+            net[i] = nn.Parameter(distribute_tensor(p.detach(), mesh, (Shard(0), Shard(1))))
+        optimizer = make(name, net.parameters(), **options)
+        for step in range(2):
+            set_grads(net, step)
+            twin.step(net)
+            optimizer.step()
+            twin.check(net, optimizer, exactly=False)
+
+
 def case_partial_params_are_refused(world: int, name: str) -> None:
     mesh = init_device_mesh("cpu", (world,))
     share = torch.ones(3)
@@ -444,7 +495,7 @@ def case_memory_does_not_grow(world: int, name: str) -> None:
         for _ in range(steps):
             optimizer.step()
 
-    run(100)
+    run(300)  # with steps that the zeros are watched in
     held()
     before, heap = held(), heap_bytes()
     run(500)

@@ -30,6 +30,9 @@ NVIDIA = [target for target in TARGETS if target.startswith("sm")]
 # As dispatch.h numbers them, with their sizes.
 DTYPES = {"f32": (0, 4), "f64": (1, 8), "bf16": (2, 2)}
 STORAGE = [("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32"), ("f64", "f64")]
+# Of the blocks that are shrunk: log2 of their size rounded up, and 12 for more than a tile.
+SIZES = (0, 6, 10, 12)
+DIVISIONS = {"ProxSqL2Metric": 2, "ProxL1Metric": 3}  # of an element; of other rules 1
 RULES = [name for name, _, _ in _C.rules]  # as decay.h numbers them
 MOMENTS = [needs is None for _, type, needs in _C.states if type == "moment"]  # without options
 ELEMENTS_PER_THREAD = _C.layout["tile_size"] // 256
@@ -50,7 +53,7 @@ def compile_kernel(
 ) -> dict[str, Any]:
     """The texts that Triton makes on its way, and the binary, for all of storage in one kernel.
 
-    The kernel is the update's for one rule, or for "every rule", or it is "prepare" or "shrink".
+    It is the update's for one rule, or for "every rule", or "prepare", "slot" or "shrink".
     """
     import triton
     import triton.language as tl
@@ -61,7 +64,10 @@ def compile_kernel(
     backend, arch, warp_size = TARGETS[target]
     update.HIP = tl.constexpr(backend == "hip")
     constants: dict[str, object] = {}
-    if kernel == "prepare":
+    if kernel == "slot":
+        function = fused_adam.slot_kernel
+        signature = {"metadata": "*i64", "sums": "*fp64", "num_rows": "i32", "num_chunks": "i32"}
+    elif kernel == "prepare":
         function = fused_adam.prepare_kernel
         signature = {"payload": "*i64", "prepared": "*i64", "num_rows": "i32", "num_recipes": "i32"}
     else:
@@ -72,8 +78,10 @@ def compile_kernel(
             constants["records"] = None
         if kernel == "shrink":
             function = fused_adam.shrink_kernel
-            signature["first_chunk"] = "i32"
-            constants["VARIANTS"] = tuple(sorted({DTYPES[param][0] for param, _ in storage}))
+            signature |= {"num_chunks": "i32", "first_chunk": "i32"}
+            constants["VARIANTS"] = tuple(
+                sorted({DTYPES[param][0] | size << 8 for param, _ in storage for size in SIZES})
+            )
         else:
             function = fused_adam.update_kernel
             rules = RULES if kernel == "every rule" else [kernel]
@@ -133,7 +141,7 @@ def vectors(kernel: str) -> tuple[int, int]:
     """How many 128-bit loads and stores a thread makes for a tile of each of STORAGE."""
     loads = stores = 0
     if kernel == "shrink":
-        loads = stores = sum({DTYPES[param][1] for param, _ in STORAGE})
+        loads = stores = len(SIZES) * sum({DTYPES[param][1] for param, _ in STORAGE})
     else:
         for param, state in STORAGE:
             param_bytes, state_bytes = DTYPES[param][1], DTYPES[state][1]
@@ -159,9 +167,15 @@ def test_ptx(compiled, target, kernel):
     assert contractions(ptx) == []
     assert [name for name in ptx if re.search(r"ftz|approx|full", name)] == []
     elements = 2 * ELEMENTS_PER_THREAD  # on the unmasked path and on the masked one
-    f32, f64 = (0, 1) if kernel == "shrink" else (3 * elements, elements)
-    assert (count(ptx, r"div\.rn\.f32"), count(ptx, r"sqrt\.rn\.f32")) == (f32, f32)
-    assert (count(ptx, r"div\.rn\.f64"), count(ptx, r"sqrt\.rn\.f64")) == (f64, f64)
+    f32, f64 = (count(ptx, rf"div\.rn\.{dtype}") for dtype in ("f32", "f64"))
+    roots = [count(ptx, rf"sqrt\.rn\.{dtype}") for dtype in ("f32", "f64")]
+    if kernel == "shrink":  # of a sum of squares, and of a block's size
+        assert f32 == roots[0] == 0
+        assert roots[1] == 2 * f64 > 0
+    else:
+        divisions = DIVISIONS.get(kernel, 1)
+        assert (f32, f64) == (3 * elements * divisions, elements * divisions)
+        assert roots == [3 * elements, elements]
     assert count(ptx, r"cvt\.rn\.bf16(x2)?\.f32") > 0
     loads, stores = vectors(kernel)
     assert count(ptx, r"ld\.global\.(v4\.b32|v2\.b64)") == loads
@@ -173,15 +187,23 @@ def test_rules_share_a_kernel(compiled, target):
     asm = compiled(target, "every rule", only=("f32", "f32"))
     pattern = r"v_div_fixup_f32" if target == "gfx942" else r"div\.rn\.f32"
     divisions = count(instructions(asm["amdgcn" if target == "gfx942" else "ptx"]), pattern)
-    assert divisions == len(RULES) * 2 * ELEMENTS_PER_THREAD
+    of_an_element = sum(DIVISIONS.get(rule, 1) for rule in RULES)
+    assert divisions == of_an_element * 2 * ELEMENTS_PER_THREAD
 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_ptx_of_recipes(compiled, target):
     ptx = instructions(compiled(target, "prepare")["ptx"])
     assert contractions(ptx) == []
-    # step_size, lr / initial_lr, s / (1 + s), 1 / loss scale
-    assert count(ptx, r"div\.rn\.f64") == 4
+    # step_size, lr / initial_lr, s / (1 + s) and l2's, 1 / loss scale, both ends of bounds
+    assert count(ptx, r"div\.rn\.f64") == 7
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sums_of_tensors_that_are_one_block_compile(compiled, target):
+    asm = compiled(target, "slot")
+    assert contractions(instructions(asm.get("ptx", ""))) == []
+    assert re.search(r"add\.(rn\.)?f64|v_add_f64", asm.get("ptx", asm.get("amdgcn")))
 
 
 def test_contraction_would_show(compiled):
@@ -211,13 +233,14 @@ def test_amdgcn(compiled, kernel):
     flags = r"= f(?:add|sub|mul|div|neg) (?:fast|contract|afn|arcp|reassoc|nnan|ninf|nsz)"
     assert re.findall(flags, texts["llir"]) == []
     gcn = instructions(texts["amdgcn"])
-    # A division is built from FMAs, and so is the root beside it: that many a pair, and no more,
-    # by the LLVM of Triton 3.7, which constraints.txt names (3.6: 10 in float32).
-    for fmas, dtype in ((7, "f32"), (12, "f64")):
-        pairs = count(gcn, rf"v_div_fixup_{dtype}")
+    # Divisions and roots are built from FMAs: that many, and no more, by the LLVM of Triton 3.7,
+    # which constraints.txt names (3.6: 10 for both in float32).
+    for in_division, in_root, dtype in ((5, 2, "f32"), (5, 7, "f64")):
+        divisions = count(gcn, rf"v_div_fixup_{dtype}")
+        roots = count(gcn, rf"v_(sqrt|rsq)_{dtype}.*")
         scalar = count(gcn, rf"v_(fma|fmac|mad|mac)_{dtype}.*")
         packed = count(gcn, rf"v_pk_fma_{dtype}.*")
-        assert scalar + 2 * packed == fmas * pairs
+        assert scalar + 2 * packed == in_division * divisions + in_root * roots
     loads, stores = vectors(kernel)
     assert count(gcn, r"buffer_load_dwordx4") == loads
     assert count(gcn, r"buffer_store_dwordx4") == stores

@@ -107,16 +107,18 @@ def alpha(initial_lr):
 
 
 @triton.jit
-def constants(strength, weight_decay, strength2, bounds, by_size, root, NUMBER: tl.constexpr):
-    """``strength2`` is the one of l2, and ``root`` is sqrt(1 - beta2**t)."""
+def constants(strengths, bounds, by_size, root, NUMBER: tl.constexpr):
+    """``strengths``: the decay's, weight_decay itself, and l2's; ``root`` is sqrt(1 - beta2**t)."""
+    strength, weight_decay, strength2 = strengths
+    low, high = bounds
     RULE: tl.constexpr = RULES[NUMBER]
     if RULE == "Coupled":
         return (weight_decay,)
     elif RULE == "ProxSqL2Metric" or RULE == "ProxL1Metric":
-        return (strength * root, strength2 * root, *bounds)
+        return (strength * root, strength2 * root, low, high)
     elif RULE == "ProxSqL2" or RULE == "ProxL1":
         share = divide(strength, 1.0 + strength) if RULE == "ProxSqL2" else strength
-        return (share, divide(strength2, 1.0 + strength2), *bounds)
+        return (share, divide(strength2, 1.0 + strength2), low, high)
     elif RULE == "ProxL2":
         return (strength, by_size)
     else:
@@ -163,7 +165,7 @@ def make_scalars(group, step, loss_scale, param_dtype, mask):
     )
     rate = decay_rate(lr, initial_lr, byte(group, FLAG_BYTES + DECAY_BY_SCHEDULE, mask) != 0)
     weight_decay = read(group + WEIGHT_DECAY * VALUE, mask)
-    strength2 = rate * read(group + L2 * VALUE, mask)
+    strengths = (rate * weight_decay, weight_decay, rate * read(group + L2 * VALUE, mask))
     low = round_up(read(group + LOW * VALUE, mask), param_dtype)
     high = -round_up(-read(group + HIGH * VALUE, mask), param_dtype)
     by_size = (byte(group, FLAG_BYTES + BLOCK_SCALING, mask) != 0).to(tl.float64)
@@ -172,10 +174,7 @@ def make_scalars(group, step, loss_scale, param_dtype, mask):
     for i in tl.static_range(DECAY_CONSTANTS):
         constant = tl.zeros_like(step)
         for r in tl.static_range(size(RULES)):
-            k = constants(
-                *(rate * weight_decay, weight_decay, strength2, (low, high)),
-                *(by_size, correction2_sqrt, r),
-            )
+            k = constants(strengths, (low, high), by_size, correction2_sqrt, r)
             if i < len(k):
                 constant = tl.where(rule == r, k[i], constant)
         decay += (constant,)

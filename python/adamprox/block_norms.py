@@ -114,7 +114,7 @@ class Plan:
         for level in sorted(self._additions):
             left, right, place = torch.tensor(self._additions[level], device=buffer.device).T
             buffer[place] = buffer[left] + buffer[right]
-        return buffer[torch.tensor(self.roots, device=buffer.device)]
+        return buffer[torch.tensor(self.roots, dtype=torch.int64, device=buffer.device)]
 
 
 @lru_cache(maxsize=8)
@@ -194,9 +194,9 @@ class _Part:
 
     def known(self, block: int, nodes: Sequence[Node]) -> list[Tensor]:
         """The sums of this rank's nodes of a block of ``shares``."""
-        begin, _ = self.shares[block].ranges[self.column]
+        begin, end = self.shares[block].ranges[self.column]
         at = (block - self.first) * self.size - self.front + begin
-        return sums_of_nodes(self.values[max(at, 0) :], begin, nodes)
+        return sums_of_nodes(self.values[max(at, 0) :][: end - begin], begin, nodes)
 
     def fill(self, table: Tensor) -> None:
         """Writes this rank's terms into ``(blocks, ranks)``."""

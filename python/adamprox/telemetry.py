@@ -219,8 +219,8 @@ class Tracker:
         members: dict[str, list[_TensorNotes]] = {}
         for _, tensors, records in self._noted:
             on_host = records.cpu()
-            for group, index, first, count, numel in tensors:
-                of_tensor = on_host[first : first + count]
+            for group, index, first, chunks, numel in tensors:
+                of_tensor = on_host[first : first + chunks]
                 # Nothing is noted of a tensor without elements, nor of a step that was skipped.
                 if of_tensor.any():
                     name = self._name(group, index)
@@ -232,10 +232,10 @@ class Tracker:
         for _, tensors, records in self._noted:
             on_host = records.cpu()
             steps, zeros = _doubles(on_host)[:, STEP], _counts(on_host)[:, reference.BINS]
-            for group, index, first, numel in tensors:
+            for group, index, first, chunks, numel in tensors:
                 step = int(steps[first]) if numel else 0
                 if step > 0:  # else nothing is noted of it
-                    count = int(zeros[first : first + _num_chunks(numel)].sum())
+                    count = int(zeros[first : first + chunks].sum())
                     name = self._tensor_name(group, index)
                     yield ZeroCount((group, index), name, step, numel, count)
 
