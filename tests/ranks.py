@@ -502,7 +502,7 @@ def case_memory_does_not_grow(world: int, name: str) -> None:
     after, grown = held(), heap_bytes() - heap
     assert after[2:] == before[2:]  # references
     assert after[0] - before[0] < 50, after[0] - before[0]
-    assert after[1] - before[1] < 250, after[1] - before[1]
+    assert after[1] - before[1] < 500, after[1] - before[1]  # less than one a step
     assert grown < 500 * 32, grown  # less than a smallest allocation a step
 
 

@@ -160,6 +160,12 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             ),
             optimizers=("AdamProxL2",),
         ),
+        "strided_blocks": Option(
+            groups=({"block": "row", "weight_decay": 3.0}, {"block": 2}, {"block": "group"}),
+            param_layout=lambda step, index: LAYOUTS[(step // 10 + index) % 4],
+            grad_layout=lambda step, index: LAYOUTS[(step + index // 2) % 4],
+            optimizers=("AdamProxL2",),
+        ),
         # A group a rule, whatever the class is.
         "rules": Option(
             groups=(

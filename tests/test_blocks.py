@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import math
 
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adamprox
 import registry
 from adamprox.reference import CHUNK_SIZE
-from registry import BACKENDS, DTYPES
+from registry import BACKENDS, DTYPES, params_of, same_bits
 from test_capturable import randn, set_grads
+from test_mathematics import U
+from test_optimizer import refusals
 
 every_backend = pytest.mark.parametrize("backend", [*BACKENDS, "reference"], indirect=True)
 every_block = pytest.mark.parametrize("block", ["tensor", "row", 2, 3, "group"])
@@ -40,3 +48,304 @@ def test_rows_of_every_size_give_the_references_bits(backend, dtype, block, scal
             set_grads(opt, step)
             opt.step()
         registry.assert_same_bits(*pair)
+
+
+def pieces(param: Tensor, block) -> list[Tensor]:
+    """The blocks of one param, as rows of numbers."""
+    if block in ("tensor", "group") or param.dim() == 0:
+        return [param.reshape(-1)]
+    rows = 1 if block == "row" else block
+    return [piece.reshape(-1) for piece in param.split(rows)] if len(param) else []
+
+
+def step_of(params: list[Tensor], grads: list[Tensor], **options) -> tuple[list, list]:
+    """z and x of one step, whose z is ``param - grad / (abs(grad) + eps)``."""
+    ours = [nn.Parameter(param.clone()) for param in params]
+    for param, grad in zip(ours, grads, strict=True):
+        param.grad = grad
+    adamprox.AdamProxL2(ours, lr=1.0, eps=0.125, betas=(0.0, 0.5), **options).step()
+    z = [p - g / (g.abs() + 0.125) for p, g in zip(params, grads, strict=True)]
+    return z, [param.detach() for param in ours]
+
+
+def doubles(seed: int, *shapes) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+@every_block
+@both_scalings
+@pytest.mark.parametrize("s", [0.0, 0.5, 2.0, 40.0])
+def test_it_is_the_argmin_and_moreaus_identity_holds(s, scaling, block):
+    """x minimizes 1/2 |x - z|^2 + s |x| of each block; z - x is z's projection on the ball of s."""
+    shapes = ((5, 3), (7, 2, 2), (4,), ())
+    params, grads = doubles(0, *shapes), doubles(1, *shapes)
+    options = {"block": block, "block_scaling": scaling, "weight_decay": s}
+    z, x = step_of(params, grads, **options)
+    blocks = [(pieces(a, block), pieces(b, block)) for a, b in zip(z, x, strict=True)]
+    pairs = [pair for a, b in blocks for pair in zip(a, b, strict=True)]
+    if block == "group":
+        pairs = [tuple(torch.cat(part) for part in zip(*pairs, strict=True))]
+    vanished = 0
+    for z_b, x_b in pairs:
+        s_b = s * (math.sqrt(len(z_b)) if scaling == "sqrt" else 1)
+        rounding = 64 * U * (1 + s_b) * (1 + z_b.norm() ** 2)
+        dual = z_b * min(1.0, s_b / z_b.norm().item())
+        assert (x_b + dual - z_b).norm() <= rounding
+        for other in (
+            z_b,
+            0 * z_b,
+            1.001 * x_b,
+            *(x_b + 10.0**-k * dual.flip(0) for k in range(6)),
+        ):
+            difference = sum(
+                sign * ((y - z_b).norm() ** 2 / 2 + s_b * y.norm())
+                for sign, y in ((1, other), (-1, x_b))
+            )
+            assert difference - (other - x_b).norm() ** 2 / 2 >= -rounding
+        vanished += bool((x_b == 0).all())
+    assert vanished == {0.0: 0, 40.0: len(pairs)}.get(s, vanished)
+
+
+def equation(params: list[np.ndarray], grads: list[list[np.ndarray]], group: dict) -> list:
+    """The design's, of the params of one group."""
+    states = [[np.zeros_like(p) for _ in range(3)] for p in params]
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    eta = lr / (group["initial_lr"] if group["decay_by"] == "schedule" else 1)
+    s = eta * group["weight_decay"]
+    for t, of_step in enumerate(grads, 1):
+        new = []
+        for param, grad, state in zip(params, of_step, states, strict=True):
+            grad = -grad if group["maximize"] else grad
+            m, v, largest = state
+            m, v = m + (1 - beta1) * (grad - m), v + (1 - beta2) * (grad * grad - v)
+            state[:] = m, v, np.maximum(largest, v)
+            vhat = (state[2] if group["amsgrad"] else v) / (1 - beta2**t)
+            z = param - lr * m / (1 - beta1**t) / (np.sqrt(vhat) + group["eps"])
+            new.append(torch.from_numpy(np.array(z)))
+        blocks = [[b.numpy() for b in pieces(z, group["block"])] for z in new]
+        if group["block"] == "group":
+            norms = [np.sqrt(sum((b**2).sum() for of in blocks for b in of))]
+            counts = [sum(z.numel() for z in new)]
+        for of_param in blocks:
+            for b in of_param:  # views of z
+                norm, count = (
+                    (norms[0], counts[0])
+                    if group["block"] == "group"
+                    else (np.sqrt((b**2).sum()), b.size)
+                )
+                own = s * np.sqrt(count) if group["block_scaling"] == "sqrt" else s
+                b *= max(1 - own / norm, 0) if norm > 0 else 0
+        params = [z.numpy() for z in new]
+    return params
+
+
+KINDS = (
+    {"block": "row", "weight_decay": 3.0},
+    {"block": 2, "block_scaling": "sqrt", "weight_decay": 2.0, "maximize": True},
+    {"block": "group", "weight_decay": 30.0, "amsgrad": True, "betas": (0.5, 0.75)},
+    {"block": "group", "block_scaling": "sqrt", "weight_decay": 3.0},
+    {"block": "row", "decay_by": "schedule", "initial_lr": 0.25, "block_scaling": "sqrt"},
+)
+
+
+@every_backend
+def test_it_is_the_designs_equation(backend):
+    shapes = [shape for shape in ((3, 5), (6, 2, 2), (7,), ()) for _ in KINDS]
+    values = doubles(2, *shapes)
+    option = registry.Option({"weight_decay": 1.0}, KINDS)
+    ours = registry.build("AdamProxL2", values, option, backend, None)
+    grads = []
+    for seed in range(1, 9):
+        set_grads(ours, seed)
+        ours.step()
+        grads.append({param: param.grad.numpy().copy() for param in params_of(ours)})
+    start = dict(zip(params_of(ours), values, strict=True))
+    for group in ours.param_groups:
+        params = group["params"]
+        of_steps = [[of_step[p] for p in params] for of_step in grads]
+        expected = equation([start[p].numpy().copy() for p in params], of_steps, group)
+        for param, wanted in zip(params, expected, strict=True):
+            np.testing.assert_allclose(param.detach().numpy(), wanted, rtol=1e-10, atol=1e-12)
+
+
+@every_block
+@both_scalings
+def test_it_is_scale_free(block, scaling):
+    """With eps=0, a power of two for each coordinate's gradients changes no bit."""
+    values = [torch.randn(9, 4), torch.randn(5)]
+    option = {"block": block, "block_scaling": scaling, "weight_decay": 2.0}
+    runs = []
+    for scaled in (False, True):
+        params = [nn.Parameter(value.clone()) for value in values]
+        opt = adamprox.AdamProxL2(params, lr=0.125, eps=0.0, **option)
+        for step in range(5):
+            generator = torch.Generator().manual_seed(step)
+            for param in params:
+                factor = torch.arange(param.numel()).view(param.shape) % 21 - 10
+                grad = torch.randn(param.shape, generator=generator)
+                param.grad = torch.ldexp(grad, factor) if scaled else grad
+            opt.step()
+        runs.append(params)
+    assert all(same_bits(a.detach(), b.detach()) for a, b in zip(*runs, strict=True))
+    assert not any(same_bits(a.detach(), b) for a, b in zip(runs[0], values, strict=True))
+
+
+@every_backend
+def test_one_block_has_the_bits_of_the_tensor(backend):
+    values = [randn(i, (6, CHUNK_SIZE // 4 + 1), torch.float32) for i in range(2)]
+    runs = []
+    for block in ("tensor", 6, 100, "group"):
+        option = registry.Option({"block": block, "weight_decay": 30.0})
+        opts = [registry.build("AdamProxL2", [v], option, backend, None) for v in values]
+        for opt in opts:
+            set_grads(opt, 1)
+            opt.step()
+        runs.append([params_of(opt)[0].detach() for opt in opts])
+    for run in runs[1:]:
+        assert all(same_bits(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@every_backend
+def test_a_change_takes_effect_at_the_next_step(backend):
+    values = [randn(i, (700, 31), torch.float32) for i in range(2)]
+    option = registry.Option({"weight_decay": 100.0})
+    pair = [registry.build("AdamProxL2", values, option, n, None) for n in (backend, "reference")]
+    for step, block in enumerate(("row", "tensor", 7, "group", "row", 2)):
+        for opt in pair:
+            opt.param_groups[0]["block"] = block
+            opt.param_groups[0]["block_scaling"] = ("none", "sqrt")[step % 2]
+            set_grads(opt, step)
+            opt.step()
+        registry.assert_same_bits(*pair)
+
+
+@every_backend
+def test_a_group_without_some_grads_is_a_block_of_the_others(backend):
+    """The others are not shrunk."""
+    first, second, third = (nn.Parameter(v) for v in doubles(3, (5, 2), (3,), (4,)))
+    first.grad, third.grad = torch.ones_like(first), torch.ones_like(third)
+    before = second.detach().clone()
+    options = {"lr": 0.5, "block": "group", "block_scaling": "sqrt", "weight_decay": 0.5}
+    z = [p.detach() - 0.5 / (1 + 1e-8) for p in (first, third)]
+    adamprox.AdamProxL2([first, second, third], backend=backend, **options).step()
+    assert torch.equal(second.detach(), before)
+    norm = torch.cat([part.reshape(-1) for part in z]).norm()
+    for param, part in zip((first, third), z, strict=True):
+        wanted = part * max(1 - 0.25 * math.sqrt(14) / norm, 0)
+        torch.testing.assert_close(param.detach(), wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_tracked_steps_note_chunks_of_any_size(backend):
+    shapes = ROWS if backend == "cpu" else FEW_ROWS
+    values = [randn(i, shape, torch.float32) for i, shape in enumerate(shapes)]
+    groups = ({"block": "row"}, {"block": 3, "ema_decay": 0.5}, {"block": "group"})
+    stats = []
+    for name in (backend, "reference"):
+        option = registry.Option({"weight_decay": 100.0}, groups)
+        opt = registry.build("AdamProxL2", values, option, name, None)
+        opt.track_updates(per="tensor")
+        set_grads(opt, 1)
+        opt.step()
+        stats.append((opt.update_stats(), opt))
+    (ours, opt), (theirs, reference) = stats
+    registry.assert_same_bits(opt, reference)
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        for field in ("bins", "param_norm", "update_norm", "zeros", "nans", "infs"):
+            assert torch.equal(getattr(a, field), getattr(b, field)), (a.name, field)
+
+
+BAD = {
+    "name": ({"block": "column"}, ValueError, "Invalid block: 'column'"),
+    "zero": ({"block": 0}, ValueError, "Invalid block: 0"),
+    "negative": ({"block": -2}, ValueError, "Invalid block: -2"),
+    "bool": ({"block": True}, ValueError, "Invalid block: True"),
+    "fraction": ({"block": 1.5}, ValueError, r"Invalid block: 1\.5"),
+    "none": ({"block": None}, ValueError, "Invalid block: None"),
+    "scaling": ({"block_scaling": "root"}, ValueError, "Invalid block_scaling: 'root'"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "match"), BAD.values(), ids=BAD)
+def test_bad_values_are_refused(options, error, match):
+    refusals("AdamProxL2", options, error, match)
+
+
+@pytest.mark.parametrize("block", ["column", 0, 1.5, True])
+@every_backend
+def test_a_bad_block_in_a_group_is_refused_and_nothing_is_updated(backend, block):
+    param = nn.Parameter(torch.ones(3, 2))
+    param.grad = torch.ones(3, 2)
+    opt = adamprox.AdamProxL2([param], backend=backend)
+    opt.param_groups[0]["block"] = block
+    with pytest.raises(ValueError, match=r"Invalid block.*nothing was updated"):
+        opt.step()
+    assert torch.equal(param.detach(), torch.ones(3, 2))
+    assert not opt.state
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "AdamProx", "AdamProxL1"])
+def test_other_rules_refuse_them_by_name(optimizer):
+    cls = registry.OPTIMIZERS[optimizer].cls
+    params = [nn.Parameter(torch.ones(2))]
+    for option in ({"block": "row"}, {"block_scaling": "sqrt"}):
+        with pytest.raises(ValueError, match=f"Invalid {next(iter(option))}"):
+            cls([{"params": params, **option}])
+        cls([{"params": params, "decay": "prox_l2", **option}])
+    cls([{"params": params, "block": "tensor", "block_scaling": "none"}])
+
+
+def test_one_norm_of_params_that_share_memory_is_refused():
+    memory = torch.ones(10)
+    params = [nn.Parameter(memory[:6]), nn.Parameter(memory[4:])]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt = adamprox.AdamProxL2(params, block="group")
+    with pytest.raises(RuntimeError, match=r"share memory.*block='group'.*nothing was updated"):
+        opt.step()
+    assert torch.equal(memory, torch.ones(10))
+
+
+def test_steps_in_backward_have_rows_but_no_groups():
+    model, twin = (nn.Linear(4, 3) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    opts = [adamprox.AdamProxL2(m.parameters(), block="row", lr=0.1) for m in (model, twin)]
+    inputs = torch.randn(5, 4)
+    with adamprox.step_in_backward(model, opts[0]):
+        model(inputs).square().sum().backward()
+    twin(inputs).square().sum().backward()
+    opts[1].step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert same_bits(p.detach(), q.detach())
+    opts[0].param_groups[0]["block"] = "group"
+    with pytest.raises(ValueError, match=r"param_groups\[0\] has block='group'"):
+        adamprox.step_in_backward(model, opts[0])
+
+
+def test_a_network_without_its_zero_rows_gives_the_same_outputs():
+    """At least a quarter of the hidden neurons; what is left is that much smaller."""
+    torch.manual_seed(0)
+    inputs = torch.randn(256, 8)
+    targets = (inputs[:, :2] > 0).float().sum(1, keepdim=True)
+    first, second = nn.Linear(8, 64), nn.Linear(64, 1)
+    # A neuron's weights and its bias are one row.
+    rows = nn.Parameter(torch.cat([first.weight, first.bias[:, None]], 1).detach())
+    groups = [{"params": [rows]}, {"params": second.parameters(), "decay": "decoupled"}]
+    opt = adamprox.AdamProxL2(groups, lr=1e-2, block="row", weight_decay=0.6)
+
+    def hidden(of_rows: Tensor) -> Tensor:
+        return torch.relu(inputs @ of_rows[:, :-1].T + of_rows[:, -1])
+
+    for _ in range(300):
+        opt.zero_grad()
+        (second(hidden(rows)) - targets).square().mean().backward()
+        opt.step()
+    kept = (rows != 0).any(1)
+    assert 0.25 <= 1 - kept.double().mean() < 1
+    with torch.no_grad():
+        whole = second(hidden(rows))
+        smaller = hidden(rows[kept]) @ second.weight[:, kept].T + second.bias
+    torch.testing.assert_close(smaller, whole)
+    assert (whole - targets).square().mean() < 0.1

@@ -160,10 +160,12 @@ class _Part:
             for block in sorted(cut | ({0} if self.together and len(ranges) > 1 else set())):
                 self.shares[block] = self._shares(block, ranges)
         else:  # each rank adds a term to the blocks that it has a part of
-            rows = max(1, self.size * self.param.shape[0] // self.total)
-            first, last = _own_rows(self.param, dims)
-            row = len(self.values) // max(1, last - first)
-            self.first, self.front, self.piece = first // rows, first % rows * row, rows * row
+            self.first, self.front, self.piece = 0, 0, len(self.values)
+            if self.size < self.total:
+                rows = self.size * self.param.shape[0] // self.total
+                first, last = _own_rows(self.param, dims)
+                row = len(self.values) // max(1, last - first)
+                self.first, self.front, self.piece = first // rows, first % rows * row, rows * row
             self.terms = prod(self.param.device_mesh.size(d) for d in dims)  # type: ignore[attr-defined]
         self.count = -(-(self.front + len(self.values)) // self.piece) if len(self.values) else 0
         self.sums = self._own_sums()

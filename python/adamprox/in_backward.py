@@ -10,7 +10,7 @@ import sys
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
 
     Raises:
         TypeError: ``model`` is no module or ``optimizer`` none of this package's.
-        ValueError: the optimizer has none of the model's params.
+        ValueError: the optimizer has none of the model's params, or a group has ``block="group"``.
         RuntimeError: the steps of one are taken in backward already, or the model has a
             ``DistributedDataParallel``, whose gradients are not averaged yet by then. While this is
             in effect: clipping, ``GradScaler.unscale_`` or ``GradScaler.step``; and a backward
@@ -74,12 +74,24 @@ def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
     params = dict(_trainable(model))
     if not any(id(param) in known for param in params.values()):
         raise ValueError("optimizer has none of the params of model")
+    for index, group in enumerate(optimizer.param_groups):
+        if _is_one_block(group):
+            raise ValueError(f"optimizer: {_ONE_BLOCK.format(f'param_groups[{index}]')}")
     for name, param in params.items():
         for step in _steps_of(param):
             if step.optimizer() is not None:
                 raise RuntimeError(f"model: {name} takes its steps in backward already")
             step.remove()
     return StepInBackward(optimizer, _Steps(model, optimizer))
+
+
+_ONE_BLOCK = (
+    "{} has block='group', one norm of all its params, and a step in backward knows one param only"
+)
+
+
+def _is_one_block(group: Mapping[str, Any]) -> bool:
+    return group["decay"] == "prox_l2" and group.get("block") == "group"
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -201,6 +213,8 @@ class _ParamStep:
         group = self._group_of(param, optimizer)
         if group is None:
             return
+        if _is_one_block(group):
+            raise RuntimeError(_ONE_BLOCK.format(f"the param group of {self._name}"))
         if optimizer._engine.tracker is not None or optimizer._engine.target is not None:
             raise RuntimeError(
                 "track_updates() and SparsityTarget read notes of whole steps, and "
