@@ -6,13 +6,13 @@ n elements moves
     n * (grad + 2 * param + 2 * (exp_avg + exp_avg_sq [+ max_exp_avg_sq]))  bytes.
 
 AdamProxL2 reads and writes the param a second time, to shrink it once its norm is known, where the
-tensor is larger than one chunk; a smaller one is still in the cache (on a GPU, on the chip).
+block is larger than one chunk; a smaller one is still in the cache (on a GPU, its L2).
 
-| params and grads  | states  | AdamW, AdamProx, AdamProxL1, Adam | AdamProxL2, large tensors |
-|-------------------|---------|-----------------------------------|---------------------------|
-| float32           | float32 | 28                                | 36                        |
-| bfloat16, float16 | same    | 14                                | 18                        |
-| bfloat16          | float32 | 22                                | 26                        |
+| params and grads  | states  | AdamW, AdamProx, AdamProxL1, Adam | AdamProxL2, large blocks |
+|-------------------|---------|-----------------------------------|--------------------------|
+| float32           | float32 | 28                                | 36                       |
+| bfloat16, float16 | same    | 14                                | 18                       |
+| bfloat16          | float32 | 22                                | 26                       |
 
 amsgrad adds two accesses of its state: 8 bytes in float32. A peer's bytes are counted as if it made
 one pass as well, so a bandwidth says how fast the work is done, however often it moves the data.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from adamprox.reference import CHUNK_SIZE
+from adamprox.reference import CHUNK_SIZE, block_numel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,8 +53,9 @@ def launches(optimizer: Optimizer, backend: str) -> int | None:
     if backend == "reference":  # the specification, in eager PyTorch
         return None
     second_sweep = _shrinks(optimizer) and backend == "triton"
+    slots = second_sweep and optimizer.defaults["block"] == "group"
     recipes = bool(optimizer.defaults["capturable"])  # scalars are made where the step count lies
-    return 1 + second_sweep + recipes
+    return 1 + second_sweep + slots + recipes
 
 
 def _shrinks(optimizer: Optimizer) -> bool:
@@ -75,6 +76,9 @@ def cost_of(optimizer: Optimizer) -> Cost | None:
                 return None  # compressed: a layout of its own, in tensor subclasses
             state_dtype = states[0].dtype
             dtypes = [state.dtype for state in states]
-            second_sweep = shrinks and param.numel() > CHUNK_SIZE
+            block = group["block"] if shrinks else None
+            second_sweep = block == "group" or (
+                block is not None and block_numel(param, block) > CHUNK_SIZE
+            )
             total += param.numel() * bytes_per_element(param.dtype, dtypes, second_sweep)
     return None if state_dtype is None else Cost(total, state_dtype)

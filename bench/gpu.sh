@@ -65,7 +65,8 @@ benchmark() {
     "$python" -m adamprox bench --device cuda --dtype $dtype --parts "${parts[@]}" --seconds 0.3 \
       --models '400 x 16' '465 groups' '10000 x 64' '1000 x 1024' 'ResNet-50' 'GPT-2 small' \
       '10 x 16 M' --backends cuda triton \
-      --optimizers 'torch fused' AdamW AdamProxL2 'torch fused, captured' 'AdamW, captured' \
+      --optimizers 'torch fused' AdamW AdamProxL2 'AdamProxL2, row' 'AdamProxL2, group' \
+      'torch fused, captured' 'AdamW, captured' \
       --out "$out" || return
   done
 }

@@ -68,7 +68,19 @@ TORCH: dict[str, dict[str, Any]] = {
     "torch foreach": {"foreach": True},
     BASELINE: {"fused": True},
 }
-NAMES = (*TORCH, *OURS, *TRACKED, *CAPTURED, *PEERS)
+# Options of a rule, to be timed beside AdamW.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "AdamW, cautious": {"cautious": True},
+    "AdamProx, metric": {"metric": "adam"},
+    "AdamProx, bounds": {"bounds": (-1.0, 1.0)},
+    "AdamProxL1, metric": {"metric": "adam"},
+    "AdamProxL1, elastic net": {"l2": 1e-2},
+    "AdamProxL1, bounds": {"bounds": (-1.0, 1.0)},
+    "AdamProxL2, row": {"block": "row"},
+    "AdamProxL2, 64 rows": {"block": 64},
+    "AdamProxL2, group": {"block": "group"},
+}
+NAMES = (*TORCH, *OURS, *OPTIONS, *TRACKED, *CAPTURED, *PEERS)
 SHORT = (BASELINE, "AdamW", "AdamProx", "AdamProxL1", "AdamProxL2")
 
 
@@ -92,7 +104,8 @@ def providers(
                 if reason := backends.BACKENDS[backend].why_not(device.type):
                     skipped[label] = reason
                 else:
-                    make = partial(getattr(adamprox, rule), **VALUES, backend=backend)
+                    options = {**VALUES, **OPTIONS.get(name, {}), "backend": backend}
+                    make = partial(getattr(adamprox, rule), **options)
                     ours = ("adamprox", adamprox.__version__, rule, backend)
                     found.append(Provider(label, name, *ours, _how(make, how)))
         elif rule in TORCH:

@@ -184,7 +184,7 @@ def demo_run(tmp_path_factory):
 def test_demo_shows_every_optimizer(demo_run):
     rows, out, _ = demo_run
     optimizers = ["Adam", "AdamW", "AdamProx", "AdamProxL1", "AdamProxL2"]
-    assert list(rows) == ["torch AdamW", "torch AdamW, fused", *optimizers]
+    assert list(rows) == ["torch AdamW", "torch AdamW, fused", *optimizers, *demo.WISHES]
     for name, row in rows.items():
         assert name in out
         assert row["step_ms"] > 0
@@ -208,6 +208,15 @@ def test_demo_l1_zeroes_30_percent_for_two_points(demo_run):
     assert rows["AdamProxL1"]["accuracy"] >= rows["AdamW"]["accuracy"] - 0.02
 
 
+def test_demo_has_the_share_of_zeros_that_it_asks_for(demo_run):
+    """Of weights; of rows, which here cost no more than three points."""
+    rows = demo_run[0]
+    weights, of_rows = (rows[name] for name in demo.WISHES)
+    assert weights["zeros"] == pytest.approx(0.8, abs=0.01)
+    assert of_rows["zero_rows"] == pytest.approx(0.3, abs=0.01)
+    assert of_rows["accuracy"] >= rows["AdamW"]["accuracy"] - 0.03
+
+
 def test_demo_gives_the_same_numbers_on_every_backend():
     def numbers(backend):
         out = adamprox("demo", "--epochs", "1", "--backend", backend, "--json")
@@ -215,7 +224,7 @@ def test_demo_gives_the_same_numbers_on_every_backend():
         return [(row["accuracy"], row["training_loss"], row["zeros"]) for row in rows]
 
     of_cpu = numbers("cpu")
-    assert len(of_cpu) == 5
+    assert len(of_cpu) == 5 + len(demo.WISHES)
     assert of_cpu == numbers("reference")
 
 

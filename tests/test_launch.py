@@ -48,6 +48,33 @@ def test_blocks_wait_for_one_another_in_any_order(cuda):
     assert cuda.sleeps > 0
 
 
+BLOCKS = Option(
+    groups=(
+        {"block": "row", "weight_decay": 300.0},
+        {"block": "group", "weight_decay": 3000.0},
+        {"block": 2, "block_scaling": "sqrt"},
+        {"block": "group", "block_scaling": "sqrt"},
+        {"decay": "decoupled", "weight_decay": 0.5},
+    )
+)
+# Rows of several chunks, of one, and many in one.
+SHAPES_OF_ROWS = ((3, CHUNK_SIZE + 7), (2, 2 * CHUNK_SIZE), (25, 770), (9, 5), (CHUNK_SIZE + 1,))
+
+
+@pytest.mark.parametrize("tracked", [False, True], ids=["untracked", "tracked"])
+def test_rows_and_groups_wait_in_any_order_and_share_a_launch(cuda, tracked):
+    cuda.blocks = cuda.resident = 4
+    for seed in range(0, 6, 2):
+        cuda.seed = seed
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [shape for shape in SHAPES_OF_ROWS for _ in BLOCKS.groups]
+        values = [randn(generator, shape, torch.float32) for shape in shapes]
+        compare = check_stats if tracked else check
+        compare("cuda_on_host", "AdamProxL2", values, steps=2, option=BLOCKS)
+    assert cuda.sleeps > 0
+    assert cuda.launches == ["update", "blocks"] * 6
+
+
 def test_blocks_that_wait_note_what_all_of_them_do(cuda):
     generator = torch.Generator().manual_seed(6)
     values = [randn(generator, (size,), torch.float32) for size in SIZES]
@@ -127,7 +154,7 @@ def triton_launches(monkeypatch):
             launches.append((self.name, *grid))
             return lambda *args, **options: None
 
-    for name in ("prepare", "update", "shrink"):
+    for name in ("prepare", "update", "slot", "shrink"):
         monkeypatch.setattr(kernels, f"{name}_kernel", Counted(name))
     return launches
 
@@ -160,6 +187,16 @@ def test_rules_share_launches_with_triton(triton_launches, capturable):
     of_blocks = len(range(DECAYS.index("prox_l2"), 400, len(DECAYS)))
     launches = [("update", 400), ("shrink", of_blocks)]
     assert triton_launches == [("prepare", 2)] * capturable + launches
+
+
+def test_all_kinds_of_blocks_share_launches_with_triton(triton_launches):
+    """And one more adds up the sums of the tensors of a group."""
+    params = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(10)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    groups = [{"params": params[i::5], **group} for i, group in enumerate(BLOCKS.groups)]
+    OPTIMIZERS["AdamProxL2"].cls(groups, backend="triton").step()
+    assert triton_launches == [("update", 10), ("slot", 10), ("shrink", 8)]
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda_on_host"], indirect=True)
