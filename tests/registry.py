@@ -175,7 +175,12 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
                 ),
                 {"decay": "decoupled", "weight_decay": 0.5, "cautious": True},
                 {"decay": "prox_l1", "weight_decay": 0.3, "metric": "adam", "l2": 2.0},
-                {"decay": "prox_sq_l2", "metric": "adam", "bounds": (-0.6, 0.6)},
+                {
+                    "decay": "prox_sq_l2",
+                    "weight_decay": 0.3,
+                    "metric": "adam",
+                    "bounds": (-0.6, 0.6),
+                },
                 {"decay": "prox_l2", "weight_decay": 3.0, "block": "row"},
                 {"decay": "prox_l2", "weight_decay": 30.0, "block": "group"},
             ),
