@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from adamprox.hyperparameters import RULES
 from registry import LAYOUTS, OPTIMIZERS, same_bits
 
 SHAPES = ((5,), (4, 3), (2, 3, 2, 2), (), (20_000,), (12,), (0, 2))
@@ -219,6 +220,17 @@ def decay_by(side, p, rng):
     group.setdefault("initial_lr", 0.05)
 
 
+def another_rule(side, p, rng):
+    side.group_of(p).update(
+        decay=rng.choice(list(RULES)),
+        block=rng.choice(("tensor", "row", 2, 3, "group", 0)),
+        block_scaling=rng.choice(("none", "sqrt")),
+        metric=rng.choice(("identity", "adam")),
+        bounds=rng.choice((None, (-1.0, 0.5), (0, None))),
+        l2=rng.choice((0.0, 0.5)),
+    )
+
+
 def to_another_group(side, p, rng):
     group = side.group_of(p)
     group["params"] = [q for q in group["params"] if q is not p]
@@ -247,6 +259,7 @@ GROUPS = {
     "maximize": lambda side, p, rng: side.group_of(p).update(maximize=rng.random() < 0.5),
     "amsgrad": amsgrad,
     "decay_by": decay_by,
+    "rule": another_rule,
     "bad number": lambda side, p, rng: side.group_of(p).update({rng.choice(("lr", "betas")): "x"}),
     "key removed": lambda side, p, rng: side.group_of(p).pop(rng.choice(("lr", "eps", "betas"))),
     "tuple": lambda side, p, rng: side.group_of(p).update(params=tuple(side.group_of(p)["params"])),
