@@ -10,7 +10,8 @@ import torch
 
 from adamprox import _C
 from adamprox.reference import CHUNK_SIZE, TILE_SIZE
-from registry import DTYPES, OPTIMIZERS, OPTIONS, Option, assert_same_bits, build, params_of
+from registry import CELLS, DTYPES, OPTIMIZERS, OPTIONS, Option, assert_same_bits, build, params_of
+from test_blocks import ROWS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,6 +65,21 @@ def run(optimizer, backend, device, *, dtype="float32", option="plain", sizes=SI
 def test_a_gpu_gives_the_bits_of_the_cpu(backend, optimizer, dtype, option):
     on_gpu = run(optimizer, backend, "cuda", dtype=dtype, option=option)
     assert_same_bits(on_gpu, run(optimizer, "cpu", "cpu", dtype=dtype, option=option))
+
+
+PROXIMAL_OPTIONS = [
+    cell for cell in CELLS if cell[1] in ("metric", "bounds", "elastic_net", "blocks")
+]
+
+
+@pytest.mark.parametrize(("optimizer", "option"), PROXIMAL_OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_backend
+def test_options_of_the_proximal_rules(backend, dtype, optimizer, option):
+    sizes = ROWS if option == "blocks" else SIZES
+    cell = {"dtype": dtype, "option": option, "sizes": sizes}
+    on_gpu = run(optimizer, backend, "cuda", **cell)
+    assert_same_bits(on_gpu, run(optimizer, "cpu", "cpu", **cell))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -347,10 +363,11 @@ def test_more_than_two_to_the_31_elements():
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "option"), [*((name, "groups") for name in OPTIMIZERS), ("AdamW", "rules")]
+    ("optimizer", "option"),
+    [*((name, "groups") for name in OPTIMIZERS), ("AdamW", "rules"), ("AdamProxL2", "blocks")],
 )
 def test_short_run(optimizer, option):
     """What compute-sanitizer looks at: every rule, full and partial tiles, all dtypes."""
-    sizes = (*SIZES, 40 * CHUNK_SIZE, 2 * CHUNK_SIZE)
+    sizes = ROWS if option == "blocks" else (*SIZES, 40 * CHUNK_SIZE, 2 * CHUNK_SIZE)
     for dtype in DTYPES:
         run(optimizer, "cuda", "cuda", dtype=dtype, option=option, sizes=sizes, steps=2)
