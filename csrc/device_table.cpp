@@ -251,7 +251,10 @@ std::set<std::tuple<int, int, int, int, int>> DeviceTable::variants() const {
     if (row.numel == 0) continue;
     int states = 0, size = 0;
     for (int s = 0; s < kStates; ++s) states |= (row.states[s] != nullptr) << s;
-    for (int64_t n = 1; has_blocks(row.rule) && n < row.block && n <= kTileSize; n *= 2) ++size;
+    if (has_blocks(row.rule) && row.block < row.numel) {
+      size = 1;
+      for (int64_t n = 1; n < row.block && n <= kTileSize; n *= 2) ++size;
+    }
     result.emplace(static_cast<int>(row.param_dtype), static_cast<int>(row.state_dtype),
                    static_cast<int>(row.rule), states, size);
   }

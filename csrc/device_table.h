@@ -80,8 +80,9 @@ class DeviceTable {
   std::string metadata() const;
   bool metadata_is_uploaded() const;  // as it is now, if note_upload() has been told of it
   void note_upload() { uploaded_rows_ = table.rows; }
-  // The distinct (param's dtype, moments' dtype, rule, which states are there as bits, log2 of the next
-  // power of two of a block up to kTileSize) of the rows.
+  // The distinct (param's dtype, moments' dtype, rule, which states are there as bits, size of several
+  // blocks) of the rows. The last is 0 where there is one; else 1 plus log2 of the next power of two, of
+  // blocks above kTileSize that of its double.
   std::set<std::tuple<int, int, int, int, int>> variants() const;
 
   const Device device;

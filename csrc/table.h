@@ -34,7 +34,7 @@ struct TensorRow {
 };
 static_assert(sizeof(TensorRow) == 8 * (6 + kStates), "Triton reads it as words");
 
-// Either some whole blocks, or a part of one: then of `parts` chunks, of which `first` is the first.
+// Either several blocks, or a part of one: then one of `parts` chunks, of which `first` is the first.
 struct Chunk {
   int64_t begin;  // within the tensor
   int32_t row, count, first, parts;
@@ -125,7 +125,7 @@ struct TensorTable {
       const int64_t fit = kChunkSize / block, size = (fit < 8 ? fit : fit / 8 * 8) * block;
       for (int64_t begin = 0; begin < row.numel; begin += size) {
         const auto count = static_cast<int32_t>(std::min(size, row.numel - begin));
-        chunks.push_back({begin, index, count, num_chunks(), 0});
+        chunks.push_back({begin, index, count, num_chunks(), count <= block});
       }
       return;
     }

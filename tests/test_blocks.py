@@ -297,6 +297,20 @@ def test_other_rules_refuse_them_by_name(optimizer):
     cls([{"params": params, "block": "tensor", "block_scaling": "none"}])
 
 
+def test_what_is_misspelled_or_another_rules_is_told():
+    param = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"Invalid key of a param group: 'blok', .*'block'"):
+        adamprox.AdamProxL2([{"params": [param], "blok": "row"}])
+    adamprox.AdamProxL2([{"params": [param], "lr_scale": 0.5, "mine": 1}])  # the user's own
+    with pytest.raises(TypeError, match=r"unexpected.*'block', which is an option of.*'prox_l2'"):
+        adamprox.AdamW([param], block="row")
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"Invalid rules: 'weight': 0\.1, expected a dict"):
+        adamprox.param_groups(model, 0.1, rules={"weight": 0.1})
+    with pytest.raises(ValueError, match=r"matches 'w'; a pattern is of whole names, as 'weight'"):
+        adamprox.param_groups(model, 0.1, rules={"w": {}})
+
+
 def test_one_norm_of_params_that_share_memory_is_refused():
     memory = torch.ones(10)
     params = [nn.Parameter(memory[:6]), nn.Parameter(memory[4:])]

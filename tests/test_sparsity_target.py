@@ -153,7 +153,7 @@ def test_whole_tensors_are_counted_with_a_norm_of_tensors():
         assert adamprox.sparsity(model).zero_tensors == 4
 
 
-@pytest.mark.parametrize(("block", "expected"), [("row", [1, 4]), (2, [4]), ("tensor", [])])
+@pytest.mark.parametrize(("block", "expected"), [("row", [1, 4]), (2, [4])])
 def test_zero_blocks_are_kept_as_a_whole(block, expected):
     """Of five rows, all but the first are zero; row 3 wants to move most, then 2."""
     param = nn.Parameter(torch.zeros(5, 2))
@@ -169,10 +169,22 @@ def test_zero_blocks_are_kept_as_a_whole(block, expected):
     }
     target = adamprox.SparsityTarget(opt, 0.4, steps=10, every=1)
     target._hold({}, fewer=True)
-    [mask] = target._frozen._zeros.values() if expected else [torch.zeros(5, 2)]
+    [mask] = target._frozen._zeros.values()
     assert mask.any(1).nonzero().flatten().tolist() == expected
     assert torch.equal(mask.any(1), mask.all(1))
-    assert target.share == {"row": 2 / 5, 2: 1 / 3, "tensor": 0.0}[block]
+    assert target.share == {"row": 2 / 5, 2: 1 / 3}[block]
+
+
+@pytest.mark.parametrize(("count", "share"), [(1, 0.4), (2, 0.8)])
+def test_a_share_of_too_few_blocks_is_refused(count, share):
+    params = [nn.Parameter(torch.ones(5, 2)) for _ in range(count)]
+    opt = adamprox.AdamProxL2(params)
+    with pytest.raises(ValueError, match=rf"Invalid sparsity: {share}.* {count} blocks"):
+        adamprox.SparsityTarget(opt, share, 10)
+    opt.param_groups[0]["block"] = "row"
+    assert repr(adamprox.SparsityTarget(opt, share, 10)) == (
+        f"<SparsityTarget {share:.1%}: 0.0%, in step 0 of about 10>"
+    )
 
 
 def test_groups_keep_the_ratio_of_their_strengths_and_others_theirs():
@@ -212,7 +224,9 @@ def test_a_rate_of_zero_raises_nothing_and_a_tiny_one_not_beyond_a_limit(decay_b
     adamprox.SparsityTarget(opt, 0.8, steps=10, every=2)
     train(model, opt, range(100), lambda step: 0.0)
     assert opt.param_groups[0]["weight_decay"] == 0.1 * unit
-    train(model, opt, range(800), lambda step: 1e-9)
+    with pytest.warns(UserWarning, match="no larger strength") as warned:
+        train(model, opt, range(800), lambda step: 1e-9)
+    assert len(warned) == 1
     assert opt.param_groups[0]["weight_decay"] == pytest.approx(10.0 * unit)
 
 
@@ -335,9 +349,14 @@ def test_a_state_of_other_groups_is_refused_and_loads_nothing():
 def test_remove_lets_everything_go():
     model = network()
     opt = l1(model)
-    with adamprox.SparsityTarget(opt, 0.5, steps=100) as target:
-        train(model, opt, range(20))
-        strength = opt.param_groups[0]["weight_decay"]
+
+    def leave_early():
+        with adamprox.SparsityTarget(opt, 0.5, steps=100):
+            train(model, opt, range(20))
+
+    with pytest.warns(UserWarning, match=r"50.0%: .*in step 20 of about 100> has ended before"):
+        leave_early()
+    strength = opt.param_groups[0]["weight_decay"]
     train(model, opt, range(20, 40))
     assert opt.param_groups[0]["weight_decay"] == strength
     with adamprox.SparsityTarget(opt, 0.5, steps=100) as target:
@@ -466,10 +485,10 @@ def test_one_alone_freezes_the_zeros():
     opt = l1(network())
     with adamprox.freeze_zeros(opt), pytest.raises(RuntimeError, match="frozen already"):
         adamprox.SparsityTarget(opt, 0.5, 10)
-    with adamprox.SparsityTarget(opt, 0.5, 10):
-        for another in (adamprox.freeze_zeros, lambda o: adamprox.SparsityTarget(o, 0.5, 10)):
-            with pytest.raises(RuntimeError, match="has a SparsityTarget already"):
-                another(opt)
+    adamprox.SparsityTarget(opt, 0.5, 10)
+    for another in (adamprox.freeze_zeros, lambda o: adamprox.SparsityTarget(o, 0.5, 10)):
+        with pytest.raises(RuntimeError, match="has a SparsityTarget already"):
+            another(opt)
 
 
 # The warning.
@@ -573,6 +592,7 @@ def read(path: Path) -> list[bench.records.Row]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.filterwarnings("ignore:.* has ended before its share was reached:UserWarning")
 def test_the_benchmark_writes_what_it_prints(tmp_path, capsys):
     bench.main(["--seeds", "1", "--epochs", "2", "--out", str(tmp_path)])
     rows = read(tmp_path / "sparsity.csv")

@@ -30,8 +30,8 @@ NVIDIA = [target for target in TARGETS if target.startswith("sm")]
 # As dispatch.h numbers them, with their sizes.
 DTYPES = {"f32": (0, 4), "f64": (1, 8), "bf16": (2, 2)}
 STORAGE = [("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32"), ("f64", "f64")]
-# Of the blocks that are shrunk: log2 of their size rounded up, and 12 for more than a tile.
-SIZES = (0, 6, 10, 12)
+# Of the blocks that are shrunk: 0 of the only one, 1 and more of several, 13 of more than a tile.
+SIZES = (0, 1, 7, 11, 13)
 DIVISIONS = {"ProxSqL2Metric": 2, "ProxL1Metric": 3}  # of an element; of other rules 1
 RULES = [name for name, _, _ in _C.rules]  # as decay.h numbers them
 MOMENTS = [needs is None for _, type, needs in _C.states if type == "moment"]  # without options

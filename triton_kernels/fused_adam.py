@@ -326,11 +326,11 @@ def shrink_chunk(
     if parts > 0:
         k = shrinkage(sum_of_range(sums + first, parts), decay, numel).to(dtype)
         finish_chunk(tensors, (k, rounded, record), aligned, count, record)
-    else:
+    elif CLASS > 0:
         if CLASS == LARGE:
             shrink_large_blocks(param, count, block.to(tl.int32), decay, dtype)
         else:
-            shrink_small_blocks(param, count, block.to(tl.int32), decay, dtype, 1 << CLASS)
+            shrink_small_blocks(param, count, block.to(tl.int32), decay, dtype, 1 << (CLASS - 1))
         tl.debug_barrier()  # other threads have written what follows
         finish_chunk(tensors, (None, rounded, record), aligned, count, record)
 
@@ -371,7 +371,7 @@ def shrink_kernel(
         numel = block
     scalars = scalars_of(row, payload, prepared, num_rows)
     record = None if records is None else records + chunk * RECORD
-    variant = (variant_of(row) & SECOND_SWEEP) | (size_class(block) << 8)
+    variant = (variant_of(row) & SECOND_SWEEP) | (size_class(block, tl.load(row + ROW_NUMEL)) << 8)
     for i in tl.static_range(len(VARIANTS)):
         if variant == VARIANTS[i]:
             shrink_chunk(row, begin, count, scalars, sums, first, parts, numel, record, VARIANTS[i])

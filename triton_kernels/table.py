@@ -39,7 +39,7 @@ DECAY_CONSTANTS = _at("decay_constants")  # a number
 # state's, its rule, and which states it has, a bit each. The second sweep's loops depend on less,
 # but on the size of blocks: a byte of it is in the place of the state's dtype.
 SECOND_SWEEP = tl.constexpr(0xFF | sum(1 << (24 + i) for i in FOLLOWERS.value))
-LARGE = tl.constexpr(TILE_SIZE.value.bit_length())  # the byte of blocks that are above a tile
+LARGE = tl.constexpr(TILE_SIZE.value.bit_length() + 1)  # the byte of blocks that are above a tile
 
 
 @triton.constexpr_function
@@ -56,11 +56,11 @@ def variant_of(row):
 
 
 @triton.jit
-def size_class(block):
-    """log2 of the next power of two, up to LARGE."""
-    result = block * 0
-    for i in tl.static_range(LARGE):
-        result += (block > (1 << i)).to(tl.int64)
+def size_class(block, numel):
+    """0 of the only block; else 1 plus log2 of the next power of two, up to LARGE."""
+    result = (block < numel).to(tl.int64)
+    for i in tl.static_range(LARGE - 1):
+        result += ((block < numel) & (block > (1 << i))).to(tl.int64)
     return result
 
 

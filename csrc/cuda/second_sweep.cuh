@@ -1,7 +1,8 @@
 // AdamProxL2's second sweep, in the same launch as the first one.
 //
 // A chunk of whole blocks is shrunk at once, from what has just been written. A chunk that is a part of a
-// block waits for the sums of squares of the others: its threads put it aside, and take the next one. They
+// larger block waits for the sums of squares of the others: its threads put it aside, and take the next
+// one. They
 // wait for others only when they have no chunk left to update, and those that have one never wait. So
 // there is always someone who gets on, however few blocks of threads the GPU runs at a time. What was put
 // aside last is shrunk first, since it may still be in the L2 cache.
@@ -113,14 +114,14 @@ struct SecondSweep {
   __device__ __forceinline__ void add(const int32_t& index) {
     const ChunkSpan chunk(args, index);
     __syncthreads();
-    const bool is_part = args.chunks[index].parts > 0;
-    if (!is_part && chunk.row.block < chunk.count) {
+    const int32_t parts = args.chunks[index].parts;
+    if (parts == 0) {
       shrink_blocks(chunk);
       __syncthreads();
       return finish_chunk(Block{}, args, chunk);
     }
     const double sum = sum_of_block(sums[2 * threadIdx.x] + sums[2 * threadIdx.x + 1], sums);
-    if (!is_part) return shrink(chunk, sum, chunk.count);
+    if (parts == 1 && chunk.row.num_slots == 0) return shrink(chunk, sum, chunk.count);
     const Unit unit(args, index);
     if (threadIdx.x == 0) args.work.sums[index] = sum;
     if (count(unit)) {

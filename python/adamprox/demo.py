@@ -273,9 +273,10 @@ def _print_table(rows: list[Row]) -> None:
     table = Table(
         title=f"ResNet-{LAYERS} without batch normalization, on 8x8 digits\n"
         "{epochs} epochs, seed {seed}, device {device}, backend {backend}".format(**rows[-1]),
-        caption="right: of the test images; loss: training, last epoch; rows: filters that are\n"
-        "zero; ms: median step(); speed: times as fast as the first row. The last two rows\n"
-        "start from their decay, and SparsityTarget leads them to their share of zeros.",
+        caption="right: of the test images; loss: training, last epoch; rows: filters\n"
+        "that are zero; ms: median step(); speed: times as fast as the first row.\n"
+        "The last two only start from their decay: SparsityTarget leads them to a\n"
+        "share of zeros, and then holds these, which takes time in each step.",
     )
     table.add_column("optimizer", no_wrap=True)
     for heading in ("decay", "right", "loss", "zeros", "rows", "ms", "speed"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -29,9 +30,9 @@ def param_groups(
     without_decay: tuple[type[nn.Module], ...] = WITHOUT_DECAY,
     rules: Rules | None = None,
 ) -> list[dict[str, Any]]:
-    """The params of ``model`` in two groups: with ``weight_decay``, and with none.
+    """The params of ``model`` in two groups, with ``weight_decay`` and with none; two more a rule.
 
-    None have biases (params with "bias" in their own name, as in ``nn.Linear``,
+    No decay have biases (params with "bias" in their own name, as in ``nn.Linear``,
     ``nn.MultiheadAttention`` and ``nn.LSTM``) and all params of torch's norms and embeddings. A
     param that several modules share has none if one of them says so: an embedding that is the head,
     too. Frozen params are included, so that they can be thawed. Groups have the params' names, as
@@ -51,7 +52,8 @@ def param_groups(
         Groups for an optimizer's constructor; one that would be empty is left out.
 
     Raises:
-        TypeError: ``model`` is no module, or a key of ``rules`` neither a pattern nor a type.
+        TypeError: ``model`` is no module, a key of ``rules`` neither a pattern nor a type, or its
+            values no mapping.
         ValueError: no param matches a key of ``rules``.
     """
     if not isinstance(model, nn.Module):
@@ -66,7 +68,13 @@ def param_groups(
     matches = [_matching(model, key) for key in rules]
     for key, matching in zip(rules, matches, strict=True):
         if not matching:
-            raise ValueError(f"Invalid rules: no param of the model matches {key!r}")
+            names = ", ".join(repr(name) for name, _ in islice(model.named_parameters(), 3))
+            raise ValueError(
+                f"Invalid rules: no param of the model matches {key!r}; a pattern is of whole "
+                f"names, as {names}"
+            )
+        if not isinstance(rules[key], Mapping):
+            raise TypeError(f"Invalid rules: {key!r}: {rules[key]!r}, expected a dict of values")
     groups: list[dict[str, Any]] = [
         {"params": [], "param_names": [], "weight_decay": weight_decay, **values, **without}
         for values in ({}, *rules.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict
 
@@ -230,7 +231,9 @@ def _validate_options(group: Group) -> None:
     block = group.get("block", "tensor")
     if block not in BLOCK_NAMES and not is_row_count(block):
         names = ", ".join(map(repr, BLOCK_NAMES))
-        raise ValueError(f"Invalid block: {block!r}, expected {names} or a number of rows")
+        raise ValueError(
+            f"Invalid block: {block!r}, expected {names} or a number of rows, 1 or more"
+        )
     scaling = group.get("block_scaling", "none")
     if scaling not in ("none", "sqrt"):
         raise ValueError(f"Invalid block_scaling: {scaling!r}, expected 'none' or 'sqrt'")
@@ -273,6 +276,18 @@ def _validate_types_of(betas: Collection[Any], host_only: bool) -> None:
                 )
             if beta.numel() != 1:
                 raise ValueError(f"Tensor betas[{index}] must be 1-element")
+
+
+def refuse_misspelled(keys: Collection[str]) -> None:
+    """Refuses keys of a param group that are nearly those of a value. Others are the user's own.
+
+    Raises:
+        ValueError: the message names the key and the value.
+    """
+    known = {*DEFAULTS, *RULE_OPTIONS, "lr", "betas", "eps", "weight_decay", "decay", "initial_lr"}
+    for key in keys:
+        if key not in known and (meant := get_close_matches(key, known, n=1, cutoff=0.8)):
+            raise ValueError(f"Invalid key of a param group: {key!r}, did you mean {meant[0]!r}?")
 
 
 def refuse_foreign_options(group: Group, given: Collection[str]) -> None:

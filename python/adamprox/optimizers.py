@@ -26,6 +26,7 @@ from .hyperparameters import (
     document,
     options_of,
     refuse_foreign_options,
+    refuse_misspelled,
     validate,
 )
 from .loss_scaling import LossScaling
@@ -56,7 +57,15 @@ class _FusedAdam(Stepped):
         for key in options:
             if key not in known:
                 name = type(self).__name__
-                raise TypeError(f"{name}.__init__() got an unexpected keyword argument {key!r}")
+                rules = [rule for rule, own in RULES.items() if key in own]
+                hint = (
+                    f", which is an option of decay={' and '.join(map(repr, rules))}"
+                    if rules
+                    else ""
+                )
+                raise TypeError(
+                    f"{name}.__init__() got an unexpected keyword argument {key!r}{hint}"
+                )
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -82,6 +91,7 @@ class _FusedAdam(Stepped):
             options = {key: defaults.get(key, neutral) for key, neutral in own.items()}
             group = {**self.defaults, **options, **param_group}
             if len(param_group) > 1:  # else all values are the defaults, which have been checked
+                refuse_misspelled(param_group)
                 validate(group)
                 refuse_foreign_options(group, param_group)
             others = {k: v for k, v in RULE_OPTIONS.items() if k in self.defaults and k not in own}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -39,13 +41,15 @@ class SparsityTarget:
     learning rate that can move weights to zero: a schedule should not end before.
 
     With an l1 penalty single weights are counted, with an l2 penalty the blocks whose norms it
-    takes; both only of params that require grad. A tensor's zero blocks are its zeros divided by
-    the size of a block, rounded down. Of a DTensor all ranks' parts are counted. Half of the
+    takes; both only of params that require grad. A tensor's zero blocks are counted as its zeros
+    divided by the size of a block, rounded down: no single weights are zero but by chance. Of a
+    DTensor all ranks' parts are counted. Half of the
     training is a good number of ``steps``.
 
-    It counts by the notes that every ``every``-th step takes in passing (see ``track_updates``),
-    and waits for a GPU only then. Steps of which a ``GradScaler`` lets nothing happen count as
-    steps, but change no strength. Replays of a CUDA graph are not seen.
+    Every ``every``-th step counts its zeros while it updates the params (see ``track_updates``),
+    and only then is a GPU waited for. A step that a ``GradScaler`` skips counts as a step, but
+    changes no strength. Replays of a CUDA graph are not seen. It warns where the largest strength
+    is not enough, and if it is left as a context before the share is reached.
 
     Args:
         optimizer: one of this package's. A ``weight_decay`` that is a tensor is changed in place.
@@ -56,25 +60,31 @@ class SparsityTarget:
     Raises:
         TypeError: ``optimizer`` is none of this package's.
         ValueError: an argument is out of its range; no param group can have zeros, or one of them
-            has ``block="group"`` or complex params.
+            has ``block="group"`` or complex params; the share is of too few blocks.
         RuntimeError: the optimizer has another target, or its zeros are frozen.
     """
 
     def __init__(self, optimizer: Optimizer, sparsity: float, steps: int, every: int = 5) -> None:
         engine = free_engine_of(optimizer)
-        if not 0 < sparsity < 1:
+        if not _is_share(sparsity):
             raise ValueError(f"Invalid sparsity: {sparsity!r}, expected a number between 0 and 1")
         for name, value in (("steps", steps), ("every", every)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"Invalid {name}: {value!r}, expected an int, 1 or more")
         self._weight_decays = _weight_decays(optimizer)
         self._optimizer, self._engine = optimizer, engine
-        self._sparsity, self._steps, self._every = sparsity, steps, every
+        self._sparsity, self._steps, self._every = float(sparsity), steps, every
         self.tracker = Tracker(every, "tensor")
         self._step, self._share, self._factor = 0, 0.0, 1.0
         self._zeros: dict[Place, int] = {}
         self._noted: dict[Place, int] = {}  # by which steps these are known
         self._frozen: FrozenZeros | None = None
+        blocks = sum(member.blocks for member in self._members())
+        if not 0 < self._wanted(blocks) < blocks:
+            raise ValueError(
+                f"Invalid sparsity: {sparsity!r}, no number of the {blocks} blocks is that share: "
+                "block='row' makes more of them"
+            )
         engine.target = self
 
     @property
@@ -94,10 +104,16 @@ class SparsityTarget:
         if self._engine.target is self:
             self._engine.target = None
 
+    def __repr__(self) -> str:
+        state = "held" if self.held else f"in step {self._step} of about {self._steps}"
+        return f"<SparsityTarget {self._sparsity:.1%}: {self._share:.1%}, {state}>"
+
     def __enter__(self) -> SparsityTarget:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and not self.held:
+            warnings.warn(f"{self!r} has ended before its share was reached", stacklevel=2)
         self.remove()
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,10 +220,15 @@ class SparsityTarget:
         growth = max(-MOST_GROWTH, min(GAIN * missing, MOST_GROWTH))
         if self._step >= self._steps:
             growth = max(growth, LEAST_GROWTH)
-        self._factor = min(
-            self._factor * math.exp(self._every * growth), self._largest_factor(groups)
-        )
-        self._set_weight_decays(self._factor)
+        largest = self._largest_factor(groups)
+        factor = min(self._factor * math.exp(self._every * growth), largest)
+        if factor == largest > self._factor and self._step >= self._steps:
+            warnings.warn(
+                f"{self!r} has no larger strength to try: do bounds keep params from zero?",
+                stacklevel=2,
+            )
+        self._factor = factor
+        self._set_weight_decays(factor)
 
     def _largest_factor(self, groups: Sequence[Mapping[str, Any]]) -> float:
         """At which the strength exceeds all updates in each group."""
@@ -247,6 +268,10 @@ class SparsityTarget:
         self._frozen = self._engine.frozen = FrozenZeros(self._engine, masks)
         self._set_weight_decays(0.0)
         return True
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Real) and 0 < float(value) < 1
 
 
 def _weight_decays(optimizer: Optimizer) -> dict[int, float]:
