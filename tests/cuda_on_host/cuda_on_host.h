@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -28,13 +29,21 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+// As a GPU, which traps.
+template <typename T>
+T* aligned(T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0) {
+    throw std::runtime_error("an access is not aligned");
+  }
+  return address;
+}
 template <typename T>
 T __ldcg(const T* from) {
-  return *from;
+  return *aligned(from);
 }
-inline uint4 __ldcs(const uint4* from) { return *from; }
-inline void __stcg(uint4* to, uint4 value) { *to = value; }
-inline void __stcs(uint4* to, uint4 value) { *to = value; }
+inline uint4 __ldcs(const uint4* from) { return *aligned(from); }
+inline void __stcg(uint4* to, uint4 value) { *aligned(to) = value; }
+inline void __stcs(uint4* to, uint4 value) { *aligned(to) = value; }
 
 struct Dim {
   unsigned x;
