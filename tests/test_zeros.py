@@ -190,7 +190,7 @@ def test_a_param_of_another_shape_is_refused_by_name_and_nothing_is_updated():
     opt.step()
 
 
-def test_ctrl_c_leaves_no_zero_moved(monkeypatch):
+def test_ctrl_c_leaves_no_zero_moved(monkeypatch, request):
     model = network()
     opt = make("AdamW", model)
     handle = adamprox.freeze_zeros(opt)
@@ -201,6 +201,9 @@ def test_ctrl_c_leaves_no_zero_moved(monkeypatch):
         keep(*args)
 
     monkeypatch.setattr(handle, "keep", interrupted)
+    # A shell's background jobs ignore it.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
     with pytest.raises(KeyboardInterrupt):
         train(opt, model, 1)
     assert adamprox.sparsity(model).tensors[0].zeros == 8
