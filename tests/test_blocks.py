@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import adamprox
+import equations
 import registry
 from adamprox.reference import CHUNK_SIZE
 from registry import BACKENDS, DTYPES, params_of, same_bits
@@ -107,37 +108,21 @@ def test_it_is_the_argmin_and_moreaus_identity_holds(s, scaling, block):
     assert vanished == {0.0: 0, 40.0: len(pairs)}.get(s, vanished)
 
 
-def equation(params: list[np.ndarray], grads: list[list[np.ndarray]], group: dict) -> list:
-    """The design's, of the params of one group."""
-    states = [[np.zeros_like(p) for _ in range(3)] for p in params]
-    (beta1, beta2), lr = group["betas"], group["lr"]
-    eta = lr / (group["initial_lr"] if group["decay_by"] == "schedule" else 1)
-    s = eta * group["weight_decay"]
-    for t, of_step in enumerate(grads, 1):
-        new = []
-        for param, grad, state in zip(params, of_step, states, strict=True):
-            grad = -grad if group["maximize"] else grad
-            m, v, largest = state
-            m, v = m + (1 - beta1) * (grad - m), v + (1 - beta2) * (grad * grad - v)
-            state[:] = m, v, np.maximum(largest, v)
-            vhat = (state[2] if group["amsgrad"] else v) / (1 - beta2**t)
-            z = param - lr * m / (1 - beta1**t) / (np.sqrt(vhat) + group["eps"])
-            new.append(torch.from_numpy(np.array(z)))
-        blocks = [[b.numpy() for b in pieces(z, group["block"])] for z in new]
-        if group["block"] == "group":
-            norms = [np.sqrt(sum((b**2).sum() for of in blocks for b in of))]
-            counts = [sum(z.numel() for z in new)]
-        for of_param in blocks:
-            for b in of_param:  # views of z
-                norm, count = (
-                    (norms[0], counts[0])
-                    if group["block"] == "group"
-                    else (np.sqrt((b**2).sum()), b.size)
-                )
-                own = s * np.sqrt(count) if group["block_scaling"] == "sqrt" else s
-                b *= max(1 - own / norm, 0) if norm > 0 else 0
-        params = [z.numpy() for z in new]
-    return params
+def prox_l2(params, updates, _, group):
+    """The design's step of the params of a group."""
+    s = equations.rate(group) * group["weight_decay"]
+    by_size, together = group["block_scaling"] == "sqrt", group["block"] == "group"
+    new = [torch.from_numpy(np.array(x - u)) for x, u in zip(params, updates, strict=True)]
+    blocks = [block.numpy() for z in new for block in pieces(z, group["block"])]  # views of z
+    norms = [np.sqrt((block**2).sum()) for block in blocks]
+    sizes = [block.size for block in blocks]
+    if together:
+        norms = [np.sqrt(sum(norm**2 for norm in norms))] * len(blocks)
+        sizes = [sum(sizes)] * len(blocks)
+    for block, norm, size in zip(blocks, norms, sizes, strict=True):
+        strength = s * np.sqrt(size) if by_size else s
+        block *= max(1 - strength / norm, 0) if norm > 0 else 0
+    return [z.numpy() for z in new]
 
 
 KINDS = (
@@ -149,24 +134,12 @@ KINDS = (
 )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @every_backend
-def test_it_is_the_designs_equation(backend):
+def test_it_is_the_designs_equation_in_every_dtype(backend, dtype):
     shapes = [shape for shape in ((3, 5), (6, 2, 2), (7,), ()) for _ in KINDS]
-    values = doubles(2, *shapes)
     option = registry.Option({"weight_decay": 1.0}, KINDS)
-    ours = registry.build("AdamProxL2", values, option, backend, None)
-    grads = []
-    for seed in range(1, 9):
-        set_grads(ours, seed)
-        ours.step()
-        grads.append({param: param.grad.numpy().copy() for param in params_of(ours)})
-    start = dict(zip(params_of(ours), values, strict=True))
-    for group in ours.param_groups:
-        params = group["params"]
-        of_steps = [[of_step[p] for p in params] for of_step in grads]
-        expected = equation([start[p].numpy().copy() for p in params], of_steps, group)
-        for param, wanted in zip(params, expected, strict=True):
-            np.testing.assert_allclose(param.detach().numpy(), wanted, rtol=1e-10, atol=1e-12)
+    equations.check("AdamProxL2", backend, dtype, option, shapes, prox_l2)
 
 
 @every_block
@@ -301,7 +274,8 @@ def test_what_is_misspelled_or_another_rules_is_told():
     param = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=r"Invalid key of a param group: 'blok', .*'block'"):
         adamprox.AdamProxL2([{"params": [param], "blok": "row"}])
-    adamprox.AdamProxL2([{"params": [param], "lr_scale": 0.5, "mine": 1}])  # the user's own
+    own = {"lr_scale": 0.5, "weight_decay_mult": 1.0}  # the user's
+    adamprox.AdamProxL2([{"params": [param], **own}])
     with pytest.raises(TypeError, match=r"unexpected.*'block', which is an option of.*'prox_l2'"):
         adamprox.AdamW([param], block="row")
     model = nn.Linear(2, 2)
@@ -320,6 +294,13 @@ def test_one_norm_of_params_that_share_memory_is_refused():
     with pytest.raises(RuntimeError, match=r"share memory.*block='group'.*nothing was updated"):
         opt.step()
     assert torch.equal(memory, torch.ones(10))
+    # Those of other groups may.
+    own = nn.Parameter(torch.ones(3))
+    own.grad = torch.ones(3)
+    groups = [{"params": params, "block": "tensor"}, {"params": [own], "block": "group"}]
+    adamprox.AdamProxL2(groups, lr=0.1).step()
+    assert (own != 1).all()
+    assert (memory != 1).all()
 
 
 def test_steps_in_backward_have_rows_but_no_groups():

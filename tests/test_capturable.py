@@ -214,6 +214,7 @@ def test_groups_of_different_rules(backend):
         build("AdamProx", values, Option({"capturable": capturable}, groups), name, None)
         for name, capturable in ((backend, True), ("reference", False))
     )
+    assert all(group["params"] for group in ours.param_groups)
     for opt in (ours, theirs):
         for step in range(3):
             set_grads(opt, step)

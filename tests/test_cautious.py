@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import adamprox
+import equations
 import registry
-from registry import BACKENDS, DTYPES, OPTIMIZERS, params_of, same_bits
-from test_capturable import randn, set_grads
+from registry import BACKENDS, DTYPES, OPTIMIZERS, same_bits
 from test_optimizer import refusals
 
 every_backend = pytest.mark.parametrize("backend", [*BACKENDS, "reference"], indirect=True)
@@ -23,40 +23,17 @@ KINDS = (
 SHAPES = [shape for shape in ((3, 5), (0, 3), (), (7,)) for _ in KINDS]
 
 
-def equation(param: np.ndarray, grads: list[np.ndarray], group: dict) -> np.ndarray:
-    """The design's, of one param."""
-    m, v, largest = (np.zeros_like(param) for _ in range(3))
-    (beta1, beta2), lr, s = group["betas"], group["lr"], group["lr"] * group["weight_decay"]
-    s /= group["initial_lr"] if group["decay_by"] == "schedule" else 1
-    for t, grad in enumerate(grads, 1):
-        grad = -grad if group["maximize"] else grad
-        m, v = m + (1 - beta1) * (grad - m), v + (1 - beta2) * (grad * grad - v)
-        largest = np.maximum(largest, v)
-        root = math.sqrt(1 - beta2**t)
-        d = np.sqrt(largest if group["amsgrad"] else v) + group["eps"] * root
-        update = lr * root / (1 - beta1**t) * m / d
-        param = np.where(update * param < 0, 1, 1 - s) * param - update
-    return param
+def cautious(params, updates, _, group):
+    """The design's step of each param."""
+    s = equations.rate(group) * group["weight_decay"]
+    return [np.where(u * x < 0, 1, 1 - s) * x - u for x, u in zip(params, updates, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_backend
 def test_it_is_the_designs_equation_in_every_dtype(backend, dtype):
-    param_dtype, state = DTYPES[dtype]
-    values = [randn(i, shape, param_dtype) for i, shape in enumerate(SHAPES)]
-    given = values, registry.Option({"cautious": True}, KINDS)
-    pair = ours, _ = [registry.build("AdamW", *given, n, state) for n in (backend, "reference")]
-    grads = []
-    for seed in range(1, 9):
-        for opt in pair:
-            set_grads(opt, seed)
-            opt.step()
-        grads.append([param.grad.clone() for param in params_of(ours)])
-        registry.assert_same_bits(*pair)
-    for i, param in enumerate(params_of(ours) if dtype == "float64" else ()):
-        of_param = [of_step[i].numpy() for of_step in grads]
-        expected = equation(values[i].numpy(), of_param, ours.param_groups[i % len(KINDS)])
-        np.testing.assert_allclose(param.detach().numpy(), expected, 1e-10, 1e-10)
+    option = registry.Option({"cautious": True}, KINDS)
+    equations.check("AdamW", backend, dtype, option, SHAPES, cautious)
 
 
 TINY = 2.0**-100  # the product of two of them is no float32 number

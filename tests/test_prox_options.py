@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import adamprox
+import equations
 import registry
 from registry import BACKENDS, DTYPES, OPTIMIZERS, params_of, same_bits
 from test_capturable import randn, set_grads
@@ -73,26 +74,19 @@ KINDS = (
 SHAPES = [shape for shape in ((3, 5), (0, 3), (), (7,)) for _ in KINDS]
 
 
-def equation(param: np.ndarray, grads: list[np.ndarray], group: dict) -> np.ndarray:
-    """The design's, of one param."""
-    m, v, largest = (np.zeros_like(param) for _ in range(3))
-    (beta1, beta2), lr = group["betas"], group["lr"]
-    eta = lr / (group["initial_lr"] if group["decay_by"] == "schedule" else 1)
-    for t, grad in enumerate(grads, 1):
-        grad = -grad if group["maximize"] else grad
-        m, v = m + (1 - beta1) * (grad - m), v + (1 - beta2) * (grad * grad - v)
-        largest = np.maximum(largest, v)
-        vhat = (largest if group["amsgrad"] else v) / (1 - beta2**t)
-        denominator = np.sqrt(vhat) + group["eps"]
-        z = param - lr * m / (1 - beta1**t) / denominator
+def prox(params, updates, denominators, group):
+    """The design's step of each param."""
+    result = []
+    for param, update, denominator in zip(params, updates, denominators, strict=True):
+        z, eta = param - update, equations.rate(group)
         of_metric = denominator if group["metric"] == "adam" else 1.0
         s, s2 = eta * group["weight_decay"] / of_metric, eta * group.get("l2", 0.0) / of_metric
         if group["decay"] == "prox_l1":
-            param = np.sign(z) * np.maximum(np.abs(z) - s, 0) / (1 + s2)
+            x = np.sign(z) * np.maximum(np.abs(z) - s, 0) / (1 + s2)
         else:
-            param = z / (1 + s)
-        param = np.clip(param, *ends(group["bounds"]))
-    return param
+            x = z / (1 + s)
+        result.append(np.clip(x, *ends(group["bounds"])))
+    return result
 
 
 @pytest.mark.parametrize(
@@ -108,21 +102,8 @@ def equation(param: np.ndarray, grads: list[np.ndarray], group: dict) -> np.ndar
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_backend
 def test_it_is_the_designs_equation_in_every_dtype(backend, dtype, optimizer, options):
-    param_dtype, state = DTYPES[dtype]
-    values = [randn(i, shape, param_dtype) for i, shape in enumerate(SHAPES)]
-    given = values, registry.Option({**options, "weight_decay": 0.3}, KINDS)
-    pair = ours, _ = [registry.build(optimizer, *given, n, state) for n in (backend, "reference")]
-    grads = []
-    for seed in range(1, 9):
-        for opt in pair:
-            set_grads(opt, seed)
-            opt.step()
-        grads.append([param.grad.clone() for param in params_of(ours)])
-        registry.assert_same_bits(*pair)
-    for i, param in enumerate(params_of(ours) if dtype == "float64" else ()):
-        of_param = [of_step[i].numpy() for of_step in grads]
-        expected = equation(values[i].numpy(), of_param, ours.param_groups[i % len(KINDS)])
-        np.testing.assert_allclose(param.detach().numpy(), expected, 1e-10, 1e-10)
+    option = registry.Option({**options, "weight_decay": 0.3}, KINDS)
+    equations.check(optimizer, backend, dtype, option, SHAPES, prox)
 
 
 # The elastic net against its limits.

@@ -80,7 +80,7 @@ class Step {
 
   bool is_large(int64_t chunk) const { return table_.chunks[chunk].parts > kAlone; }
 
-  // Of the block that begins with that chunk, or of the blocks in it.
+  // `first` is the first chunk of a block, or has several blocks. Returns the chunk behind them.
   int64_t end_of_block(int64_t first) const {
     return first + std::max(table_.chunks[first].parts, 1);
   }

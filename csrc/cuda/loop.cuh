@@ -52,7 +52,7 @@ struct Optional : Stream {
   bool present;
 };
 
-// Of memory that the same block of threads has written: from L2.
+// Loads what the same block of threads has written. It reads L2, where that is.
 __device__ __forceinline__ float load_written(const float* from) { return __ldcg(from); }
 __device__ __forceinline__ double load_written(const double* from) { return __ldcg(from); }
 template <typename T>

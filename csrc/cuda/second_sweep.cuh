@@ -1,14 +1,13 @@
 // AdamProxL2's second sweep, in the same launch as the first one.
 //
 // A chunk of whole blocks is shrunk at once, from what has just been written. A chunk that is a part of a
-// larger block waits for the sums of squares of the others: its threads put it aside, and take the next
-// one. They
-// wait for others only when they have no chunk left to update, and those that have one never wait. So
-// there is always someone who gets on, however few blocks of threads the GPU runs at a time. What was put
-// aside last is shrunk first, since it may still be in the L2 cache.
+// larger block waits for the sums of squares of the others. Its threads put it aside, and take the next
+// one. They wait for others only when they have no chunk left to update, and those that have one never
+// wait. So there is always someone who gets on, however few blocks of threads the GPU runs at a time. What
+// was put aside last is shrunk first, since it may still be in the L2 cache.
 //
-// Whoever updates the last chunk of a tensor, or of a block of one, adds up the sums of its chunks. Where
-// tensors are one block together, each has a slot for its sum.
+// A unit is a tensor, or a block of one. Who updates a unit's last chunk adds up the sums of its chunks.
+// Tensors that are one block together have a slot each for their sums.
 #pragma once
 
 #include "../math/update.h"
@@ -150,7 +149,7 @@ struct SecondSweep {
       if (unit.norm != current) {
         if (!is_ready(unit, wait)) break;
         current = unit.norm;
-        sum = sum_of_places(unit.norm_first, unit.units);
+        sum = sum_of_places(unit.norm, unit.units);
       }
       const ChunkSpan chunk(args, index);
       shrink(chunk, sum, numel_of_block(chunk.row, args.chunks[index], index));
@@ -165,14 +164,13 @@ struct SecondSweep {
   struct Unit {
     int32_t first, parts;  // its chunks
     int32_t place;         // of its sum
-    int32_t norm;          // where units are counted: at the first one's place
-    int32_t norm_first, units;
+    int32_t norm, units;   // the first place of the block's units, where they are counted; how many
 
     __device__ __forceinline__ Unit(const LaunchArgs& args, int32_t index) {
       const Chunk& chunk = args.chunks[index];
       const TensorRow& row = args.rows[chunk.row];
       if (row.num_slots == 0) {
-        first = place = norm = norm_first = chunk.first;
+        first = place = norm = chunk.first;
         parts = chunk.parts;
         units = 1;
       } else {
@@ -180,7 +178,7 @@ struct SecondSweep {
         first = row.first_chunk;
         parts = static_cast<int32_t>(num_chunks_of(row.numel));
         place = slots + row.slot;
-        norm = norm_first = slots + row.first_slot;
+        norm = slots + row.first_slot;
         units = row.num_slots;
       }
     }

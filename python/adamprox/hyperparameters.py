@@ -95,6 +95,10 @@ RULES: dict[str, dict[str, Any]] = {
 BLOCK_NAMES = ("tensor", "row", "group")  # beside a number of rows
 RULE_OPTIONS = {key: neutral for options in RULES.values() for key, neutral in options.items()}
 
+# All that a group may have of ours; others are the user's own.
+_KEYS = {"params", "param_names", "lr", "betas", "eps", "weight_decay", "decay", "initial_lr"}
+_KEYS |= {*DEFAULTS, *RULE_OPTIONS}
+
 # A checkpoint's are taken if it was saved under the same rule.
 DECAY_SETTINGS = ("decay", "weight_decay", "decay_by", *RULE_OPTIONS)
 
@@ -239,6 +243,11 @@ def _validate_options(group: Group) -> None:
         raise ValueError(f"Invalid block_scaling: {scaling!r}, expected 'none' or 'sqrt'")
 
 
+def is_one_block(group: Group) -> bool:
+    """Whether all params of the group are one block of the l2 norm."""
+    return group.get("decay") == "prox_l2" and group.get("block") == "group"
+
+
 def is_row_count(block: Any) -> bool:
     """Whether ``block`` is a number of rows, 1 or more."""
     return isinstance(block, Integral) and not isinstance(block, bool) and int(block) >= 1
@@ -284,9 +293,9 @@ def refuse_misspelled(keys: Collection[str]) -> None:
     Raises:
         ValueError: the message names the key and the value.
     """
-    known = {*DEFAULTS, *RULE_OPTIONS, "lr", "betas", "eps", "weight_decay", "decay", "initial_lr"}
     for key in keys:
-        if key not in known and (meant := get_close_matches(key, known, n=1, cutoff=0.8)):
+        meant = [] if key in _KEYS else get_close_matches(str(key), _KEYS, n=1, cutoff=0.8)
+        if meant and meant[0] not in key:  # "weight_decay_mult" is no misspelling
             raise ValueError(f"Invalid key of a param group: {key!r}, did you mean {meant[0]!r}?")
 
 

@@ -10,7 +10,7 @@ import sys
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from .freed_grad import FreedGrad
+from .hyperparameters import is_one_block
 from .optimizers import _FusedAdam
 from .step import Engine, take_step
 
@@ -75,7 +76,7 @@ def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
     if not any(id(param) in known for param in params.values()):
         raise ValueError("optimizer has none of the params of model")
     for index, group in enumerate(optimizer.param_groups):
-        if _is_one_block(group):
+        if is_one_block(group):
             raise ValueError(f"optimizer: {_ONE_BLOCK.format(f'param_groups[{index}]')}")
     for name, param in params.items():
         for step in _steps_of(param):
@@ -88,10 +89,6 @@ def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
 _ONE_BLOCK = (
     "{} has block='group', one norm of all its params, and a step in backward knows one param only"
 )
-
-
-def _is_one_block(group: Mapping[str, Any]) -> bool:
-    return group["decay"] == "prox_l2" and group.get("block") == "group"
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -213,7 +210,7 @@ class _ParamStep:
         group = self._group_of(param, optimizer)
         if group is None:
             return
-        if _is_one_block(group):
+        if is_one_block(group):
             raise RuntimeError(_ONE_BLOCK.format(f"the param group of {self._name}"))
         if optimizer._engine.tracker is not None or optimizer._engine.target is not None:
             raise RuntimeError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.optim import Optimizer
 
+from .hyperparameters import is_one_block
 from .sharding import is_distributed, local_of, summed
 from .stand_ins import Given
 from .telemetry import Tracker, ZeroCount
@@ -288,7 +289,7 @@ def _weight_decays(optimizer: Optimizer) -> dict[int, float]:
         )
     for g in result:
         group = optimizer.param_groups[g]
-        if group["decay"] == "prox_l2" and group.get("block", "tensor") == "group":
+        if is_one_block(group):
             raise ValueError(
                 f"Invalid optimizer: param_groups[{g}] has block='group', and one block is zero as "
                 "a whole or not at all"

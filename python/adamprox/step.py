@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -18,6 +18,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import _C, backends, reference
+from .hyperparameters import is_one_block
 from .loss_scaling import LossScaling
 from .mending import mend
 from .stand_ins import Given, StandIns
@@ -59,8 +60,8 @@ class Engine:
     ) -> tuple[Tracker | None, Sequence[ZeroWatch | SparsityTarget]]:
         """What notes the step that begins now, and who reads the notes once it is over.
 
-        One tracker notes it, that of ``track_updates()`` if it is due. A graph's replays are read
-        by nobody, so its capture is noted for ``track_updates()`` alone.
+        One tracker notes it: that of ``track_updates()`` if it is due. Nobody reads the notes of a
+        graph's replays but ``update_stats()``. So only ``track_updates()`` has a capture noted.
         """
         tracker = self.tracker
         if tracker is not None and not tracker.due():
@@ -134,9 +135,10 @@ def take_step(
                     engine.frozen.keep(optimizer, given)
         finally:
             engine.gather.release()
-        if tracker is not None:
-            for reader in readers:
-                reader.read(optimizer, tracker, given)
+        if tracker is not None and readers:
+            with Uninterrupted():
+                for reader in readers:
+                    reader.read(optimizer, tracker, given)
 
 
 def _take_step(
@@ -165,7 +167,7 @@ def _take_step(
             break
         later = {(f.group, f.index) for f in findings if f.key == "overlap"}
         if 0 < len(later) < sum(table.num_rows for table in gather.tables()):
-            _refuse_divided_norms(optimizer, groups)
+            _refuse_divided_norms(optimizer, groups, {g for g, _ in later})
             with Uninterrupted():
                 for part in _divided(groups, later):
                     _take_step(optimizer, part, scaling, given, None)
@@ -187,7 +189,7 @@ def _take_step(
         )
     tables = gather.tables()
     if stand_ins is not None and stand_ins.overlap(tables):
-        _refuse_divided_norms(optimizer, groups)
+        _refuse_divided_norms(optimizer, groups, range(len(groups)))
         with Uninterrupted():
             for one in _one_by_one(groups):
                 _take_step(optimizer, one, scaling, given, None)
@@ -211,9 +213,10 @@ def _divided(groups: Groups, later: Container[tuple[int, int]]) -> tuple[Groups,
     return halves
 
 
-def _refuse_divided_norms(optimizer: Stepped, groups: Groups) -> None:
-    for index, group in enumerate(groups):
-        if group["decay"] == "prox_l2" and group.get("block") == "group":
+def _refuse_divided_norms(optimizer: Stepped, groups: Groups, divided: Iterable[int]) -> None:
+    """Of groups whose params would be stepped apart."""
+    for index in divided:
+        if is_one_block(groups[index]) and len(groups[index]["params"]) > 1:
             raise RuntimeError(
                 f"{type(optimizer).__name__}: params share memory, so that they are stepped one "
                 f"after the other, but block='group' of param_groups[{index}] takes one norm of "

@@ -137,7 +137,7 @@ def freeze_zeros(optimizer: Optimizer) -> FrozenZeros:
 
 
 def free_engine_of(optimizer: Optimizer) -> Engine:
-    """The engine of an optimizer whose zeros nobody freezes, nor is going to.
+    """The optimizer's engine, if neither a handle nor a :class:`SparsityTarget` has its zeros.
 
     Raises:
         TypeError, RuntimeError: as :func:`freeze_zeros`.
