@@ -14,6 +14,7 @@ import json
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -239,8 +240,8 @@ def run_alone(names: list[str]) -> None:
         try:
             ALONE[name]()
             outcome = "ok"
-        except BaseException as error:
-            outcome = f"{type(error).__name__}: {error}"
+        except BaseException:
+            outcome = traceback.format_exc()
         signal.alarm(0)
         print(json.dumps([name, outcome]), flush=True)
 
