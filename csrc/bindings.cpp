@@ -87,7 +87,9 @@ void launch_cuda(Table& t, uintptr_t stream, uintptr_t metadata, uintptr_t paylo
 
 PYBIND11_MODULE(_C, m) {
   using namespace adamprox;
+  m.def("cpu_instruction_sets", &cpu_instruction_sets);
   m.def("cpu_instruction_set", &cpu_instruction_set);
+  m.def("use_cpu_instruction_set", &use_cpu_instruction_set);
   m.attr("cuda_architectures") = ADAMPROX_CUDA_ARCHITECTURES;
   m.attr("torch_abi") = TorchAbi::get().fast() ? "fast" : "slow";
   m.attr("layout") = describe_layout();

@@ -6,33 +6,20 @@
 #include <type_traits>
 
 #include "../math/streams.h"
-#include "../table.h"
 #include "half.h"
+#include "sweeps.h"
 
-// Loops are compiled for each of these; which one runs is decided when the library loads.
-#if defined(ADAMPROX_TARGET_CLONES)
-#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+// The turns of the loop that follows are independent of each other; in the second case they are one
+// vector's, and not to be unrolled before they are made one.
+#if defined(__clang__)
+#define INDEPENDENT_TURNS _Pragma("clang loop vectorize(assume_safety)")
+#define INDEPENDENT_TURNS_AS_A_VECTOR INDEPENDENT_TURNS
 #else
-#define MULTIVERSION
+#define INDEPENDENT_TURNS _Pragma("GCC ivdep")
+#define INDEPENDENT_TURNS_AS_A_VECTOR _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #endif
 
 namespace adamprox {
-
-struct Span {  // some elements of one row
-  const TensorRow& row;
-  void* grad;
-  int64_t begin, count;
-  int64_t after;  // how many the same thread is about to work on next
-
-  template <typename T>
-  T* at(void* data) const {
-    return static_cast<T*>(data) + begin;
-  }
-
-  Span part(int64_t first, int64_t size) const {
-    return {row, grad, begin + first, size, after + count - first - size};
-  }
-};
 
 // One element of a stream: loaded when it is made, stored when the functor's call is over.
 template <typename Stream>
@@ -62,8 +49,13 @@ HOST_DEVICE void prefetch(const Stream& stream, int64_t first) {
 template <typename F, typename... Streams>
 HOST_DEVICE void for_each_in_strip(int64_t first, bool ahead, F f, Streams... streams) {
   if (ahead) (prefetch(streams, first + kPrefetchAhead), ...);
-#pragma GCC ivdep
-  for (int64_t i = first; i < first + kStripSize; ++i) f(Slot<Streams>(streams, i).element()...);
+  if constexpr (sizeof...(Streams) == 1) {  // bound by instructions, of which this takes fewer
+    INDEPENDENT_TURNS_AS_A_VECTOR
+    for (int i = 0; i < kStripSize; ++i) f(Slot<Streams>(streams, first + i).element()...);
+  } else {
+    INDEPENDENT_TURNS
+    for (int64_t i = first; i < first + kStripSize; ++i) f(Slot<Streams>(streams, i).element()...);
+  }
 }
 
 // A batch is a few strips. A stream of float16 is converted as a batch, to and from float32 on the stack.

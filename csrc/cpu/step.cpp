@@ -2,25 +2,54 @@
 
 #include <algorithm>
 #include <atomic>
-#include <type_traits>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
-#include "../math/dispatch.h"
+#include "../math/reduction_tree.h"
 #include "sweeps.h"
-#include "telemetry.h"
 #include "threads.h"
+
+#if defined(ADAMPROX_X86)
+#include <cpuid.h>
+#endif
 
 namespace adamprox {
 namespace {
 
-// ema <- ema + (1 - ema_decay) * (param - ema), of the final param.
-template <typename Param>
-MULTIVERSION void average_span(const Span& span, const Scalars& scalars) {
-  using T = Compute<Param>;
-  const auto one_minus_ema = static_cast<T>(scalars.one_minus_ema);
-  const auto average = [=](T& param, T& ema) { update_moment(ema, param, one_minus_ema); };
-  for_each_element(span, average, Read<Param>{span.at<Param>(span.row.param)},
-                   ReadWrite<T>{span.at<T>(span.row.states[kEma])});
+// The widest that this processor runs is chosen.
+struct InstructionSet {
+  const char* name;
+  bool runs_here;
+  const Sweeps& sweeps;
+};
+
+const std::vector<InstructionSet>& instruction_sets() {
+  static const auto sets = [] {
+    std::vector<InstructionSet> widest_first;
+#if defined(ADAMPROX_X86)
+    unsigned eax, ebx, ecx = 0, edx;
+    const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+    const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    widest_first.push_back({"AVX-512", avx512, sweeps_avx512});
+    widest_first.push_back({"AVX2", avx2, sweeps_avx2});
+#endif
+    widest_first.push_back({"baseline", true, sweeps_baseline});
+    return widest_first;
+  }();
+  return sets;
+}
+
+std::atomic<const InstructionSet*>& chosen() {
+  static std::atomic<const InstructionSet*> widest = [] {
+    const auto runs_here = [](const InstructionSet& set) { return set.runs_here; };
+    const auto& sets = instruction_sets();
+    return &*std::find_if(sets.begin(), sets.end(), runs_here);
+  }();
+  return widest;
 }
 
 // Below this many elements, waking a second thread costs more than it saves.
@@ -90,31 +119,13 @@ class Step {
   double update_chunk(int64_t chunk) const {
     const Span span = span_of(chunk);
     double squares = 0;
-    with_rule(span.row.rule, [&](auto rule) {
-      with_dtypes(span.row.param_dtype, span.row.state_dtype, [&](auto param, auto state) {
-        using Rule = typename decltype(rule)::type;
-        using Param = typename decltype(param)::type;
-        using State = typename decltype(state)::type;
-        if constexpr (std::is_same_v<Rule, ProxL2>) {
-          if (table_.chunks[chunk].parts > 0) {
-            squares = update_and_sum<Param, State>(span, scalars_of(span));
-          } else {
-            update_and_shrink_span<Param, State>(span, scalars_of(span));
-          }
-        } else if constexpr (std::is_void_v<typename Rule::Plain>) {
-          update_span<Rule, Param, State>(span, scalars_of(span));
-        } else if (Rule::is_plain(scalars_of(span).decay)) {
-          update_span<typename Rule::Plain, Param, State>(span, scalars_of(span));
-        } else {
-          update_span<Rule, Param, State>(span, scalars_of(span));
-        }
-      });
-    });
+    if (has_blocks(span.row.rule) && table_.chunks[chunk].parts > 0) {
+      squares = sweeps_.update_part(span, scalars_of(span));
+    } else {
+      sweeps_.update(span, scalars_of(span));
+    }
     if (table_.records != nullptr) {
-      with_dtypes(span.row.param_dtype, span.row.state_dtype, [&](auto param, auto state) {
-        note_updates<typename decltype(param)::type, typename decltype(state)::type>(
-            span, scalars_of(span), table_.records[chunk]);
-      });
+      sweeps_.note_updates(span, scalars_of(span), table_.records[chunk]);
     }
     return squares;
   }
@@ -158,19 +169,15 @@ class Step {
     const Chunk& c = table_.chunks[chunk];
     const double shrinkage = ProxL2::shrinkage(table_.sums[c.first], scalars_of(span).decay,
                                                numel_of_block(span.row, c, chunk));
-    with_dtype(span.row.param_dtype,
-               [&](auto param) { shrink_span<typename decltype(param)::type>(span, shrinkage); });
+    sweeps_.shrink(span, shrinkage);
     finish_chunk(chunk);
   }
 
   // What follows from a chunk's params, once they are final.
   void finish_chunk(int64_t chunk) const {
     const Span span = span_of(chunk);
-    with_dtype(span.row.param_dtype, [&](auto param) {
-      using Param = typename decltype(param)::type;
-      if (span.row.states[kEma] != nullptr) average_span<Param>(span, scalars_of(span));
-      if (table_.records != nullptr) note_params<Param>(span, table_.records[chunk]);
-    });
+    if (span.row.states[kEma] != nullptr) sweeps_.average(span, scalars_of(span));
+    if (table_.records != nullptr) sweeps_.note_params(span, table_.records[chunk]);
   }
 
   // Calls f(0), ..., f(count - 1), of `numel` elements in all, on several threads where it pays.
@@ -196,21 +203,30 @@ class Step {
 
   TensorTable& table_;
   const int threads_;
+  const Sweeps& sweeps_ = chosen().load()->sweeps;
 };
-
-// Asks the same dispatcher that chooses among the clones.
-#if defined(ADAMPROX_TARGET_CLONES)
-__attribute__((target("arch=x86-64-v4"))) const char* instruction_set() { return "AVX-512"; }
-__attribute__((target("arch=x86-64-v3"))) const char* instruction_set() { return "AVX2"; }
-__attribute__((target("default")))
-#endif
-const char* instruction_set() {
-  return "baseline";
-}
 
 }  // namespace
 
-const char* cpu_instruction_set() { return instruction_set(); }
+std::vector<std::string> cpu_instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.runs_here) names.push_back(set.name);
+  }
+  return names;
+}
+
+const char* cpu_instruction_set() { return chosen().load()->name; }
+
+void use_cpu_instruction_set(const std::string& name) {
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.name == name && set.runs_here) {
+      chosen() = &set;
+      return;
+    }
+  }
+  throw std::invalid_argument("instruction set '" + name + "' does not run here");
+}
 
 void step_on_cpu(TensorTable& table, int threads) noexcept { Step(table, threads).run(); }
 

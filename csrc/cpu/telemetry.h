@@ -36,7 +36,7 @@ HOST_DEVICE double sum_of_squares(const Span& span, F f) {
 }
 
 template <typename Param, typename State>
-MULTIVERSION void note_updates(const Span& span, const Scalars& scalars, Record& record) {
+HOST_DEVICE void note_updates(const Span& span, const Scalars& scalars, Record& record) {
   using T = Compute<Param>;
   const auto step_size = static_cast<T>(scalars.step_size), eps = static_cast<T>(scalars.eps);
   const MagnitudeClasses<T> magnitudes(scalars.alpha);
@@ -64,7 +64,7 @@ MULTIVERSION void note_updates(const Span& span, const Scalars& scalars, Record&
 
 // Once the params are final.
 template <typename Param>
-MULTIVERSION void note_params(const Span& span, Record& record) {
+HOST_DEVICE void note_params(const Span& span, Record& record) {
   using T = Compute<Param>;
   const auto* params = span.at<Param>(span.row.param);
   record.param_squares =

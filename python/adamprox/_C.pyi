@@ -13,7 +13,9 @@ numbers: list[str]
 flags: list[str]
 rules: list[tuple[str, str, str | None]]
 
+def cpu_instruction_sets() -> list[str]: ...
 def cpu_instruction_set() -> str: ...
+def use_cpu_instruction_set(name: str) -> None: ...
 
 class Finding:
     @property
