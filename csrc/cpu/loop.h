@@ -9,29 +9,23 @@
 #include "half.h"
 #include "sweeps.h"
 
-// The turns of the loop that follows are independent of each other; in the second case they are one
-// vector's, and not to be unrolled before they are made one.
+// The turns of the loop that follows are independent of each other, and to become one vector's.
 #if defined(__clang__)
-#define INDEPENDENT_TURNS _Pragma("clang loop vectorize(assume_safety)")
-#define INDEPENDENT_TURNS_AS_A_VECTOR INDEPENDENT_TURNS
+#define INDEPENDENT_TURNS _Pragma("clang loop vectorize(assume_safety) unroll(disable)")
 #else
-#define INDEPENDENT_TURNS _Pragma("GCC ivdep")
-#define INDEPENDENT_TURNS_AS_A_VECTOR _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
+#define INDEPENDENT_TURNS _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #endif
 
 namespace adamprox {
 
-// One element of a stream: loaded when it is made, stored when the functor's call is over.
-template <typename Stream>
-struct Slot {
-  using T = typename Stream::T;
-  Stream stream;
-  int64_t i;
-  T value;
-  HOST_DEVICE Slot(Stream s, int64_t index) : stream(s), i(index), value(s.load(index)) {}
-  HOST_DEVICE ~Slot() { stream.store(i, value); }
-  HOST_DEVICE T& element() { return value; }
-};
+// Calls f with references to an element of each stream, which are stored afterwards.
+template <typename F, typename... Streams>
+HOST_DEVICE void call_with_element(int64_t i, const F& f, const Streams&... streams) {
+  [&](auto... values) __attribute__((always_inline)) {
+    f(values...);
+    (streams.store(i, values), ...);
+  }(streams.load(i)...);
+}
 
 // A strip is a turn of a loop. Memory is prefetched so many elements ahead, since the hardware's own
 // prefetching ends with each page: that is 5 to 10 % of a step in memory, and hides what else there is to
@@ -46,16 +40,17 @@ HOST_DEVICE void prefetch(const Stream& stream, int64_t first) {
   for (int at = 0; at < bytes; at += 64) __builtin_prefetch(strip + at);
 }
 
+// A function's own arguments, so that the compilers believe __restrict__.
+template <typename... Streams, typename F>
+HOST_DEVICE void for_each_of_strip(const F& f, decltype(Streams::data) __restrict__... data) {
+  INDEPENDENT_TURNS
+  for (int i = 0; i < kStripSize; ++i) call_with_element(i, f, Streams{data}...);
+}
+
 template <typename F, typename... Streams>
 HOST_DEVICE void for_each_in_strip(int64_t first, bool ahead, F f, Streams... streams) {
   if (ahead) (prefetch(streams, first + kPrefetchAhead), ...);
-  if constexpr (sizeof...(Streams) == 1) {  // bound by instructions, of which this takes fewer
-    INDEPENDENT_TURNS_AS_A_VECTOR
-    for (int i = 0; i < kStripSize; ++i) f(Slot<Streams>(streams, first + i).element()...);
-  } else {
-    INDEPENDENT_TURNS
-    for (int64_t i = first; i < first + kStripSize; ++i) f(Slot<Streams>(streams, i).element()...);
-  }
+  for_each_of_strip<Streams...>(f, (streams.data + first)...);
 }
 
 // A batch is a few strips. A stream of float16 is converted as a batch, to and from float32 on the stack.
@@ -114,7 +109,7 @@ HOST_DEVICE void for_each_element(const Span& span, F f, Streams... streams) {
   }
   for (; i < span.count; ++i) {
     asm volatile("");  // or the compiler would make vectors of so few
-    f(Slot<Streams>(streams, i).element()...);
+    call_with_element(i, f, streams...);
   }
 }
 
