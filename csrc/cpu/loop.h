@@ -9,7 +9,7 @@
 #include "half.h"
 #include "sweeps.h"
 
-// The turns of the loop that follows are independent of each other, and to become one vector's.
+// The turns of the loop that follows are independent of each other, and are to become a vector's.
 #if defined(__clang__)
 #define INDEPENDENT_TURNS _Pragma("clang loop vectorize(assume_safety) unroll(disable)")
 #else
@@ -89,6 +89,9 @@ struct Batch<Memory<Half, kIsRead, kIsWritten>> {
 
 template <typename F, typename... Batches>
 HOST_DEVICE void for_each_in_batch(bool ahead, F f, Batches&&... batches) {
+#if defined(__clang__) && __clang_major__ == 14  // or it makes no vectors of a strip
+#pragma clang loop unroll(disable)
+#endif
   for (int first = 0; first < kBatchSize; first += kStripSize) {
     for_each_in_strip(first, ahead, f, batches.elements()...);
   }
