@@ -1,6 +1,6 @@
-"""Compares the cold steps of two builds, which take turns in processes of their own.
+"""Compares the cold steps of builds, which take turns in processes of their own.
 
-    python bench/builds.py SITE_A SITE_B --models "400 x 16" "465 groups" --rounds 10
+    python bench/builds.py SITE_A SITE_B --models "400 x 16" 200000 --rounds 10
 
 A site is a folder with an importable ``adamprox``: ``pip install --target SITE .`` makes one, and
 ``python/`` of an editable install is one. Each process times ``torch.optim.AdamW(fused=True)``
@@ -44,7 +44,8 @@ def beside_this(name: str) -> Any:
     return module
 
 
-MODELS = beside_this("models").MODELS
+models = beside_this("models")
+MODELS = models.MODELS
 cold = beside_this("cold")
 
 
@@ -71,6 +72,19 @@ def median_steps(model: Any, makes: Sequence[Callable[..., Optimizer]], turns: i
     return [1e6 * statistics.median(steps[WARM_UP:]) for steps in times]
 
 
+def model(name: str) -> str:
+    """The type of an argument that is a model's name, or a number of elements of one tensor."""
+    if name not in MODELS and not (name.isdecimal() and int(name) > 0):
+        choices = ", ".join(map(repr, MODELS))
+        raise argparse.ArgumentTypeError(f"{name!r} is no number, and none of {choices}")
+    return name
+
+
+def model_of(name: str) -> Any:
+    """A model of that name, or one tensor of as many elements."""
+    return MODELS.get(name) or models.Model([(int(name),)])
+
+
 def work(args: argparse.Namespace) -> None:
     """Prints a worker's medians, and where it found the build."""
     sys.path.pop(0)  # this folder, which Python puts before the site
@@ -82,7 +96,7 @@ def work(args: argparse.Namespace) -> None:
         return torch.optim.AdamW(groups, fused=True)
 
     makes = (torch_fused, getattr(adamprox, args.optimizer))
-    medians = {name: median_steps(MODELS[name], makes, args.turns) for name in args.models}
+    medians = {name: median_steps(model_of(name), makes, args.turns) for name in args.models}
     print(json.dumps({"file": adamprox.__file__, "medians": medians}))
 
 
@@ -102,16 +116,17 @@ def medians_of(folder: Path) -> Medians:
     return medians
 
 
-def line(name: str, rounds: Sequence[tuple[Medians, Medians]]) -> str:
-    """A model's line: medians over the rounds."""
+def line(name: str, rounds: Sequence[Sequence[Medians]], other: int) -> str:
+    """A model's line of the first build and another one: medians over the rounds."""
     median = statistics.median
-    a, b = ([each[side][name] for each in rounds] for side in (0, 1))
+    a, b = ([each[side][name] for each in rounds] for side in (0, other))
     ratios = [ours_b / ours_a for (_, ours_a), (_, ours_b) in zip(a, b, strict=True)]
     micros = (median(ours for _, ours in build) for build in (a, b))
     as_fast = (median(fused / ours for fused, ours in build) for build in (a, b))
     return "".join(
         [
             f"{name:24}",
+            f"{'ABCDEFGH'[other]:>6}",
             *(f"{value:10,.0f}" for value in micros),
             f"{median(ratios):8.3f} ({min(ratios):.2f} to {max(ratios):.2f})",
             *(f"{value:10.2f}" for value in as_fast),
@@ -132,26 +147,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("sites", type=site, nargs=2, metavar="SITE")
-    add("--models", nargs="+", choices=MODELS, default=["400 x 16", "465 groups"], metavar="MODEL")
+    add("sites", type=site, nargs="+", metavar="SITE", help="two to eight")
+    add("--models", nargs="+", type=model, default=["400 x 16", "465 groups"], metavar="MODEL",
+        help="or a number of elements (default: %(default)s)")  # fmt: skip
     add("--optimizer", default="AdamW", help="of the builds (default: %(default)s)")
     add("--rounds", type=int, default=10, help="processes of each (default: %(default)s)")
     add("--turns", type=int, default=25, help="steps in each process (default: %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not 2 <= len(args.sites) <= 8:
+        parser.error(f"argument SITE: {len(args.sites)} is not from 2 to 8")
     if args.worker:
         work(args)
         return
     rounds = []
     for number in range(args.rounds):
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-        a, b = (medians_of(folder) for folder in args.sites)
-        rounds.append((a, b))
-    print(f"{'cold step':24}{'A us':>10}{'B us':>10}{'B/A, least to most':>23}", end="")
-    print(f"{'A fused':>10}{'B fused':>10}   (fused: times as fast as torch fused)")
+        rounds.append([medians_of(folder) for folder in args.sites])
+    print(f"{'cold step':24}{'build':>6}{'A us':>10}{'us':>10}{'to A, least to most':>23}", end="")
+    print(f"{'A fused':>10}{'fused':>10}   (fused: times as fast as torch fused)")
     for name in args.models:
-        print(line(name, rounds))
+        for other in range(1, len(args.sites)):
+            print(line(name, rounds, other))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from adamprox import backends
-from adamprox.command_line import fail, need, positive, usable_device
+from adamprox.command_line import check_folder, fail, need, positive, usable_device
 
 from . import models, providers, records, suite, tables
 from .contenders import DTYPES
@@ -72,8 +72,6 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints and writes; ends with an error's message if something is missing."""
     if not args.list and not args.markdown:
         need("bench", ("tqdm", "matplotlib") if "picture" in args.parts else ("tqdm",))
-    if args.list or not args.json:
-        need("bench", ("rich",))
     device: torch.device = args.device
     csv = args.out / f"{device.type}.csv"
     if args.markdown:
@@ -94,30 +92,34 @@ def run(args: argparse.Namespace) -> int:
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         fail("bench", f"argument --optimizers: none can run: {reasons}")
+    check_folder("bench", "--out", args.out)
     torch.set_num_threads(args.threads)
-    results = suite.measure(args.parts, args.models, chosen, device, args.dtype, args.seconds)
-    results.skipped.update(skipped)
+    results = suite.Results([], [], [], [], dict(skipped))
+
+    def keep(results: suite.Results, to: list[suite.Row], rows: list[suite.Row]) -> None:
+        kind = "-memory" if to is results.memory else "-end-to-end" * (to is results.end_to_end)
+        records.append(args.out / f"{device.type}{kind}.csv", rows)
+
+    problem = None
+    try:
+        suite.measure(
+            *(args.parts, args.models, chosen, device, args.dtype, args.seconds, results, keep)
+        )
+        if "picture" in args.parts:
+            from .picture import draw
+
+            draw(args.out / f"{device.type}.png", results.sizes, results.steps)
+    except KeyboardInterrupt:
+        problem = f"interrupted; what was finished is in {args.out}"
+    except (OSError, ValueError) as error:
+        problem = f"argument --out: {error}"
     if args.json:
         print(json.dumps(results._asdict(), indent=2))
     else:
         _print(results)
-    # Last: after an error there, the results have been printed.
-    _write(args.out, device, results, picture="picture" in args.parts)
+    if problem is not None:  # once the results have been printed
+        fail("bench", problem)
     return 0
-
-
-def _write(out: Path, device: torch.device, results: suite.Results, picture: bool) -> None:
-    steps, sizes = results.steps, results.sizes
-    try:
-        records.append(out / f"{device.type}.csv", steps + sizes)
-        records.append(out / f"{device.type}-memory.csv", results.memory)
-        records.append(out / f"{device.type}-end-to-end.csv", results.end_to_end)
-    except (OSError, ValueError) as error:
-        fail("bench", f"argument --out: {error}")
-    if picture:
-        from .picture import draw
-
-        draw(out / f"{device.type}.png", sizes, steps)
 
 
 def _print(results: suite.Results) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import os
 import platform
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 import adamprox
 from adamprox import _C
+from adamprox.command_line import write_whole
 
 from .steps import IN_CACHE
 from .timing import EITHER, WARM
@@ -52,12 +54,11 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     old = _read(path) if path.exists() else []
     if old and not set(old[0]) <= set(columns):
         raise ValueError(f"{path} has other columns than these rows: move it away")
-    new = path.with_suffix(".new")  # the file itself stays whole, whatever happens
-    with new.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows([*old, *rows])
-    new.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows([*old, *rows])
+    write_whole(path, text.getvalue())
 
 
 def newest(path: Path, dtype: str) -> dict[str, dict[str, Row]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from adamprox.command_line import progress_bar
 
 from .end_to_end import NETWORKS, end_to_end
 from .memory import LAYER_BYTES, LAYERS, WAYS, peak_training_bytes, peak_training_bytes_of
@@ -36,6 +39,10 @@ class Results(NamedTuple):
     skipped: dict[str, str]
 
 
+Keep = Callable[[Results, list[Row], list[Row]], None]
+"""Is told which list of the results got which rows."""
+
+
 class Job(NamedTuple):
     """A model to be timed, and the list that its rows go to."""
 
@@ -53,31 +60,43 @@ def measure(
     device: torch.device,
     dtype: str,
     seconds: float,
-) -> Results:
+    results: Results,
+    keep: Keep,
+) -> None:
     """Measures so many seconds for each model and state of its caches, and for each network.
 
-    A quarter for each size.
+    A quarter for each size. Rows go to ``results`` and to ``keep`` when they are there.
     """
-    from tqdm import tqdm
-
     where = provenance(device)
-    results = Results([], [], [], [], {})
+
+    def add(to: list[Row], rows: Iterable[Row]) -> None:
+        complete = [row | where for row in rows]
+        to.extend(complete)
+        keep(results, to, complete)
+
     jobs = _jobs(parts, models, device, dtype, seconds, results)
     networks = NETWORKS if "end-to-end" in parts else {}
     total = sum(job.seconds * len(job.caches) for job in jobs) + seconds * len(networks)
-    with tqdm(total=total, disable=None, leave=False, bar_format=_BAR) as bar:
-        results.skipped.update(_time(jobs, providers, device, dtype, bar))
+    with progress_bar(total, bar_format=_BAR) as bar:
+        copy = Copy(device)
+        for job in jobs:
+            bar.set_description_str(job.name, refresh=False)
+            settings = Settings(device, dtype, job.seconds, copy, bar.update)
+            try:
+                rows, without = rows_of(job.name, job.model, providers, settings, job.caches)
+            except MemoryError as error:
+                results.skipped[job.name] = str(error)
+                continue
+            results.skipped.update(without)
+            if job.rows is results.steps and "memory" in parts and device.type == "cpu":
+                add_extra_bytes([row for row in rows if row["elements"] >= LARGE], providers)
+            add(job.rows, rows)
         if "memory" in parts:
-            bar.set_description_str("memory")
-            if device.type == "cpu":
-                add_extra_bytes([r for r in results.steps if r["elements"] >= LARGE], providers)
-            results.memory.extend(_memory_of_training(way, device) for way in WAYS)
+            bar.set_description_str("memory", refresh=False)
+            add(results.memory, [_memory_of_training(way, device) for way in WAYS])
         for name in networks:
-            bar.set_description_str(f"training {name}")
-            results.end_to_end.extend(end_to_end(name, device, seconds, bar.update))
-    for rows in (results.steps, results.sizes, results.end_to_end, results.memory):
-        rows[:] = [row | where for row in rows]
-    return results
+            bar.set_description_str(f"training {name}", refresh=False)
+            add(results.end_to_end, end_to_end(name, device, seconds, bar.update))
 
 
 def _jobs(
@@ -98,25 +117,6 @@ def _jobs(
             caches = caches_of(model, dtype)[-1:]
             jobs.append(Job(results.sizes, name, model, caches, seconds / 4))
     return jobs
-
-
-def _time(
-    jobs: Sequence[Job], providers: Sequence[Provider], device: torch.device, dtype: str, bar: Any
-) -> dict[str, str]:
-    """Appends the rows of each job, and says why some models or providers have none."""
-    copy = Copy(device)
-    skipped = {}
-    for job in jobs:
-        bar.set_description_str(job.name)
-        settings = Settings(device, dtype, job.seconds, copy, bar.update)
-        try:
-            rows, without = rows_of(job.name, job.model, providers, settings, job.caches)
-        except MemoryError as error:
-            skipped[job.name] = str(error)
-        else:
-            job.rows.extend(rows)
-            skipped.update(without)
-    return skipped
 
 
 def _memory_of_training(way: str, device: torch.device) -> Row:

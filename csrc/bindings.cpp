@@ -90,7 +90,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_instruction_sets", &cpu_instruction_sets);
   m.def("cpu_instruction_set", &cpu_instruction_set);
   m.def("use_cpu_instruction_set", &use_cpu_instruction_set);
+  m.attr("compiler") = ADAMPROX_COMPILER;
   m.attr("cuda_architectures") = ADAMPROX_CUDA_ARCHITECTURES;
+  m.attr("cuda_problem") = ADAMPROX_CUDA_PROBLEM;  // why it was not built, or ""
   m.attr("torch_abi") = TorchAbi::get().fast() ? "fast" : "slow";
   m.attr("layout") = describe_layout();
   m.attr("states") = describe_states();

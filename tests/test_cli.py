@@ -82,10 +82,7 @@ def test_info_json():
     assert facts["backends"]["cpu"]["usable"]
 
 
-@pytest.mark.parametrize("printer", ["rich", "plain"])
-def test_info_tells_of_every_backend(printer, capsys, monkeypatch):
-    if printer == "plain":
-        monkeypatch.setitem(sys.modules, "rich.console", None)
+def test_info_tells_of_every_backend(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -115,7 +112,6 @@ def test_info_tells_which_backend_is_asked_for(capsys, monkeypatch):
 )
 def test_info_tells_whether_the_backend_asked_for_can_run(name, text, capsys, monkeypatch):
     monkeypatch.setattr(backends.BACKENDS["cuda"], "why_not", lambda device_type=None: "no GPU")
-    monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.setenv("ADAMPROX_BACKEND", name)
     assert main(["info"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -140,10 +136,10 @@ def test_instruction_set_is_what_this_cpu_has():
         assert capability in ("AVX2", "AVX512")
 
 
-@pytest.mark.parametrize("package", ["sklearn", "tqdm", "rich"])
+@pytest.mark.parametrize("package", ["sklearn", "tqdm"])
 def test_demo_says_what_to_install(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit, match=rf"{package}.*pip install 'adamprox\[demo\]'"):
+    with pytest.raises(SystemExit, match=rf"{package}.*please run: pip install .*{package[-5:]}"):
         main(["demo"])
 
 

@@ -11,7 +11,7 @@ import torch
 
 import test_parity as parity
 from adamprox import _C
-from registry import CELLS, DTYPES, OPTIMIZERS, OPTIONS, assert_same_bits, build
+from registry import CELLS, DTYPES, OPTIONS, assert_same_bits, build
 
 OPTIONS_HERE = ("amsgrad", "blocks", "bounds", "cautious", "elastic_net", "ema", "metric", "rules")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import signal
-import sys
 import weakref
 
 import pytest
@@ -61,23 +60,17 @@ def test_nan_is_no_zero_and_complex_zeros_are_whole():
     assert counted.zeros == 2
 
 
-@pytest.mark.parametrize("rich", [True, False])
-def test_it_prints_a_table(rich, monkeypatch):
-    if not rich:
-        monkeypatch.setitem(sys.modules, "rich.console", None)
+def test_it_prints_a_table():
     lines = str(adamprox.sparsity(network())).splitlines()
     words = [" ".join(line.split()) for line in lines]
     assert words[0] == "param shape zeros share zero rows"
-    assert words[1] == "0.weight 5 x 4 8 40.0 % 1 of 5"
+    assert words[2] == "0.weight 5 x 4 8 40.0 % 1 of 5"
     assert words[-1].endswith("14 48.3 % 2 of 8")
     assert "1 of 4 tensors are zero" in words[-1]
     assert max(map(len, lines)) <= 80
 
 
-@pytest.mark.parametrize("rich", [True, False])
-def test_a_name_in_brackets_is_no_markup(rich, monkeypatch):
-    if not rich:
-        monkeypatch.setitem(sys.modules, "rich.console", None)
+def test_a_name_in_brackets_is_kept():
     model = nn.ParameterDict({"[bold]": torch.zeros(2)})
     assert "[bold]" in str(adamprox.sparsity(model))
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adamprox.command_line import fail, need, positive, usable_device
+from adamprox.command_line import (
+    check_folder,
+    fail,
+    need,
+    positive,
+    usable_device,
+    write_whole,
+)
 
 from . import data, page, settings
 from .figures import FIGURES, Lab
@@ -63,11 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the figures in order; ends with an error's message if something is missing."""
-    need("paper", ("sklearn", "tqdm", "rich", "matplotlib"))
+    need("paper", ("sklearn", "tqdm", "matplotlib"))
     if not args.figures and args.page is None:
         fail("paper", "argument FIGURE: none is given")
     if args.quick and args.data is not None:
         fail("paper", "argument --data: --quick trains on digits of 8 x 8 pixels, not on CIFAR")
+    check_folder("paper", "--out", args.out)
+    if args.page is not None:
+        if not args.page.is_file():
+            fail("paper", f"argument --page: no such file: {args.page}")
+        check_folder("paper", "--page", args.page.absolute().parent)
     try:
         chosen = _settings(args)
         store = Store(args.out)
@@ -80,16 +93,17 @@ def run(args: argparse.Namespace) -> int:
     try:
         for name in FIGURES if "all" in args.figures else dict.fromkeys(args.figures):
             FIGURES[name](Lab(chosen, store, machine, args.out))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError) as error:
         fail(
             "paper",
-            f"interrupted; {len(store)} trainings are in {store.file}, the same command goes on",
+            f"{str(error) or 'interrupted'}; "
+            f"the same command goes on after the {len(store)} trainings in {store.file}",
         )
     finally:
         store.close()
     seconds = time.perf_counter() - start
     if args.page is not None:
-        args.page.write_text(page.refresh(args.page.read_text(), args.out))
+        write_whole(args.page, page.refresh(args.page.read_text(), args.out))
     print(
         f"{len(store) - before} trainings in {seconds:.0f} s, {before} were there before; "
         f"see {args.out}"
@@ -98,9 +112,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _figure(text: str) -> str:
-    if text not in (*FIGURES, "all"):
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}")
-    return text
+    name = re.sub("^fig(ure)?[-_. ]*", "", text.lower())
+    if name not in (*FIGURES, "all"):
+        choices = ", ".join((*FIGURES, "all"))
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {choices})")
+    return name
 
 
 def _settings(args: argparse.Namespace) -> Settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import fcntl
+import io
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,6 +14,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import torch
+
+from adamprox.command_line import progress_bar, write_whole
 
 from .training import Cell, Result, train
 
@@ -84,25 +87,20 @@ class Store:
     def add(self, cell: Cell, result: Result) -> None:
         """Keeps a result, on disk too."""
         self._results[cell] = result
-        temporary = self.file.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow((*_CELL, *_RESULT, *_LISTS))
-            writer.writerows(map(_row, self._results.items()))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.file)
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow((*_CELL, *_RESULT, *_LISTS))
+        writer.writerows(map(_row, self._results.items()))
+        write_whole(self.file, text.getvalue())
 
     def fill(self, cells: Iterable[Cell], machine: Machine, title: str) -> None:
         """Trains those that are not there yet, the longest first."""
-        from tqdm import tqdm
-
         missing = [cell for cell in dict.fromkeys(map(canonical, cells)) if cell not in self]
         missing.sort(key=_cost, reverse=True)
         if not missing:
             return
         total = sum(cell.epochs for cell in missing)
-        with tqdm(total=total, desc=title, unit="epoch", disable=None, smoothing=0) as progress:
+        with progress_bar(total, desc=title, unit="epoch", smoothing=0) as progress:
             if machine.jobs == 1:
                 for cell in missing:
                     before = progress.n

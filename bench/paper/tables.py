@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from adamprox.tables import table
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]], shown: int | None = None) -> None:
     """A line a row; ``shown`` columns, or all. Of a mean, minimum and maximum, one cell."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     names = [name for name in list(rows[0])[:shown] if not name.endswith(("_min", "_max"))]
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in names:
-        number = isinstance(rows[0][name], float | int)
-        table.add_column(name.replace("_", " "), justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*(_cell(row, name) for name in names))
-    console = Console(highlight=False, emoji=False)
-    console.width = max(console.width, 120)
-    console.print(table)
+    numbers = [isinstance(rows[0][name], float | int) for name in names]
+    texts = numbers.index(True) if True in numbers else len(names)
+    cells = [tuple(_cell(row, name) for name in names) for row in rows]
+    header = tuple(name.replace("_", " ") for name in names)
+    print(table(cells, header, texts=texts, title=title), end="\n\n")
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from .tensors import Row
 
+compiler: str
 cuda_architectures: str
+cuda_problem: str
 torch_abi: str
 layout: dict[str, int]
 states: list[tuple[str, str, str | None]]

@@ -90,7 +90,7 @@ class CudaBackend:
 
     def why_not(self, device_type: str | None = None) -> str | None:
         if not _C.cuda_architectures:
-            return "adamprox was built without CUDA (no nvcc was found, or ADAMPROX_CUDA=OFF)"
+            return f"adamprox was built without CUDA: {_C.cuda_problem}"
         if torch.version.hip is not None:
             return "it is for NVIDIA GPUs; AMD's have backend='triton'"
         if not torch.cuda.is_available():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 
@@ -18,9 +21,9 @@ Number = TypeVar("Number", int, float)
 def usable_device(text: str) -> torch.device:
     """A device that can be used here, of type cpu or cuda."""
     try:
-        result = torch.device(text)
-        if result.type not in ("cpu", "cuda"):
+        if text.partition(":")[0] not in ("cpu", "cuda"):
             raise RuntimeError("it is neither cpu nor cuda")
+        result = torch.device(text)
         torch.empty(0, device=result)
     except (AssertionError, RuntimeError) as error:  # torch's own differ by device
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from error
@@ -43,12 +46,60 @@ def positive(kind: type[Number]) -> Callable[[str], Number]:
 
 
 def need(command: str, packages: Iterable[str]) -> None:
-    """Ends the command, which is also the name of an extra, where a package is missing."""
+    """Ends the command where packages are missing, which an extra of its name installs."""
+    missing = {}
     for package in packages:
         try:
             import_module(package)
         except ImportError as error:
-            fail(command, f"{error}; please pip install 'adamprox[{command}]'")
+            missing[{"sklearn": "scikit-learn"}.get(package, package)] = str(error)
+    if missing:
+        reasons = "; ".join(missing.values())
+        fail(command, f"{reasons}; please run: pip install {' '.join(missing)}")
+
+
+def check_folder(command: str, argument: str, folder: Path) -> None:
+    """Makes the folder, and ends the command where no file can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 12))
+    except OSError as error:
+        fail(command, f"argument {argument}: {error}")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replaces a file, which is the old one or the new one at any time."""
+    new = file.with_name(file.name + ".new")
+    try:
+        with new.open("w", newline="") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        new.replace(file)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+class _Lines:
+    """Where there is no terminal, progress is a line now and then."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Each line has been flushed."""
+
+
+def progress_bar(total: float, **arguments: Any) -> Any:
+    """A bar of tqdm; without a terminal, a line every half minute."""
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        arguments |= {"file": _Lines(), "delay": 30, "mininterval": 30, "ascii": True, "ncols": 70}
+    return tqdm(total=total, leave=False, **arguments)
 
 
 def fail(command: str, message: str) -> NoReturn:

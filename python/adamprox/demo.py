@@ -19,14 +19,23 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from . import backends, optimizers
-from .command_line import fail, need, positive, usable_device
+from .command_line import (
+    check_folder,
+    fail,
+    need,
+    positive,
+    progress_bar,
+    usable_device,
+    write_whole,
+)
 from .grouping import param_groups
 from .resnet import ResNet
 from .sparsity_target import SparsityTarget
+from .tables import table
 from .zeros import sparsity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch.optim import Optimizer
 
@@ -110,36 +119,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints; ends with an error's message if something is missing."""
-    need("demo", ("sklearn", "tqdm", "rich"))
+    need("demo", ("sklearn", "tqdm"))
     try:
         selected = backends.select(backends.requested(args.backend), args.device.type)
     except (RuntimeError, ValueError) as error:
         fail("demo", str(error))
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        fail("demo", f"no such directory: {Path(args.json).absolute().parent}")
+    file = Path(args.json) if args.json not in (None, "-") else None
+    if file is not None:
+        if not file.absolute().parent.is_dir():
+            fail("demo", f"argument --json: no such directory: {file.absolute().parent}")
+        check_folder("demo", "--json", file.absolute().parent)
     backend = next(name for name, b in backends.BACKENDS.items() if b is selected)
     torch.set_num_threads(args.threads)
-    rows = compare(args.epochs, args.seed, args.device, backend)
-    if args.json == "-":
-        print(json.dumps(rows, indent=2))
-    else:
-        if args.json:
-            Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
-        _print_table(rows)
+    rows: list[Row] = []
+    try:
+        for row in compare(args.epochs, args.seed, args.device, backend):
+            rows.append(row)
+            if file is not None:
+                write_whole(file, json.dumps(rows, indent=2) + "\n")
+    except (KeyboardInterrupt, OSError) as error:
+        _print(rows, as_json=args.json == "-")
+        fail("demo", f"{str(error) or 'interrupted'}; {len(rows)} optimizers had finished")
+    _print(rows, as_json=args.json == "-")
     return 0
 
 
-def compare(epochs: int, seed: int, device: torch.device, backend: str) -> list[Row]:
+def compare(epochs: int, seed: int, device: torch.device, backend: str) -> Iterator[Row]:
     """Trains with each optimizer; a row of results for each, torch's AdamW first."""
-    from tqdm import tqdm
-
     images = load_images(device)
     contenders = _contenders(backend)
     total = len(contenders) * epochs * _steps_per_epoch(images)
-    rows = []
-    with tqdm(total=total, unit="step", disable=None, leave=False) as progress:
+    first: Row = {}
+    with progress_bar(total, unit="step") as progress:
         for contender in contenders:
-            progress.set_description(contender.name)
+            progress.set_description(contender.name, refresh=False)
             torch.manual_seed(seed)
             model = ResNet(LAYERS, channels_in=1).to(device)
             optimizer = contender.make(model)
@@ -152,11 +165,16 @@ def compare(epochs: int, seed: int, device: torch.device, backend: str) -> list[
                 "backend": contender.backend,
                 "weight_decay": contender.weight_decay,
             }
-            rows.append(about | result)
-    for row in rows:
-        row["speedup"] = rows[0]["step_ms"] / row["step_ms"]
-        row.update(epochs=epochs, seed=seed, device=str(device), threads=torch.get_num_threads())
-    return rows
+            first = first or result
+            yield {
+                **about,
+                **result,
+                "speedup": first["step_ms"] / result["step_ms"],
+                "epochs": epochs,
+                "seed": seed,
+                "device": str(device),
+                "threads": torch.get_num_threads(),
+            }
 
 
 def _contenders(backend: str) -> list[Contender]:
@@ -266,23 +284,14 @@ def _steps_per_epoch(images: Images) -> int:
     return -(-len(images.train) // BATCH_SIZE)
 
 
-def _print_table(rows: list[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"ResNet-{LAYERS} without batch normalization, on 8x8 digits\n"
-        "{epochs} epochs, seed {seed}, device {device}, backend {backend}".format(**rows[-1]),
-        caption="right: of the test images; loss: training, last epoch; rows: filters\n"
-        "that are zero; ms: median step(); speed: times as fast as the first row.\n"
-        "The last two only start from their decay: SparsityTarget leads them to a\n"
-        "share of zeros, and then holds these, which takes time in each step.",
-    )
-    table.add_column("optimizer", no_wrap=True)
-    for heading in ("decay", "right", "loss", "zeros", "rows", "ms", "speed"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
+def _print(rows: list[Row], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    if as_json or not rows:
+        return
+    header = ("optimizer", "decay", "right", "loss", "zeros", "rows", "ms", "speed")
+    cells = [
+        (
             row["optimizer"],
             f"{row['weight_decay']:.4g}",
             f"{row['accuracy']:.1%}",
@@ -292,4 +301,16 @@ def _print_table(rows: list[Row]) -> None:
             f"{row['step_ms']:.3f}",
             f"{row['speedup']:.1f}x",
         )
-    Console(highlight=False).print(table)
+        for row in rows
+    ]
+    title = (
+        f"ResNet-{LAYERS} without batch normalization, on 8x8 digits: "
+        "{epochs} epochs, seed {seed}, device {device}, backend {backend}".format(**rows[-1])
+    )
+    caption = (
+        "right: of the test images; loss: training, last epoch; rows: filters that are zero; "
+        "ms: median step(); speed: times as fast as the first row. The last two only start from "
+        "their decay: SparsityTarget leads them to a share of zeros, and then holds these, which "
+        "takes time in each step."
+    )
+    print(table(cells, header, texts=1, title=title, caption=caption))

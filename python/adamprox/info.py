@@ -44,7 +44,9 @@ def collect() -> dict[str, Any]:
         "backends": {name: _backend(backend) for name, backend in BACKENDS.items()},
         "ADAMPROX_BACKEND": os.environ.get("ADAMPROX_BACKEND"),
         "cpu": {
+            "compiler": _C.compiler,
             "instruction_set": _C.cpu_instruction_set(),
+            "instruction_sets": _C.cpu_instruction_sets(),
             "threads": torch.get_num_threads(),
         },
         "torch_abi": _C.torch_abi,
@@ -105,6 +107,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         for name in facts["cuda_architectures"]
     ]
     rows += [
+        ("compiled by", cpu["compiler"]),
         ("CPU instruction set", cpu["instruction_set"]),
         ("CPU threads", str(cpu["threads"])),
         ("CUDA architectures", ", ".join(architectures) or "none built"),
