@@ -14,7 +14,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch._dynamo import assume_constant_result
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch.optim import Optimizer
 
@@ -89,7 +88,7 @@ def traced_step(optimizer: Stepped, closure: Callable[[], float] | None) -> floa
             index += 1
     if not params:
         return loss
-    handle = _handle_with_states(optimizer, indices)
+    comptime(_make_ready)
     grads = [param.grad for param in params]
     states = [
         optimizer.state[param][key]
@@ -105,7 +104,7 @@ def traced_step(optimizer: Stepped, closure: Callable[[], float] | None) -> floa
             getattr(optimizer, "grad_scale", None),
             getattr(optimizer, "found_inf", None),
             indices,
-            handle,
+            optimizer._engine.handle,
             grad_mode,
         )
     return loss
@@ -115,9 +114,8 @@ def traced_step(optimizer: Stepped, closure: Callable[[], float] | None) -> floa
 observed_traced_step = Optimizer.profile_hook_step(traced_step)
 
 
-@assume_constant_result  # type: ignore[untyped-decorator]
-def _handle_with_states(optimizer: Stepped, indices: Sequence[int]) -> int:
-    """Runs when the graph is made: the states that it is going to be handed are there then."""
+def handle_with_states(optimizer: Stepped, indices: Sequence[int]) -> int:
+    """The handle of an optimizer whose params of these indices have their states."""
     flat = [(param, group) for group in optimizer.param_groups for param in group["params"]]
     make_states(optimizer, [flat[index] for index in indices])
     engine = optimizer._engine
@@ -127,10 +125,24 @@ def _handle_with_states(optimizer: Stepped, indices: Sequence[int]) -> int:
     return engine.handle
 
 
+def _make_ready(context: ComptimeContext) -> None:
+    """Runs when the graph is made: the states that it is going to be handed are there then."""
+    handle_with_states(_optimizer(context), _variable(context, "indices").as_python_constant())
+
+
+def _variable(context: ComptimeContext, name: str) -> Any:
+    traced: Any = context.get_local(name)
+    return traced._i_will_not_complain_if_bc_breaks_VariableTracker()
+
+
+def _optimizer(context: ComptimeContext) -> Stepped:
+    optimizer: Stepped = _variable(context, "optimizer").value
+    return optimizer
+
+
 def _break_if_hyper_parameters_wait(context: ComptimeContext) -> None:
     """Ends the graph where it has set a hyper-parameter, which is stored only after it has run."""
-    traced: Any = context.get_local("optimizer")
-    optimizer = traced._i_will_not_complain_if_bc_breaks_VariableTracker().value
+    optimizer = _optimizer(context)
     translator = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     side_effects = translator.output.side_effects
     for group in optimizer.param_groups:
