@@ -18,7 +18,8 @@ WORLDS = (2, 3, 4)
 def runs(tmp_path_factory):
     """Of each world: what each rank says of each case."""
     folder = tmp_path_factory.mktemp("ranks")
-    with warnings.catch_warnings(action="ignore"):  # that this is one process
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is one process
         for name in OPTIMIZERS:
             ranks.resume(ranks.model(), name, None, folder / f"checkpoint-{name}-1", first=0)
     result = {}

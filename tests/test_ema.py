@@ -215,7 +215,8 @@ def test_after_a_checkpoint_without_it_it_starts_as_the_param_then(optimizer, dt
         group["ema_decay"] = own["ema_decay"]
         if lacks != "states":
             del group["ema_decay"]
-    with warnings.catch_warnings(action="ignore"):  # that it is another rule's
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is another rule's
         opt.load_state_dict(state_dict)
     averages = {}
     for seed in (2, 3):

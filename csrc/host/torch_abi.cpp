@@ -1,5 +1,6 @@
 #include "torch_abi.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <string>
@@ -82,16 +83,21 @@ bool TorchAbi::find_insides() {
   for (const py::handle tensor : plain) {
     if (implementation(handle_of(tensor.ptr())) != address(tensor)) return false;
   }
-  // An implementation has 22 words; its keys are the last one that is the same in all plain tensors, and
-  // another one in each of the others.
-  using Words = std::array<const void*, 22>;
-  const auto words_of = [](const py::handle& tensor) { return at<Words>(address(tensor), 0); };
+  // An implementation's keys are its last word that is the same in all plain tensors, and another one in
+  // each of the others.
+  using Words = std::array<const void*, 23>;
+  const auto count = std::min(trials["words"].cast<size_t>(), Words().size());
+  const auto words_of = [count](const py::handle& tensor) {
+    Words words{};
+    std::memcpy(words.data(), address(tensor), count * sizeof(void*));
+    return words;
+  };
   const auto tells = [&](size_t i) {
     const auto is_first = [&](py::handle t) { return words_of(t)[i] == words_of(first)[i]; };
     return std::all_of(plain.begin(), plain.end(), is_first) &&
            std::none_of(others.begin(), others.end(), is_first);
   };
-  size_t keys = Words().size() - 1;
+  size_t keys = count - 1;
   while (keys > 0 && !tells(keys)) --keys;
   if (keys == 0) return false;
   keys_ = keys * sizeof(void*);

@@ -65,7 +65,7 @@ def check_folder(command: str, argument: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(1 << 12))
     except OSError as error:
-        fail(command, f"argument {argument}: {error}")
+        fail(command, f"argument {argument}: cannot write to {folder}: {error.strerror}")
 
 
 def write_whole(file: Path, text: str) -> None:

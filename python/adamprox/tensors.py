@@ -77,7 +77,10 @@ def local(param: Any, tensor: Any) -> tuple[Any, int | None] | None:
 
 
 def trials() -> dict[str, Any]:
-    """Tensors to try assumptions on: ``plain`` ones are ordinary, ``others`` are not."""
+    """Tensors to try assumptions on: ``plain`` ones are ordinary, ``others`` are not.
+
+    ``words``: how many an implementation has. torch 2.10 kept an interpreter in one more.
+    """
     with torch.inference_mode(False):
         first, grad = _new(3), _new(3)
         param, with_grad = torch.nn.Parameter(_new(3)), torch.nn.Parameter(_new(3))
@@ -89,7 +92,9 @@ def trials() -> dict[str, Any]:
         others.append(torch._efficientzerotensor(3))
     with torch.inference_mode():
         others.append(_new(3))
-    return {"plain": plain, "others": others, "param": param, "grad": grad, "with_grad": with_grad}
+    words = 23 if torch.__version__.startswith("2.10.") else 22
+    tensors = {"param": param, "grad": grad, "with_grad": with_grad}
+    return {"words": words, "plain": plain, "others": others, **tensors}
 
 
 def _new(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
