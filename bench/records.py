@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
+class OtherColumns(ValueError):
+    """A file is of another kind of rows."""
+
+
 def provenance(device: torch.device) -> Row:
     """What a time depends on; ``date`` is the same for all rows of a run, and its own."""
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -45,7 +49,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     """Adds rows to a file, which is made if need be; columns that it lacks stay empty in it.
 
     Raises:
-        ValueError: the file has columns that the rows lack.
+        OtherColumns: the file has columns that the rows lack.
     """
     if not rows:
         return
@@ -53,7 +57,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     columns = list(rows[0])
     old = _read(path) if path.exists() else []
     if old and not set(old[0]) <= set(columns):
-        raise ValueError(f"{path} has other columns than these rows: move it away")
+        raise OtherColumns(f"{path} has other columns than these rows: move it away")
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)
     writer.writeheader()

@@ -113,6 +113,7 @@ def test_info_tells_which_backend_is_asked_for(capsys, monkeypatch):
 def test_info_tells_whether_the_backend_asked_for_can_run(name, text, capsys, monkeypatch):
     monkeypatch.setattr(backends.BACKENDS["cuda"], "why_not", lambda device_type=None: "no GPU")
     monkeypatch.setenv("ADAMPROX_BACKEND", name)
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["info"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["ADAMPROX_BACKEND"] == text
