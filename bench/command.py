@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
             draw(args.out / f"{device.type}.png", results.sizes, results.steps)
     except KeyboardInterrupt:
         problem = f"interrupted; what was finished is in {args.out}"
-    except (OSError, records.OtherColumns) as error:
+    except (OSError, records.OtherColumnsError) as error:
         problem = f"argument --out: {error}"
     if args.json:
         print(json.dumps(results._asdict(), indent=2))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-class OtherColumns(ValueError):
+class OtherColumnsError(ValueError):
     """A file is of another kind of rows."""
 
 
@@ -49,7 +49,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     """Adds rows to a file, which is made if need be; columns that it lacks stay empty in it.
 
     Raises:
-        OtherColumns: the file has columns that the rows lack.
+        OtherColumnsError: the file has columns that the rows lack.
     """
     if not rows:
         return
@@ -57,7 +57,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     columns = list(rows[0])
     old = _read(path) if path.exists() else []
     if old and not set(old[0]) <= set(columns):
-        raise OtherColumns(f"{path} has other columns than these rows: move it away")
+        raise OtherColumnsError(f"{path} has other columns than these rows: move it away")
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
