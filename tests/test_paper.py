@@ -527,4 +527,4 @@ def test_help_describes_every_figure(capsys):
     assert {line.split()[0] for line in out.splitlines() if line.startswith("  ")} >= {
         *(name for name in figures.FIGURES if not name.isdecimal() or int(name) < 8)
     }
-    assert " ".join(out.split()).count("(default: ") == 5
+    assert " ".join(out.split()).count("(default: ") == 6
