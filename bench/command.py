@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     results = suite.Results([], [], [], [], dict(skipped))
 
-    def keep(results: suite.Results, to: list[suite.Row], rows: list[suite.Row]) -> None:
+    def keep(to: list[suite.Row], rows: list[suite.Row]) -> None:
         kind = "-memory" if to is results.memory else "-end-to-end" * (to is results.end_to_end)
         records.append(args.out / f"{device.type}{kind}.csv", rows)
 

@@ -39,7 +39,7 @@ class Results(NamedTuple):
     skipped: dict[str, str]
 
 
-Keep = Callable[[Results, list[Row], list[Row]], None]
+Keep = Callable[[list[Row], list[Row]], None]
 """Is told which list of the results got which rows."""
 
 
@@ -72,7 +72,7 @@ def measure(
     def add(to: list[Row], rows: Iterable[Row]) -> None:
         complete = [row | where for row in rows]
         to.extend(complete)
-        keep(results, to, complete)
+        keep(to, complete)
 
     jobs = _jobs(parts, models, device, dtype, seconds, results)
     networks = NETWORKS if "end-to-end" in parts else {}

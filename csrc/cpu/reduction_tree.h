@@ -85,7 +85,8 @@ HOST_DEVICE void add_squares(const float* values, double* sums) {
     const __m512d even = _mm512_unpacklo_pd(a, b), odd = _mm512_unpackhi_pd(a, b);
     return _mm512_fmadd_pd(even, even, _mm512_mul_pd(odd, odd));
   };
-  // Of pairs of lanes, every second one added to the one before it: those of x, then those of y.
+  // Four pairs of lanes are in a vector. The second is added to the first, and the fourth to the third.
+  // The sums of x come first, then those of y.
   const auto add_pairs = [](__m512d x, __m512d y) __attribute__((always_inline)) {
     return _mm512_add_pd(_mm512_shuffle_f64x2(x, y, 0x88), _mm512_shuffle_f64x2(x, y, 0xdd));
   };
@@ -100,7 +101,7 @@ HOST_DEVICE void add_squares(const float* values, double* sums) {
 }
 #endif
 
-// Of `count` values, behind which there is room for 16 more; they are overwritten.
+// Returns the sum of `count` values. It overwrites them, and up to 16 places behind them.
 HOST_DEVICE double sum_in_place(double* values, int64_t count) {
   for (; count > 1; count = (count + 3) / 4) {
     std::fill_n(values + count, 16, 0.0);

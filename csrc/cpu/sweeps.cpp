@@ -29,19 +29,16 @@ HOST_DEVICE void with_streams(const Span& span, F f) {
   row.states[kMaxExpAvgSq] == nullptr ? call() : call(state(kMaxExpAvgSq));
 }
 
-template <typename Rule, typename Param, typename State>
-__attribute__((noinline)) void update_span(const Span& span, const Scalars& scalars) {
-  const Update<Rule, Compute<Param>> update(scalars);
-  with_streams<Param, State>(span, [&](auto... streams) __attribute__((always_inline)) {
-    for_each_element(span, update, streams...);
-  });
-}
-
-template <typename Param, typename State>
-HOST_DEVICE void update_part(const Span& part, const Update<ProxL2, Compute<Param>>& update) {
+template <typename Param, typename State, typename Rule>
+HOST_DEVICE void update_part(const Span& part, const Update<Rule, Compute<Param>>& update) {
   with_streams<Param, State>(part, [&](auto... streams) __attribute__((always_inline)) {
     for_each_element(part, update, streams...);
   });
+}
+
+template <typename Rule, typename Param, typename State>
+__attribute__((noinline)) void update_span(const Span& span, const Scalars& scalars) {
+  update_part<Param, State>(span, Update<Rule, Compute<Param>>(scalars));
 }
 
 template <typename Param>

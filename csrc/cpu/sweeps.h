@@ -24,14 +24,13 @@ struct Span {  // some elements of one row
 };
 
 struct Sweeps {
-  // Of a part of one of AdamProxL2's blocks: updates it, and returns the sum of the squares of the new
-  // params.
+  // Updates a part of one of AdamProxL2's blocks. Returns the sum of the squares of the new params.
   double (*update_part)(const Span&, const Scalars&);
-  // Of anything else. Whole blocks are shrunk, too.
+  // Updates any other span. It shrinks whole blocks, too.
   void (*update)(const Span&, const Scalars&);
   void (*shrink)(const Span&, double shrinkage);
   void (*average)(const Span&, const Scalars&);  // into the state "ema"
-  // What telemetry notes: first of the moments, then of the params, once they are final.
+  // Telemetry's notes. Those of params are taken once the params are final.
   void (*note_updates)(const Span&, const Scalars&, Record&);
   void (*note_params)(const Span&, Record&);
 };

@@ -45,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         code: int = args.run(args)
+        sys.stdout.flush()  # errors of writing are met here, and not at exit
     except KeyboardInterrupt:
         fail(args.command, "interrupted")
-    except BrokenPipeError:  # as by head: nobody reads any more
+    except BrokenPipeError:  # The reader has gone away, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:

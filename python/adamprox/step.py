@@ -60,8 +60,8 @@ class Engine:
     ) -> tuple[Tracker | None, Sequence[ZeroWatch | SparsityTarget]]:
         """What notes the step that begins now, and who reads the notes once it is over.
 
-        One tracker notes it: that of ``track_updates()`` if it is due. Nobody reads the notes of a
-        graph's replays but ``update_stats()``. So only ``track_updates()`` has a capture noted.
+        One tracker notes the step. It is that of ``track_updates()``, if that is due. A capture is
+        noted for ``track_updates()`` alone: only ``update_stats()`` can read what replays note.
         """
         tracker = self.tracker
         if tracker is not None and not tracker.due():
