@@ -29,15 +29,17 @@ HOST_DEVICE void call_with_element(int64_t i, const F& f, const Streams&... stre
 
 // A strip is a turn of a loop. Memory is prefetched so many elements ahead, since the hardware's own
 // prefetching ends with each page: that is 5 to 10 % of a step in memory, and hides what else there is to
-// compute. 128 to 768 elements are alike; requests in bursts of several strips do nothing.
-constexpr int kStripSize = 16, kPrefetchAhead = 256;
+// compute. 128 to 768 elements are alike; requests in bursts of several strips do nothing. One stream
+// alone, out of memory, needs more ahead, so that as many bytes are on their way. It is the second level
+// of the caches that is asked to have them: the first has fewer requests, which the loop itself needs.
+constexpr int kStripSize = 16, kPrefetchAhead = 256, kPrefetchAheadAlone = 1280;
 
 template <typename Stream>
 HOST_DEVICE void prefetch(const Stream& stream, int64_t first) {
   if constexpr (!Stream::kPrefetched) return;
   const auto* strip = reinterpret_cast<const char*>(stream.data + first);
   const int bytes = kStripSize * sizeof(typename Stream::Element);
-  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(strip + at);
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(strip + at, 0, 2);
 }
 
 // A function's own arguments, so that the compilers believe __restrict__.
@@ -47,9 +49,9 @@ HOST_DEVICE void for_each_of_strip(const F& f, decltype(Streams::data) __restric
   for (int i = 0; i < kStripSize; ++i) call_with_element(i, f, Streams{data}...);
 }
 
-template <typename F, typename... Streams>
+template <int kAhead = kPrefetchAhead, typename F, typename... Streams>
 HOST_DEVICE void for_each_in_strip(int64_t first, bool ahead, F f, Streams... streams) {
-  if (ahead) (prefetch(streams, first + kPrefetchAhead), ...);
+  if (ahead) (prefetch(streams, first + kAhead), ...);
   for_each_of_strip<Streams...>(f, (streams.data + first)...);
 }
 
@@ -97,7 +99,7 @@ HOST_DEVICE void for_each_in_batch(bool ahead, F f, Batches&&... batches) {
   }
 }
 
-template <typename F, typename... Streams>
+template <int kAhead = kPrefetchAhead, typename F, typename... Streams>
 HOST_DEVICE void for_each_element(const Span& span, F f, Streams... streams) {
   const int64_t known = span.count + span.after;
   int64_t i = 0;
@@ -108,7 +110,7 @@ HOST_DEVICE void for_each_element(const Span& span, F f, Streams... streams) {
     }
   }
   for (; i + kStripSize <= span.count; i += kStripSize) {
-    for_each_in_strip(i, i + kPrefetchAhead < known, f, streams...);
+    for_each_in_strip<kAhead>(i, i + kAhead < known, f, streams...);
   }
   for (; i < span.count; ++i) {
     asm volatile("");  // or the compiler would make vectors of so few

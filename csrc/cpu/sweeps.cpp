@@ -41,10 +41,10 @@ __attribute__((noinline)) void update_span(const Span& span, const Scalars& scal
   update_part<Param, State>(span, Update<Rule, Compute<Param>>(scalars));
 }
 
-template <typename Param>
+template <typename Param, int kAhead = kPrefetchAhead>
 HOST_DEVICE void shrink_part(const Span& part, double shrinkage) {
   const Shrink<Compute<Param>> shrink{static_cast<Compute<Param>>(shrinkage)};
-  for_each_element(part, shrink, ReadWrite<Param>{part.at<Param>(part.row.param)});
+  for_each_element<kAhead>(part, shrink, ReadWrite<Param>{part.at<Param>(part.row.param)});
 }
 
 // Params of a block of the reduction tree as they are computed with, in `room` where they are stored
@@ -88,7 +88,7 @@ __attribute__((noinline)) double update_and_sum(const Span& span, const Scalars&
 
 template <typename Param>
 __attribute__((noinline)) void shrink_span(const Span& span, double shrinkage) {
-  shrink_part<Param>(span, shrinkage);
+  shrink_part<Param, kPrefetchAheadAlone>(span, shrinkage);
 }
 
 // Blocks of a few params, of which a part has some, so that all but the tree's first levels is vectors.
