@@ -85,6 +85,8 @@ void launch_cuda(Table& t, uintptr_t stream, uintptr_t metadata, uintptr_t paylo
 }  // namespace
 }  // namespace adamprox
 
+// It needs the GIL: a free-threaded Python turns it on when it imports this module, with a warning. A
+// step's first part relies on no other thread replacing what it has found in dicts and tensors.
 PYBIND11_MODULE(_C, m) {
   using namespace adamprox;
   m.def("cpu_instruction_sets", &cpu_instruction_sets);

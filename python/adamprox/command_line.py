@@ -102,6 +102,14 @@ def progress_bar(total: float, **arguments: Any) -> Any:
     return tqdm(total=total, leave=False, **arguments)
 
 
+def duration(seconds: float) -> str:
+    """In the unit that leaves one or two digits."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def fail(command: str, message: str) -> NoReturn:
     """Ends the command with an error's message."""
     sys.exit(f"adamprox {command}: error: {message}")

@@ -19,7 +19,7 @@ WITHOUT_DECAY: tuple[type[nn.Module], ...] = (
     nn.Embedding,
     nn.EmbeddingBag,
 )
-
+"""Torch's norms and embeddings: the types of modules whose params have no decay by default."""
 
 Rules = Mapping[str | type[nn.Module], Mapping[str, Any]]
 
@@ -40,7 +40,8 @@ def param_groups(
 
     Args:
         model: its params, each once, keep their order.
-        weight_decay: of the first group; the optimizer checks it.
+        weight_decay: of the first group, in the unit that the optimizer's class gives it; the
+            optimizer checks it.
         without_decay: types of modules all of whose own params have none. For norms of other
             packages: ``(*adamprox.WITHOUT_DECAY, TheirNorm)``.
         rules: values of param groups, by a pattern of the params' names (as of a shell: ``*``,

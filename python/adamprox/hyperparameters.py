@@ -104,14 +104,15 @@ DECAY_SETTINGS = ("decay", "weight_decay", "decay_by", *RULE_OPTIONS)
 
 ARGUMENTS = """
     Args:
-        params: tensors, ``(name, tensor)`` pairs, or dicts that define param groups.
-        lr: learning rate; a float or a tensor of one element, as ``betas`` and ``weight_decay`` may
-            be (default: 1e-3).
-        betas: the decay rates of the first and the second moment, in [0, 1)
+        params: tensors, ``(name, tensor)`` pairs, or dicts that define param groups. Tensors may
+            have any shape. They are float16, bfloat16, float32, float64, complex64 or complex128.
+        lr: learning rate, about the length by which a step moves each weight, 0 or more; a float or
+            a tensor of one element, as ``betas`` and ``weight_decay`` may be (default: 1e-3).
+        betas: the share of the first and the second moment that a step keeps, each in [0, 1)
             (default: (0.9, 0.999)).
-        eps: added to the denominator (default: 1e-8).
-        weight_decay: lambda in the paper (default: {weight_decay}).
-        amsgrad: divide by the largest second moment so far (default: False).
+        eps: added to the denominator, 0 or more, in the unit of the gradients (default: 1e-8).
+        weight_decay: lambda in the paper, 0 or more (default: {weight_decay}).
+        amsgrad: divide by the root of the largest second moment so far (default: False).
         maximize: ascend (default: False).
         foreach, fused: accepted for torch.optim.AdamW's sake; every step is fused. With
             ``fused=True`` a GradScaler leaves unscaling and skipping to the step, as torch's does:
@@ -124,7 +125,8 @@ ARGUMENTS = """
             torch (default). ``"schedule"``: ``s = lr / initial_lr * weight_decay``, the paper's
             ``eta_t * lambda``. ``initial_lr`` is the param group's, which torch's schedulers write,
             or else the lr at construction. The same decay needs ``initial_lr`` times the
-            ``weight_decay`` that it takes by ``"lr"``.
+            ``weight_decay`` that it takes by ``"lr"``. It has no effect on coupled decay (Adam),
+            which goes into the gradient as it is.
         ema_decay: keeps a moving average of each param, ``ema += (1 - ema_decay) * (param - ema)``
             of the new param, in the same pass: state ``"ema"``, float32 for 16-bit params. It
             starts as the param, without bias correction; see :meth:`ema_weights`. In [0, 1]; None,
@@ -135,6 +137,10 @@ ARGUMENTS = """
     All of them but ``params`` and ``backend`` are values of the param groups. So is ``decay``, the
     rule: ``"coupled"``, ``"decoupled"``, ``"prox_sq_l2"``, ``"prox_l1"`` or ``"prox_l2"``. The
     class sets its default. A group may have another one; a change takes effect at the next step.
+
+    The state of a param has ``"exp_avg"`` and ``"exp_avg_sq"``, with ``amsgrad``
+    ``"max_exp_avg_sq"``, and with ``ema_decay`` ``"ema"``, all of the param's shape. Its
+    ``"step"`` is one number, how many steps it has made.
 
     Raises:
         ValueError, TypeError: an argument is out of its range or of a wrong type; the message names
@@ -148,7 +154,9 @@ def document(weight_decay: str = "1e-2", more: str = "") -> Callable[[type], typ
 
     def add(cls: type) -> type:
         if cls.__doc__ is not None:  # python -OO has none
-            cls.__doc__ += ARGUMENTS.format(weight_decay=weight_decay, more=more)
+            # Python 3.13 has taken the indentation of a class's docstring away, and of no other.
+            arguments = inspect.cleandoc(ARGUMENTS.format(weight_decay=weight_decay, more=more))
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{arguments}"
         _, *named, backend, _ = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
         options = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default)

@@ -101,14 +101,17 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 class StepInBackward:
-    """The handle of :func:`step_in_backward`."""
+    """The handle of :func:`step_in_backward`: the steps are taken in backward until it ends.
+
+    As a context it ends when it is left. It keeps the optimizer alive.
+    """
 
     def __init__(self, optimizer: _FusedAdam, steps: _Steps) -> None:
         self._optimizer = optimizer  # which is kept alive by this; the hooks do not
         self._steps = steps
 
     def remove(self) -> None:
-        """Leaves the steps to ``optimizer.step()`` again."""
+        """Leaves the steps to ``optimizer.step()`` again; freed grads are None then."""
         self._steps.remove()
 
     def __repr__(self) -> str:

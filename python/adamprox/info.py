@@ -88,6 +88,9 @@ def _driver_version() -> str | None:
         return None
 
 
+_READING = {"fast": "from memory", "slow": "by calls of Python, which takes longer"}
+
+
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("adamprox", facts["adamprox"]),
@@ -111,7 +114,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("CPU instruction set", cpu["instruction_set"]),
         ("CPU threads", str(cpu["threads"])),
         ("CUDA architectures", ", ".join(architectures) or "none built"),
-        ("torch read by", facts["torch_abi"]),
+        ("reading of tensors", _READING[facts["torch_abi"]]),
     ]
     for index, gpu in enumerate(facts["gpus"]):
         capability, driver = gpu["compute_capability"], gpu["driver"] or "unknown"

@@ -40,6 +40,7 @@ class _FusedAdam(Stepped):
     """Adam's direction composed with a decay rule; the classes below say which."""
 
     decay: ClassVar[str]
+    """The rule of the class: the ``decay`` of param groups that do not say theirs."""
 
     def __init__(
         self,
@@ -82,7 +83,17 @@ class _FusedAdam(Stepped):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.add_param_group``; its values are checked first."""
+        """As ``torch.optim.Optimizer.add_param_group``; its values are checked first.
+
+        Args:
+            param_group: ``"params"``, and values of this group. What it does not say is as the
+                constructor was told, or the default of its rule if its ``decay`` is another one.
+
+        Raises:
+            ValueError, TypeError: a value is out of its range or of a wrong type, a key is
+                misspelled, or an option is none of the group's rule; the message names it.
+            RuntimeError: ``differentiable=True``, or ``fused`` and ``foreach`` are both True.
+        """
         if isinstance(param_group, dict):
             # Options are those of the constructor for groups of the class's own rule.
             rule = param_group.get("decay", self.decay)
@@ -113,7 +124,10 @@ class _FusedAdam(Stepped):
     # changed; here the attribute has another name.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """As ``torch.optim.Optimizer.param_groups``."""
+        """As ``torch.optim.Optimizer.param_groups``: a dict of values a group.
+
+        A change takes effect at the next step.
+        """
         return self._param_groups
 
     @param_groups.setter
@@ -141,6 +155,9 @@ class _FusedAdam(Stepped):
         under the same rule, and a warning says so if not. float32 moments of 16-bit params stay as
         they are; torch casts them. What others keep in the state is passed through.
 
+        Args:
+            state_dict: that of such an optimizer.
+
         Raises:
             ValueError, TypeError: states are missing, or a value is out of its range; the message
                 names it, or the param groups differ in size; nothing was loaded.
@@ -156,7 +173,7 @@ class _FusedAdam(Stepped):
         that share memory is not noted.
 
         Args:
-            every: 1 tracks each step; 0 or None, none.
+            every: a number of steps. 1 tracks each step; 0 or None, none.
             per: ``"group"`` or ``"tensor"``: what :meth:`update_stats` has one entry for.
 
         Raises:
@@ -170,6 +187,9 @@ class _FusedAdam(Stepped):
         Empty if no step has been tracked. Waits for that step, if it is on a GPU. A step that a
         ``GradScaler`` skips does nothing: the stats stay those of the tracked step before it. Of a
         DTensor they are of its local tensor: bins, counts and squares of norms add up over ranks.
+
+        Returns:
+            One :class:`UpdateStats` a group, or a tensor, with its name.
         """
         tracker = self._engine.tracker
         stats = [] if tracker is None else tracker.stats()
@@ -185,8 +205,12 @@ class _FusedAdam(Stepped):
         ``model.reshard()`` before entering and before leaving: a root module that was used stays
         unsharded, and would go on with the weights that it has.
 
+        Returns:
+            A context manager.
+
         Raises:
-            RuntimeError: no param has an average (``ema_decay``), or a step is taken within.
+            RuntimeError: no param has an average (``ema_decay``), this is in effect already, or a
+                step is taken within.
         """
         averaged = [
             (param, self.state[param]["ema"])
@@ -221,10 +245,13 @@ class _FusedAdam(Stepped):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Performs a single optimization step.
+        """Steps each param that has a grad, by the formula of the class, or of its group's rule.
 
         Args:
             closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The loss that ``closure`` has returned; without one, None.
 
         Raises:
             RuntimeError: a tensor cannot be used or no backend can run; nothing was updated.
@@ -282,19 +309,17 @@ def _unshare_counts(optimizer: Optimizer) -> None:
             seen.add(id(count))
 
 
-@document(
-    weight_decay="0",
-    more=""" Without effect here:
-            ``weight_decay`` goes into the gradient as it is.""",
-)
+@document(weight_decay="0")
 class Adam(_FusedAdam):
     r"""Adam with coupled l2: the paper's Adam-l2, Algorithm 1 with line 5.
 
     .. math::
-        g_t &= \nabla f_t(x_{t-1}) + \lambda x_{t-1} \\
-        x_t &= x_{t-1} - \eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+        g_t = \nabla f_t(x_{t-1}) + \lambda x_{t-1}, \quad
+        x_t = x_{t-1} - \eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)
 
-    with ``lr`` = :math:`\eta_t \alpha`. It equals ``torch.optim.Adam``, and it is not scale-free.
+    with ``lr`` = :math:`\eta_t \alpha` and ``weight_decay`` = :math:`\lambda`, the share of a
+    weight that is added to its gradient. The moments :math:`\hat m_t` and :math:`\hat v_t` are
+    those of :math:`g_t`, so it is not scale-free. It equals ``torch.optim.Adam``.
     """
 
     decay = "coupled"
@@ -317,7 +342,8 @@ class Adam(_FusedAdam):
 @document(
     more="""
         cautious: decay only where the update and the param do not have opposite signs, so that the
-            decay never undoes what the update does (arXiv 2510.12402; default: False)."""
+            decay never undoes what the update does (https://arxiv.org/abs/2510.12402 has it;
+            default: False)."""
 )
 class AdamW(_FusedAdam):
     r"""Adam with decoupled weight decay: the paper's equation (4).
@@ -325,8 +351,9 @@ class AdamW(_FusedAdam):
     .. math::
         x_t = (1 - s) x_{t-1} - \eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)
 
-    It equals ``torch.optim.AdamW``, and it is the first-order Taylor expansion of
-    :class:`AdamProx` in the decay strength ``s``.
+    with ``lr`` = :math:`\eta_t \alpha`. The decay strength ``s`` is the share of a weight that a
+    step takes off. It equals ``torch.optim.AdamW``, and it is the first-order Taylor expansion of
+    :class:`AdamProx` in ``s``.
     """
 
     decay = "decoupled"
@@ -351,6 +378,9 @@ class AdamProx(_FusedAdam):
         x_t = \operatorname{argmin}_x \tfrac12 \|x - z_t\|^2 + \tfrac s2 \|x\|^2
             = z_t / (1 + s), \quad
         z_t = x_{t-1} - \eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+
+    with ``lr`` = :math:`\eta_t \alpha`. The decay strength ``s`` is about the share of a weight
+    that a step takes off.
     """
 
     decay = "prox_sq_l2"
@@ -371,6 +401,7 @@ class AdamProxL1(_FusedAdam):
             = \operatorname{sign}(z_t) \max(|z_t| - s, 0), \quad
         z_t = x_{t-1} - \eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)
 
+    The decay strength ``s`` is a length, as the weights are: a step takes it off each of them.
     Coordinates within ``s`` of zero become exactly zero. Complex params are pairs of reals: their
     real and imaginary parts are thresholded apart.
     """
@@ -396,8 +427,9 @@ class AdamProxL2(_FusedAdam):
         x_{t,B} = \max(1 - s / \|z_{t,B}\|, 0) z_{t,B}, \quad
         z_t = x_{t-1} - \eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)
 
-    A block B is one param, or what ``block`` says: it becomes exactly zero as a whole once its norm
-    is at most ``s``. ``z`` is rounded to the param's dtype before its norm is taken.
+    A block B is one param, or what ``block`` says. The decay strength ``s`` is a length, as the
+    norms are: a step takes it off each block's norm. A block becomes exactly zero as a whole once
+    its norm is at most ``s``. ``z`` is rounded to the param's dtype before its norm is taken.
     """
 
     decay = "prox_l2"

@@ -34,18 +34,22 @@ class SparsityTarget:
     """Adapts ``weight_decay`` during training, until a given share of the weights is zero.
 
     It applies to the param groups that have an l1 or l2 penalty (``AdamProxL1``, ``AdamProxL2``)
-    and a ``weight_decay`` above 0; each gets the same factor. After ``t`` steps, the share of zeros
-    is led along ``sparsity * (1 - (1 - t / steps)**3)``. Once it reaches ``sparsity``, it is held:
-    ``weight_decay`` becomes 0, and the zeros are frozen as by :func:`freeze_zeros`, so the training
-    that follows is fine-tuning. If there are too many, those with the largest updates are let go.
-    Where ``steps`` did not suffice, the strength is raised until the share is reached. That takes a
-    learning rate that can move weights to zero: a schedule should not end before.
+    and a ``weight_decay`` above 0; each gets the same factor. After t of T = ``steps`` steps, the
+    share of zeros is led along the ramp
+
+    .. math::
+        p_t = p (1 - (1 - t / T)^3)
+
+    of https://arxiv.org/abs/1710.01878, with the share p that is asked for. Once it reaches p, it
+    is held: ``weight_decay`` becomes 0, and the zeros are frozen as by :func:`freeze_zeros`, so the
+    training that follows is fine-tuning. If there are too many, those with the largest updates are
+    let go. Where ``steps`` did not suffice, the strength is raised until the share is reached. That
+    takes a learning rate that can move weights to zero: a schedule should not end before.
 
     With an l1 penalty single weights are counted, with an l2 penalty the blocks whose norms it
     takes; both only of params that require grad. A tensor's zero blocks are counted as its zeros
     divided by the size of a block, rounded down: no single weights are zero but by chance. Of a
-    DTensor all ranks' parts are counted. Half of the
-    training is a good number of ``steps``.
+    DTensor all ranks' parts are counted. Half of the training is a good number of ``steps``.
 
     Every ``every``-th step counts its zeros while it updates the params (see ``track_updates``),
     and only then is a GPU waited for. A step that a ``GradScaler`` skips counts as a step, but
@@ -54,9 +58,9 @@ class SparsityTarget:
 
     Args:
         optimizer: one of this package's. A ``weight_decay`` that is a tensor is changed in place.
-        sparsity: the share, between 0 and 1.
-        steps: about how many steps it may take to get there.
-        every: how many steps the strength stays the same.
+        sparsity: the share p, between 0 and 1.
+        steps: about how many steps it may take to get there, an int, 1 or more.
+        every: for how many steps the strength stays the same, an int, 1 or more.
 
     Raises:
         TypeError: ``optimizer`` is none of this package's.
@@ -76,6 +80,7 @@ class SparsityTarget:
         self._optimizer, self._engine = optimizer, engine
         self._sparsity, self._steps, self._every = float(sparsity), steps, every
         self.tracker = Tracker(every, "tensor")
+        """Notes the zeros of every ``every``-th step; :meth:`read` is given it."""
         self._step, self._share, self._factor = 0, 0.0, 1.0
         self._zeros: dict[Place, int] = {}
         self._noted: dict[Place, int] = {}  # by which steps these are known
@@ -95,7 +100,7 @@ class SparsityTarget:
 
     @property
     def share(self) -> float:
-        """The share of zeros when they were last counted."""
+        """The share of zeros when they were last counted, 0 to 1; once it is held, what is held."""
         return self._share
 
     def remove(self) -> None:
@@ -118,7 +123,11 @@ class SparsityTarget:
         self.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on, beside the states of the model and the optimizer."""
+        """What a run needs to go on, beside the states of the model and the optimizer.
+
+        Returns:
+            Numbers, and dicts of numbers by the places of groups and params; no tensors.
+        """
         return {
             "step": self._step,
             "share": self._share,
@@ -132,6 +141,9 @@ class SparsityTarget:
         """Goes on where another one was saved: load the model first, then the optimizer, then this.
 
         If its zeros were held, those of the loaded params are frozen.
+
+        Args:
+            state_dict: what :meth:`state_dict` of the other one has returned.
 
         Raises:
             ValueError: it was saved for other param groups; nothing was loaded.
@@ -154,12 +166,22 @@ class SparsityTarget:
             self._set_weight_decays(self._factor)
 
     def due(self) -> bool:
-        """Whether the step that begins now is to be noted."""
+        """For the optimizer, which asks at each step: whether it is to be noted. It is counted.
+
+        Returns:
+            True in every ``every``-th step, until the share is held.
+        """
         self._step += 1
         return not self.held and self._step % self._every == 0
 
     def read(self, optimizer: Optimizer, tracker: Tracker, given: Given | None) -> None:
-        """Counts the zeros that a step has left, and holds them or adapts the strength."""
+        """For the optimizer: counts the zeros that a step has left, holds them or adapts.
+
+        Args:
+            optimizer: whose step is over.
+            tracker: what the step has noted its zeros in.
+            given: the tensors that stood in for the optimizer's own in this step, if any did.
+        """
         members = self._members()
         counts = self._count(tracker, members)
         if not counts:

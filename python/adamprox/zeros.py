@@ -28,17 +28,21 @@ class TensorSparsity(NamedTuple):
     """What is zero in one param."""
 
     name: str
+    """As in ``model.named_parameters()``."""
     shape: tuple[int, ...]
+    """The param's own; of a DTensor the whole one's."""
     numel: int
+    """How many numbers it has; a complex one is one."""
     zeros: int
     """How many of its numbers are zero."""
     rows: int
     """The indices of dim 0: neurons, or filters. 0 for a param of less than two dims."""
     zero_rows: int
+    """How many of its rows are zero as a whole."""
 
     @property
     def share(self) -> float:
-        """``zeros / numel``, and 0 without elements."""
+        """``zeros / numel``, 0 to 1, and 0 without elements."""
         return self.zeros / self.numel if self.numel else 0.0
 
 
@@ -46,10 +50,11 @@ class Sparsity(NamedTuple):
     """What is zero in a model: see :func:`sparsity`. Printed, it is a table."""
 
     tensors: tuple[TensorSparsity, ...]
+    """One for each param, in the model's order."""
 
     @property
     def share(self) -> float:
-        """The share of all numbers of the model that are zero."""
+        """The share of all numbers of the model that are zero, 0 to 1."""
         numel = sum(tensor.numel for tensor in self.tensors)
         return sum(tensor.zeros for tensor in self.tensors) / numel if numel else 0.0
 
@@ -59,7 +64,12 @@ class Sparsity(NamedTuple):
         return sum(tensor.zeros == tensor.numel > 0 for tensor in self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, for a log."""
+        """All of it as plain data, for a log.
+
+        Returns:
+            ``"share"`` and ``"zero_tensors"``, and in ``"tensors"`` a dict for each param, with the
+            fields of :class:`TensorSparsity` and its ``"share"``.
+        """
         return {
             "share": self.share,
             "zero_tensors": self.zero_tensors,
@@ -85,6 +95,12 @@ def sparsity(model: nn.Module) -> Sparsity:
     """Counts the zeros in each param of ``model``: single numbers, rows and whole tensors.
 
     It reads every param once, and waits for a GPU. Of a DTensor it counts all ranks' parts.
+
+    Args:
+        model: its params may have any shape and dtype; one that modules share counts once.
+
+    Returns:
+        The counts, which ``print`` shows as a table.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -122,6 +138,9 @@ def freeze_zeros(optimizer: Optimizer) -> FrozenZeros:
     zero stays there, too. It keeps a bool for each number of a param that has a zero. It is no part
     of a checkpoint: call it again after one is loaded.
 
+    Args:
+        optimizer: one of this package's; its params are read once, now.
+
     Returns:
         A handle: ``remove()``, or leaving it as a context, ends this.
 
@@ -155,7 +174,10 @@ def free_engine_of(optimizer: Optimizer) -> Engine:
 
 
 class FrozenZeros:
-    """The handle of :func:`freeze_zeros`."""
+    """The handle of :func:`freeze_zeros`: what was zero stays zero until it ends.
+
+    As a context it ends when it is left.
+    """
 
     def __init__(self, engine: Engine, zeros: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Of params, and where this rank's part of each is to stay zero."""
@@ -166,7 +188,10 @@ class FrozenZeros:
                 self._zeros[param] = zero
 
     def check(self, optimizer: Any) -> None:
-        """Before a step: follows params that have moved to another device.
+        """For the optimizer, before a step: follows params that have moved to another device.
+
+        Args:
+            optimizer: whose step begins.
 
         Raises:
             RuntimeError: a param has another shape now; nothing was updated.
@@ -188,7 +213,12 @@ class FrozenZeros:
 
     @torch.no_grad()
     def keep(self, optimizer: Any, given: Given | None) -> None:
-        """Writes the zeros that a step of these params has moved."""
+        """For the optimizer, after a step: writes the zeros that it has moved.
+
+        Args:
+            optimizer: whose step is over.
+            given: the tensors that stood in for the optimizer's own in this step, if any did.
+        """
         for group in optimizer._param_groups:
             for param in group["params"]:
                 zero = self._zeros.get(param)
