@@ -6,6 +6,8 @@ import statistics
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from adamprox import plots
+
 from .steps import HOST_BUDGET_US, HOST_BUDGET_US_PER_TENSOR
 from .timing import WARM
 
@@ -15,10 +17,9 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    Panel = Callable[[Axes, Sequence[dict[str, Any]], dict[str, Any]], None]
+    Panel = Callable[[Axes, Sequence[dict[str, Any]]], None]
 
 Row = dict[str, Any]
-Colors = dict[str, Any]
 
 SMALL_TENSORS = ("400 x 16", "465 groups")
 
@@ -28,53 +29,41 @@ def draw(path: Path, sizes: Sequence[Row], steps: Sequence[Row]) -> None:
 
     Without such rows, there is no panel; without a panel, no picture.
     """
-    # Not pyplot, whose figures look for a window system: only a file is written.
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
     small = [row for row in steps if row["model"] in SMALL_TENSORS]
     sizes = [row for row in sizes if row["gb_per_s"] is not None]
-    panels: list[tuple[Panel, Sequence[Row]]] = [(_roofline, sizes), (_small_tensors, small)]
-    panels = [(panel, rows) for panel, rows in panels if rows]
+    panels: list[tuple[Panel, Sequence[Row], float]] = [
+        (_roofline, sizes, 5.0),
+        (_small_tensors, small, 1.5 + 0.22 * len(small)),
+    ]
+    panels = [panel for panel in panels if panel[1]]
     if not panels:
         return
-    names = dict.fromkeys(row["name"] for row in [*sizes, *small])
-    map_of_colors = colormaps["tab10" if len(names) <= 10 else "tab20"]
-    colors = {name: map_of_colors(index % map_of_colors.N) for index, name in enumerate(names)}
-    figure = Figure(figsize=(6.2 * len(panels), 6.4), layout="constrained")
-    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (panel, rows) in zip(every_axes, panels, strict=True):
-        panel(axes, rows, colors)
-        axes.spines[["top", "right"]].set_visible(False)
-    about = "{device}, {threads} threads, {dtype}, torch {torch}, {date}"
-    figure.supxlabel(about.format(**panels[0][1][0]), fontsize=8, color="0.4")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+    heights = [height for *_, height in panels]
+    with plots.style():
+        average = sum(heights) / len(heights)
+        figure, every_axes = plots.panels(len(panels), 1, average, height_ratios=heights)
+        for axes, (panel, rows, _) in zip(every_axes[:, 0], panels, strict=True):
+            panel(axes, rows)
+        about = "{device}, {threads} threads, {dtype}, torch {torch}, {date}"
+        figure.supxlabel(about.format(**panels[0][1][0]), color="0.4")
+        plots.save(figure, path)
 
 
-def _roofline(axes: Axes, rows: Sequence[Row], colors: Colors) -> None:
-    from matplotlib.ticker import StrMethodFormatter
-
-    for name, color in colors.items():
+def _roofline(axes: Axes, rows: Sequence[Row]) -> None:
+    for index, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
         points = [(row["elements"], row["gb_per_s"]) for row in rows if row["name"] == name]
-        if points:
-            axes.plot(*zip(*points, strict=True), "o-", markersize=3, color=color, label=name)
+        axes.plot(*zip(*points, strict=True), label=name, **plots.series(index))
     copied = statistics.median(row["copy_gb_per_s"] for row in rows)
-    axes.axhline(copied, color="black", linestyle="--", linewidth=1)
-    label = f"copy, {copied:.0f} GB/s"
-    smallest = min(row["elements"] for row in rows)
-    axes.annotate(label, (smallest, copied), (0, 4), textcoords="offset points")
+    axes.axhline(copied, color="black", linewidth=1, zorder=1, label=f"copy, {copied:.0f} GB/s")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    plots.log_ticks(axes)
     axes.set_xlabel("elements of one tensor")
-    axes.set_ylabel("GB/s")
-    axes.set_title("Achieved bandwidth")
+    axes.set_ylabel("achieved bandwidth, GB/s")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    plots.legend(axes, "A step over one tensor", 3)
 
 
-def _small_tensors(axes: Axes, rows: Sequence[Row], colors: Colors) -> None:
+def _small_tensors(axes: Axes, rows: Sequence[Row]) -> None:
     """A bar for each optimizer's step, with the host's part of it in front."""
     from matplotlib.ticker import StrMethodFormatter
 
@@ -84,25 +73,31 @@ def _small_tensors(axes: Axes, rows: Sequence[Row], colors: Colors) -> None:
         top = position - 0.5
         for row in group:
             tensors = row["tensors"]
-            color = colors[row["name"]]
             step = row["p50_us"] / tensors
-            axes.barh(position, step, color=color, alpha=0.45)
+            axes.barh(position, step, color="C0", alpha=0.45, label="step")
             if row["host_in_step_us"] is not None:
-                axes.barh(position, row["host_in_step_us"] / tensors, color=color)
-            axes.text(step, position, f" {step:.2f}", va="center", fontsize=8)
+                host = row["host_in_step_us"] / tensors
+                axes.barh(position, host, 0.4, color="C0", label="host time in it")
+            axes.text(step, position, f" {step:.3g}", va="center")
             ticks.append((position, row["name"]))
             position += 1
         if caches == WARM:
             budget = HOST_BUDGET_US / tensors + HOST_BUDGET_US_PER_TENSOR
-            axes.vlines(budget, top, position - 0.5, color="black", linestyle="--", linewidth=1)
+            ends: Row = {
+                "ymin": top,
+                "ymax": position - 0.5,
+                "label": "budget of ours for host time",
+            }
+            axes.vlines(budget, **ends, color="black", linestyle="--", linewidth=1)
         heading: Row = {"transform": axes.get_yaxis_transform(), "ha": "right", "weight": "bold"}
-        axes.text(1, top - 0.3, f"{model}, {caches}", **heading)
+        axes.text(1, top - 0.2, f"{model}, {caches} caches", **heading)
         position += 1.6  # a gap
     axes.set_yticks(*zip(*ticks, strict=True))
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.set_ylim(position - 1.6, -1.6)
     axes.set_xscale("log")
-    axes.set_xlim(left=0.05)
+    shortest, longest = (f(row["p50_us"] / row["tensors"] for row in rows) for f in (min, max))
+    axes.set_xlim(shortest / 4, 2 * longest)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.set_xlabel("us a tensor (solid: host time; dashed: the budget of ours)")
-    axes.set_title("A step over many small tensors")
+    axes.set_xlabel("time for each tensor, µs")
+    axes.set_ylabel("optimizer")
+    plots.legend(axes, "A step over many small tensors", 3)

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gzip
 import hashlib
 import io
 import math
@@ -27,6 +28,7 @@ from adamprox.bench.paper import (
     figures,
     grids,
     histograms,
+    idx,
     networks,
     page,
     quadratics,
@@ -34,6 +36,7 @@ from adamprox.bench.paper import (
     settings,
     store,
     taylor,
+    theory,
     training,
 )
 from adamprox.reference import BINS
@@ -135,6 +138,81 @@ def test_a_missing_archive_is_named_with_its_place(path, tmp_path):
         data.load("cifar100", path=path)
 
 
+def write_idx(folder, gz=False, per_part=(5, 3), labels=None):
+    """The four files of MNIST's format, with their contents."""
+    folder.mkdir(exist_ok=True)
+    random = torch.Generator().manual_seed(0)
+    tensors = []
+    for count in per_part:
+        images = torch.randint(256, (count, 28, 28), generator=random, dtype=torch.uint8)
+        tensors += [images, torch.arange(labels or count, dtype=torch.uint8) % 3]
+    for name, tensor in zip(idx.FILES, tensors, strict=True):
+        head = bytes((0, 0, 8, tensor.dim()))
+        sizes = b"".join(size.to_bytes(4, "big") for size in tensor.shape)
+        content = head + sizes + tensor.numpy().tobytes()
+        file = folder / (f"{name}.gz" if gz else name)
+        file.write_bytes(gzip.compress(content) if gz else content)
+    return tensors
+
+
+@pytest.mark.parametrize("gz", [False, True])
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_idx_archives_are_read_pooled_and_normalized(name, gz, tmp_path):
+    folder = tmp_path / name
+    pixels, labels, test_pixels, test_labels = write_idx(folder, gz)
+    assert data.name_of(folder) == name
+    images = data.load(name, 14, folder)
+    # Each pixel is the mean of four.
+    pooled = pixels.double().view(5, 14, 2, 14, 2).mean(dim=(2, 4))
+    test_pooled = test_pixels.double().view(3, 14, 2, 14, 2).mean(dim=(2, 4))
+    mean, std = pooled.mean(), pooled.std(correction=0)
+    expected = ((pooled - mean) / std, (test_pooled - mean) / std)
+    torch.testing.assert_close(images.train, expected[0].float().unsqueeze(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(images.test, expected[1].float().unsqueeze(1), atol=1e-5, rtol=0)
+    assert images.train_labels.tolist() == labels.tolist()
+    assert images.test_labels.tolist() == test_labels.tolist()
+    assert images.classes == 3
+    assert images.mirrored == (name == "fashion-mnist")
+
+
+def cut_off(folder):
+    file = folder / idx.FILES.test
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def of_another_type(folder):
+    file = folder / idx.FILES.train_labels
+    file.write_bytes(bytes((0, 0, 13)) + file.read_bytes()[3:])
+
+
+def no_gz(folder):
+    (folder / idx.FILES.train).rename(folder / f"{idx.FILES.train}.gz")
+
+
+def without_a_file(folder):
+    (folder / idx.FILES.test_labels).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_off, "it has 2367 bytes, and its head says 2368"),
+        (of_another_type, "it is no IDX file of unsigned bytes"),
+        (no_gz, "Not a gzipped file"),
+        (without_a_file, "no t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz in"),
+        (
+            lambda folder: write_idx(folder, labels=4),
+            r"images are \(5, 28, 28\), their labels \(4,\)",
+        ),
+    ],
+)
+def test_a_damaged_idx_archive_is_refused(damage, message, tmp_path):
+    write_idx(tmp_path)
+    damage(tmp_path)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        data.load("mnist", 14, tmp_path)
+
+
 def test_digits_are_scaled():
     small, large = data.load("digits", 8), data.load("digits", 32)
     assert small.train.shape == (1347, 1, 8, 8)
@@ -191,7 +269,7 @@ def test_a_histogram_is_that_of_the_states():
         first = state["exp_avg"] / (1 - 0.9**4)
         second = state["exp_avg_sq"] / (1 - 0.999**4)
         magnitudes.append(0.125 * first / (second.sqrt() + 1e-3))  # the schedule's share of it
-    edges = torch.exp2(torch.arange(histograms.LOWEST, histograms.HIGHEST + 1).double())
+    edges = torch.exp2(torch.arange(2 - BINS, 1).double())
     bins = torch.bucketize(torch.cat(magnitudes), edges, right=True)
     expected = torch.bincount(bins, minlength=BINS)
     assert (expected > 0).sum() > 10
@@ -353,6 +431,75 @@ def test_corollary_1_to_the_bit():
         for number in (1.0, 1e5)
     ]
     assert (descents[0] - descents[1]).abs().max() > 0.1
+
+
+def test_proximal_updates_keep_a_direction_scale_free():
+    """SGD's is not; coupled decay and the metric of AdaGrad take it away from the others."""
+    free = {(row.direction, row.decay) for row in theory.scale_freeness() if row.scale_free}
+    none, _, proximal, _ = theory.DECAYS
+    assert free == {(name, decay) for name in ("AdaGrad", "Adam") for decay in (none, proximal)}
+
+
+def test_directions_of_equation_2_are_those_of_torch():
+    """Without decay; AdaGrad and Adam with ``eps = 0``."""
+    start = torch.tensor(theory.START, dtype=torch.float64)
+    gradient = theory.gradient_of(torch.tensor(theory.SCALES))
+    makers = {
+        "SGD": lambda p: torch.optim.SGD(p, theory.ETA),
+        "AdaGrad": lambda p: torch.optim.Adagrad(p, theory.ETA, eps=0.0),
+        "Adam": lambda p: torch.optim.Adam(p, theory.ETA, eps=0.0),
+    }
+    for name, make in makers.items():
+        param = torch.nn.Parameter(start.clone())
+        optimizer = make([param])
+        for _ in range(20):
+            param.grad = gradient(param.detach())
+            optimizer.step()
+        direction = theory.DIRECTIONS[name]()
+        iterates = theory.path(direction, "none", gradient, start, steps=20)
+        torch.testing.assert_close(param.detach(), iterates[-1], rtol=1e-12, atol=0)
+
+
+def test_theorem_1_beyond_quadratics():
+    rows = theory.theorem_1()
+    of_adagrad = {row.distance for row in rows if row.algorithm == "AdaGrad"}
+    assert len(of_adagrad) == 1
+    of_sgd = [row.distance for row in rows if row.algorithm == "SGD"]
+    assert of_sgd == sorted(of_sgd)
+    assert of_sgd[0] < 1e-6 < 1 < of_sgd[-1]
+
+
+def test_what_a_proximal_decay_allows_depends_on_the_gradient_alone():
+    for row in theory.stability():
+        at_the_end = row.theory == math.inf and row.largest_eta == 2**6
+        assert at_the_end or row.largest_eta < row.theory < row.largest_eta * 2 ** (1 / 8 + 1e-9)
+
+
+def test_a_condition_number_matters_to_adagrad_where_the_hessian_is_rotated():
+    rows = theory.rotation()
+    assert len({row.distance for row in rows if row.hessian == "diagonal"}) == 1
+    rotated = [row.distance for row in rows if row.hessian == "rotated"]
+    assert rotated == sorted(rotated)
+    assert rotated[-1] > 10 * rotated[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("factor", [2.0**-5, 8.0, 128.0])
+def test_figure_4_as_a_law(factor, dtype):
+    """Adam-l2 with eps = 0 on ``c * loss`` and ``c * lambda`` is Adam-l2 on the loss."""
+    original, same, other = (
+        scaling.train("Adam", dtype, c, 60, weight_decay=decay * scaling.WEIGHT_DECAY)
+        for c, decay in ((1.0, 1.0), (factor, factor), (factor, 1.0))
+    )
+    assert same == original
+    assert other != original
+    # AdamW needs no other lambda.
+    original, same, other = (
+        scaling.train("AdamW", dtype, c, 60, weight_decay=decay * scaling.WEIGHT_DECAY)
+        for c, decay in ((1.0, 1.0), (factor, 1.0), (factor, factor))
+    )
+    assert same == original
+    assert other != original
 
 
 def test_the_remainder_of_taylor_has_slope_2_in_eta_and_1_in_lambda():

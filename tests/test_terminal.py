@@ -1,5 +1,6 @@
 """What the commands print fits the terminal, and what they have finished is never lost."""
 
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from adamprox import demo, info
 from adamprox.__main__ import main
 from adamprox.bench import tables as bench_tables
 from adamprox.bench.models import MODELS
+from adamprox.bench.paper import store, training
 from adamprox.bench.paper import tables as paper_tables
 from adamprox.tables import table
 
@@ -252,6 +254,32 @@ def test_progress_without_a_terminal_is_lines(capsys):
     lines = capsys.readouterr().err.split("\n")
     assert any("training" in line and "3/3" in line for line in lines)
     assert "\r" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(5, ""), (1000, "figure: 10 trainings, about 3 h; what is finished")]
+)
+def test_trainings_of_over_a_minute_say_how_long(seconds, said, tmp_path, monkeypatch, capsys):
+    result = training.Result(0.1, 0.1, 1.0, 0.0, 1.0, [], [], [], [])
+    monkeypatch.setattr(store, "train", lambda *_: result)
+    monkeypatch.setattr(store, "estimate", lambda *_: seconds)
+    cell = training.Cell("digits", 8, "ResNet-8", 4, False, "AdamW", 0.1, 0.1, epochs=1)
+    cells = store.Store(tmp_path)
+    machine = store.Machine(torch.device("cpu"), 1)
+    cells.fill([dataclasses.replace(cell, seed=seed) for seed in range(10)], machine, "figure")
+    cells.close()
+    error = capsys.readouterr().err
+    assert said in error if said else "trainings" not in error
+    assert len(cells) == 10
+
+
+def test_an_estimate_is_of_all_steps():
+    cell = training.Cell("digits", 8, "ResNet-8", 4, False, "AdamW", 0.1, 0.1, epochs=1)
+    one, many = (
+        training.estimate(dataclasses.replace(cell, epochs=epochs), torch.device("cpu"))
+        for epochs in (1, 1000)
+    )
+    assert 0 < 10 * one < many
 
 
 def test_info_tells_what_was_built(capsys, monkeypatch):

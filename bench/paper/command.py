@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adamprox import plots
 from adamprox.command_line import (
     check_folder,
     fail,
@@ -86,13 +86,14 @@ def run(args: argparse.Namespace) -> int:
         store = Store(args.out)
     except (OSError, RuntimeError, ValueError) as error:
         fail("paper", str(error))
-    jobs = args.jobs or (1 if args.device.type == "cuda" else len(os.sched_getaffinity(0)))
+    jobs = args.jobs or (1 if args.device.type == "cuda" else torch.get_num_threads())
     machine = Machine(args.device, jobs, args.data)
     torch.set_num_threads(1 if args.device.type == "cpu" else torch.get_num_threads())
     start, before = time.perf_counter(), len(store)
     try:
-        for name in FIGURES if "all" in args.figures else dict.fromkeys(args.figures):
-            FIGURES[name](Lab(chosen, store, machine, args.out))
+        with plots.style():
+            for name in FIGURES if "all" in args.figures else dict.fromkeys(args.figures):
+                FIGURES[name](Lab(chosen, store, machine, args.out))
     except (KeyboardInterrupt, OSError) as error:
         fail(
             "paper",

@@ -1,4 +1,4 @@
-"""Images: CIFAR's official archives where the user has them, scikit-learn's digits anywhere.
+"""Images: CIFAR's and MNIST's archives where the user has them, scikit-learn's digits anywhere.
 
 Nothing is downloaded.
 """
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from . import idx
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,8 +61,6 @@ ARCHIVES = {
     ),
 }
 
-NAMES = ("digits", *ARCHIVES)
-
 
 class Images(NamedTuple):
     """Images, (count, channels, size, size), float32 of mean 0 and variance 1 a channel.
@@ -78,13 +78,19 @@ class Images(NamedTuple):
     mirrored: bool  # whether a mirror image shows the same: not of a digit
 
 
+def name_of(path: Path) -> str:
+    """What the images in a folder are called: after the folder itself, if they are MNIST's."""
+    return path.absolute().name if idx.is_archive(path) else "cifar"
+
+
 def load(name: str, size: int = 32, path: Path | None = None) -> Images:
     """Reads a data set.
 
     Args:
-        name: ``digits``, ``cifar10`` or ``cifar100``.
-        size: height and width that digits are scaled to (bilinear); CIFAR's is 32.
-        path: a CIFAR archive, or the folder it lies in; digits need none.
+        name: ``digits``, ``cifar10``, ``cifar100``, or any name of an archive in MNIST's format.
+        size: height and width that images are scaled to: digits bilinearly, those of MNIST's format
+            as means over areas. CIFAR's are 32.
+        path: a CIFAR archive, or the folder it lies in; of MNIST's format, the folder.
 
     Raises:
         FileNotFoundError: there is no archive; the message says where it is to be had.
@@ -92,6 +98,8 @@ def load(name: str, size: int = 32, path: Path | None = None) -> Images:
     """
     if name == "digits":
         return _digits(size)
+    if name not in ARCHIVES:
+        return _idx(name, size, path)
     if size != 32:
         raise ValueError(f"Invalid size: {size}, {name}'s images are 32 x 32")
     archive = ARCHIVES[name]
@@ -141,6 +149,18 @@ def _digits(size: int) -> Images:
         train, test = (F.interpolate(t, (size, size), mode="bilinear") for t in (train, test))
     train_labels, test_labels = (torch.as_tensor(p, dtype=torch.int64) for p in parts[2:])
     return _normalized(train, train_labels, test, test_labels, classes=10, mirrored=False)
+
+
+def _idx(name: str, size: int, folder: Path | None) -> Images:
+    if folder is None:
+        raise FileNotFoundError(f"{name}: please give the folder of its files as --data")
+    pixels, train_labels, test_pixels, test_labels = idx.read_archive(folder)
+    train, test = (
+        F.adaptive_avg_pool2d(images.float().unsqueeze(1), size) for images in (pixels, test_pixels)
+    )
+    classes = int(train_labels.max()) + 1
+    mirrored = "fashion" in name  # clothes may be
+    return _normalized(train, train_labels, test, test_labels, classes, mirrored)
 
 
 def _cifar(archive: Archive, path: Path) -> Images:

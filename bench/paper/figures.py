@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from adamprox import plots
+
 from . import adagrad, pictures, quadratics, scaling, taylor
 from .grids import Grid, search
 from .histograms import interquartile_range
@@ -89,16 +91,16 @@ def figure_3(lab: Lab) -> None:
     """Adam-l2 and AdamW without BN: test errors, curves, and magnitudes of updates."""
     grids = _pairs(lab.settings, lab.settings.networks)
     bests = _bests(lab, grids, "figure 3")
-    figure, axes = pictures.panels(len(grids), 6)
-    for row, (network, pair) in zip(axes, grids.items(), strict=True):
-        for column, grid in enumerate(pair):
-            title = f"{network}, {pictures.name_of(grid.base.optimizer)}"
-            pictures.heatmap(row[column], grid, lab.store, title)
-        pictures.curves(row[2], row[3], {name: bests[network, name] for name in PAIR})
-        for column, name in enumerate(PAIR, start=4):
+    figure, axes = plots.panels(2 * len(grids), 3, 2.6)
+    for index, (network, pair) in enumerate(grids.items()):
+        above, below = axes[2 * index : 2 * index + 2]
+        pictures.heatmaps(above[:2], pair, lab.store, network)
+        pictures.curves(above[2], below[2], {name: bests[network, name] for name in PAIR}, network)
+        for place, name in zip(below, PAIR, strict=False):
             result = bests[network, name][0]
-            title = f"{pictures.name_of(name)}, updates in epoch {result.histogram_epochs[-1]}"
-            pictures.histogram(row[column], result.histograms[-1], title, pictures.COLORS[name])
+            if place is not axes[1, 0]:
+                place.sharey(axes[1, 0])  # before it is drawn, or the limits would be the first's
+            pictures.histogram(place, result, -1, name)
     pictures.save(figure, lab.out, "figure-3")
     _finish(lab, "figure-3", "Figure 3: without BN", _best_rows(lab, grids))
 
@@ -148,17 +150,17 @@ def figure_5(lab: Lab) -> None:
     _search(lab, [grid for pair in grids.values() for grid in pair], "figure 5")
     _heatmaps(lab, "figure-5", grids)
     _finish(lab, "figure-5", "Figure 5: without BN", _best_rows(lab, grids, seeds=False))
-    figure, axes = pictures.panels(1, 2, 4.0, 3.2)
+    figure, axes = plots.panels(1, 2, 3.2)
     rows = []
     labels = {"eta": "eta", "weight_decay": "lambda"}
     for place, (over, label) in zip(axes[0], labels.items(), strict=True):
         points = taylor.distances(over, taylor.STEPS)
         xs, ys = [getattr(p, over) for p in points], [p.distance for p in points]
         slope = taylor.slope(xs, ys)
-        place.loglog(xs, ys, "o-", base=2, color="C0")
-        place.set_xlabel(label)
-        place.set_ylabel("max over steps of norm(AdamW - AdamProx)", fontsize=7)
-        place.set_title(f"slope {slope:.3f}", fontsize=9)
+        place.loglog(xs, ys, base=2, **plots.series(0))
+        place.set_xlabel(rf"$\{label}$")
+        place.set_ylabel("largest distance of AdamW and AdamProx")
+        place.set_title(f"slope {slope:.3f}")
         rows += [{"over": label, **p._asdict(), "slope_of_all": slope} for p in points]
     pictures.save(figure, lab.out, "taylor")
     _finish(lab, "taylor", "Section 3: the remainder of the Taylor expansion", rows)
@@ -174,13 +176,13 @@ def figure_6(lab: Lab) -> None:
     }
     grids = {network: [_grid(settings, network, name, values) for name, values in decays.items()]}
     bests = _bests(lab, grids, "figure 6")
-    figure, axes = pictures.panels(2, 3, 4.0, 3.2)
-    for place, grid in zip(axes[0], grids[network], strict=True):
-        pictures.heatmap(place, grid, lab.store, f"{network}, {grid.base.optimizer}")
-    pictures.curves(axes[1, 0], axes[1, 1], {name: bests[network, name] for name in decays})
+    figure, axes = plots.panels(2, 3, 2.8)
+    pictures.heatmaps(axes[0], grids[network], lab.store, network)
+    of_best = {name: bests[network, name] for name in decays}
+    pictures.curves(axes[1, 0], axes[1, 1], of_best, "best settings")
     grid = grids[network][2]
     path = []
-    for lr in grid.lrs:
+    for index, lr in enumerate(grid.lrs):
         for decay in grid.weight_decays:
             result = lab.store[grid.cell(lr, decay)]
             path.append(
@@ -195,10 +197,11 @@ def figure_6(lab: Lab) -> None:
         of_lr = [row for row in path if row["lr"] == lr]
         zeros = [100 * row["zeros"] for row in of_lr]
         accuracies = [100 * row["accuracy"] for row in of_lr]
-        axes[1, 2].plot(zeros, accuracies, "o-", markersize=3, label=f"alpha {lr:g}")
-    axes[1, 2].set_xlabel("exact zeros, %", fontsize=8)
-    axes[1, 2].set_title("AdamProxL1: test accuracy, %", fontsize=9)
-    axes[1, 2].legend(fontsize=7, frameon=False)
+        label = rf"$\alpha$ = {lr:g}"
+        axes[1, 2].plot(zeros, accuracies, label=label, **plots.series(index))
+    axes[1, 2].set_xlabel("zero weights, %")
+    axes[1, 2].set_ylabel("test accuracy, %")
+    plots.legend(axes[1, 2], r"AdamProxL1, a point for each $\lambda$")
     pictures.save(figure, lab.out, "figure-6")
     _finish(lab, "figure-6", "Figure 6: without BN", _best_rows(lab, grids))
     _finish(lab, "l1-path", "Section 5: AdamProxL1's zeros over lambda", path)
@@ -220,20 +223,20 @@ def _histograms(number: int) -> Callable[[Lab], None]:
         ]
         lab.store.fill(cells, lab.machine, f"figure {number}")
         results = [lab.store[cell] for cell in cells]
-        columns = max(len(result.histograms) for result in results)
-        figure, axes = pictures.panels(2, max(1, columns), 1.9, 1.9)
+        epochs = max(len(result.histograms) for result in results)
+        figure, axes = plots.panels(max(1, epochs), 2, sharey=True)
         rows = []
-        for row, cell, result in zip(axes, cells, results, strict=True):
-            name = pictures.name_of(cell.optimizer)
-            for place, epoch, counts in zip(
-                row, result.histogram_epochs, result.histograms, strict=False
+        for column, cell, result in zip(axes.T, cells, results, strict=True):
+            for place in column[len(result.histograms) :]:
+                place.set_axis_off()
+            for index, (epoch, counts) in enumerate(
+                zip(result.histogram_epochs, result.histograms, strict=True)
             ):
-                title = f"{name}, epoch {epoch}"
-                pictures.histogram(place, counts, title, pictures.COLORS[cell.optimizer])
+                pictures.histogram(column[index], result, index, cell.optimizer)
                 rows.append(
                     {
                         "network": network,
-                        "optimizer": name,
+                        "optimizer": pictures.name_of(cell.optimizer),
                         "lr": cell.lr,
                         "lambda": cell.weight_decay,
                         "epoch": epoch,
@@ -241,7 +244,7 @@ def _histograms(number: int) -> Callable[[Lab], None]:
                         **{f"bin_{index}": count for index, count in enumerate(counts)},
                     }
                 )
-        figure.suptitle(f"{network} without BN", fontsize=9)
+        figure.suptitle(f"{network} without BN")
         pictures.save(figure, lab.out, f"figure-{number}")
         title = f"Figure {number}: {network}, the spread of update magnitudes"
         _finish(lab, f"figure-{number}", title, rows, shown=6)
@@ -344,12 +347,9 @@ def _seeds(lab: Lab, grid: Grid) -> list[Cell]:
 
 
 def _heatmaps(lab: Lab, name: str, grids: dict[str, list[Grid]]) -> None:
-    columns = max(map(len, grids.values()))
-    figure, axes = pictures.panels(len(grids), columns, 3.6, 3.0)
+    figure, axes = plots.panels(len(grids), max(map(len, grids.values())), 3.4)
     for row, (title, pair) in zip(axes, grids.items(), strict=True):
-        for place, grid in zip(row, pair, strict=True):
-            optimizer = pictures.name_of(grid.base.optimizer)
-            pictures.heatmap(place, grid, lab.store, f"{title}, {optimizer}")
+        pictures.heatmaps(row, pair, lab.store, title)
     pictures.save(figure, lab.out, name)
 
 

@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adamprox.reference import BINS
 from adamprox.telemetry import quantile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adamprox.optimizers import _FusedAdam
-
-LOWEST, HIGHEST = 2 - BINS, 0  # exponents: up to 2^-27 is one bin, from 1 on is another
 
 
 def update_histogram(optimizer: _FusedAdam) -> Tensor:

@@ -1,12 +1,13 @@
-"""The figures: matplotlib, as PNG and SVG."""
+"""The panels of the figures."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
+from adamprox import plots
+
 from . import quadratics
-from .histograms import HIGHEST, LOWEST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,29 +20,15 @@ if TYPE_CHECKING:
     from .store import Store
     from .training import Result
 
-COLORS = {"Adam": "C1", "AdamW": "C0", "AdamProx": "C2", "AdamProxL1": "C3", "AdamProxL2": "C4"}
+SERIES = ("AdamW", "Adam", "AdamProxL2", "AdamProxL1", "AdamProx")  # each has a look of its own
 NAMES = {"Adam": "Adam-l2"}  # the paper's, where it is not the class's
-
-
-def panels(rows: int, columns: int, width: float = 3.2, height: float = 2.8) -> tuple[Figure, Any]:
-    """A figure and its axes, an array of two dimensions."""
-    # Not pyplot, whose figures look for a window system: only files are written.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for each in axes.flat:
-        each.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+WORST = 100.0  # where the scale of errors ends, in percent
 
 
 def save(figure: Figure, out: Path, name: str) -> None:
-    """Writes NAME.png and NAME.svg, the same bytes from the same numbers."""
-    import matplotlib
-
-    figure.savefig(out / f"{name}.png", dpi=100, metadata={"Software": None})
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+    """Writes NAME.png and NAME.svg."""
+    for suffix in ("png", "svg"):
+        plots.save(figure, out / f"{name}.{suffix}")
 
 
 def name_of(optimizer: str) -> str:
@@ -49,8 +36,18 @@ def name_of(optimizer: str) -> str:
     return NAMES.get(optimizer, optimizer)
 
 
-def heatmap(axes: Axes, grid: Grid, store: Store, title: str) -> None:
-    """The final test error in percent; the best setting in a circle, what diverged in grey."""
+def heatmaps(row: Sequence[Axes], grids: Sequence[Grid], store: Store, title: str) -> None:
+    """A grid's final test errors in each panel, and a colour bar, which is the same everywhere."""
+    for axes, grid in zip(row, grids, strict=True):
+        image = _heatmap(axes, grid, store, f"{title}, {name_of(grid.base.optimizer)}")
+    bar = row[0].figure.colorbar(image, ax=list(row))
+    bar.set_label("test error, % (grey: diverged)")
+
+
+def _heatmap(axes: Axes, grid: Grid, store: Store, title: str) -> Any:
+    """Square cells; the best setting in a frame."""
+    from matplotlib.patches import Rectangle
+
     best = grid.best(store)
     errors = []
     for decay in grid.weight_decays:
@@ -59,74 +56,78 @@ def heatmap(axes: Axes, grid: Grid, store: Store, title: str) -> None:
             [math.nan if math.isnan(r.train_loss) else 100 * r.test_error for r in results]
         )
     axes.set_facecolor("0.8")
-    axes.imshow(errors, cmap="viridis_r", origin="lower", aspect="auto", vmin=0, vmax=90)
+    image = axes.imshow(errors, cmap="viridis_r", origin="lower", vmin=0, vmax=WORST)
+
+    def color(error: float) -> str:
+        return "white" if error > WORST / 2 else "black"
+
+    large = max(len(grid.lrs), len(grid.weight_decays)) > 7  # no room for text in or at each cell
+    middle: dict[str, Any] = {"ha": "center", "va": "center", "size": 7}
     for y, row in enumerate(errors):
         for x, error in enumerate(row):
-            text = "div." if math.isnan(error) else f"{error:.1f}"
-            color = "white" if error > 45 else "black"
-            axes.text(x, y, text, ha="center", va="center", fontsize=7, color=color)
-    spot = (grid.lrs.index(best.lr), grid.weight_decays.index(best.weight_decay))
-    axes.plot(*spot, "o", markersize=22, markerfacecolor="none", markeredgecolor="black")
-    axes.set_xticks(range(len(grid.lrs)), [f"{lr:g}" for lr in grid.lrs], fontsize=7)
-    decays = [f"{decay:g}" for decay in grid.weight_decays]
-    axes.set_yticks(range(len(decays)), decays, fontsize=7)
-    axes.set_xlabel("alpha", fontsize=8)
-    axes.set_ylabel("lambda", fontsize=8)
-    axes.set_title(title, fontsize=9)
+            if not large and not math.isnan(error):
+                axes.text(x, y, f"{error:.1f}", color=color(error), **middle)
+    x, y = grid.lrs.index(best.lr), grid.weight_decays.index(best.weight_decay)
+    least = errors[y][x]
+    frame: dict[str, Any] = {"fill": False, "edgecolor": color(least), "linewidth": 1.5}
+    axes.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, **frame))
+    lrs, decays = ([f"{number:g}" for number in axis] for axis in (grid.lrs, grid.weight_decays))
+    step = 2 if large else 1
+    axes.set_xticks(range(0, len(lrs), step), lrs[::step], rotation=90 if len(lrs) > 4 else 0)
+    axes.set_yticks(range(0, len(decays), step), decays[::step])
+    axes.set_xlabel(r"$\alpha$")
+    axes.set_ylabel(r"$\lambda$")
+    axes.set_title(f"{title}\n" + ("diverged" if math.isnan(least) else f"best: {least:.1f} %"))
+    return image
 
 
-def curves(loss: Axes, accuracy: Axes, results: Mapping[str, Sequence[Result]]) -> None:
+def curves(loss: Axes, accuracy: Axes, results: Mapping[str, Sequence[Result]], title: str) -> None:
     """Training loss and test accuracy over the epochs, a line a seed."""
     for optimizer, runs in results.items():
-        for index, run in enumerate(runs):
-            epochs = range(1, len(run.train_losses) + 1)
-            style: dict[str, Any] = {"color": COLORS[optimizer], "linewidth": 1, "alpha": 0.8}
-            label = name_of(optimizer) if index == 0 else None
-            loss.plot(epochs, run.train_losses, label=label, **style)
+        for run in runs:
+            count = len(run.train_losses)
+            style = plots.series(SERIES.index(optimizer), count)
+            style["label"] = name_of(optimizer)
+            loss.plot(range(1, count + 1), run.train_losses, **style)
             accuracies = [100 * (1 - error) for error in run.test_errors]
-            accuracy.plot(epochs, accuracies, label=label, **style)
-    loss.set_yscale("log")
-    loss.set_title("training loss", fontsize=9)
-    accuracy.set_title("test accuracy, %", fontsize=9)
+            accuracy.plot(range(1, count + 1), accuracies, **style)
+    plots.log_ticks(loss)
+    loss.set_ylabel("training loss")
+    accuracy.set_ylabel("test accuracy, %")
     for axes in (loss, accuracy):
-        axes.set_xlabel("epoch", fontsize=8)
-        axes.legend(fontsize=7, frameon=False)
+        axes.set_xlabel("epoch")
+        plots.legend(axes, title)
 
 
-def histogram(axes: Axes, counts: Sequence[int], title: str, color: str) -> None:
-    """Shares of all coordinates by the log2 of their update's magnitude, without alpha."""
-    total = sum(counts)
-    # A bin's place is its upper end: 2^-27, which everything below is counted at, up to 1 and more.
-    places = range(LOWEST, HIGHEST + 2)
-    axes.bar(places, [count / total for count in counts], width=0.9, color=color)
-    ticks = range(LOWEST, HIGHEST + 1, 9)
-    axes.set_xticks(ticks, [f"$2^{{{tick}}}$" for tick in ticks], fontsize=7)
-    axes.set_ylim(0, 0.6)
-    axes.tick_params(labelsize=7)
-    axes.set_title(title, fontsize=8)
+def histogram(axes: Axes, result: Result, index: int, optimizer: str) -> None:
+    """The magnitudes of a training's updates at one of the epochs where they were noted."""
+    title = f"{name_of(optimizer)}, epoch {result.histogram_epochs[index]}"
+    color = plots.series(SERIES.index(optimizer))["color"]
+    plots.histogram(axes, result.histograms[index], title, color)
 
 
 def paths(out: Path, runs: Sequence[quadratics.Path]) -> None:
     """Figure 1: values over steps, and the way through the plane."""
     numbers = quadratics.CONDITION_NUMBERS[:2]
-    figure, axes = panels(2, len(numbers), 4.2, 3.2)
+    figure, axes = plots.panels(2, len(numbers), 3.2)
     for column, number in enumerate(numbers):
         above, below = axes[0, column], axes[1, column]
         for run in runs:
             if run.condition_number != number:
                 continue
-            color = "C0" if run.algorithm == "AdamW" else "C1"
-            label = f"{run.algorithm}, lr {run.lr:g}"
+            style = plots.series(run.algorithm != "AdamW", len(run.iterates))
+            style["label"] = rf"{run.algorithm}, $\alpha$ = {run.lr:g}"
             distances = (run.iterates - run.iterates.new_tensor(quadratics.MINIMIZER)).norm(dim=1)
-            above.plot(distances.clamp(min=1e-16), color=color, label=label)
-            below.plot(*run.iterates.T, ".-", color=color, markersize=3, linewidth=1, label=label)
-        above.set_yscale("log")
-        above.set_title(f"condition number {number:g}")
+            above.plot(distances.clamp(min=1e-16), **style)
+            below.plot(
+                *run.iterates.T, **{**style, "markevery": 1, "markersize": 3, "linewidth": 1}
+            )
+        plots.log_ticks(above)
         above.set_xlabel("step")
-        above.set_ylabel("norm(x - x*)")
+        above.set_ylabel(r"distance $\|x - x^*\|$, at least $10^{-16}$")
         below.plot(*quadratics.MINIMIZER, "k*", label="minimizer")
         below.set_xlabel("first coordinate")
         below.set_ylabel("second coordinate")
         for each in (above, below):
-            each.legend(fontsize=7, frameon=False)
+            plots.legend(each, f"condition number {number:,.0f}", 3)
     save(figure, out, "figure-1")

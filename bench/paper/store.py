@@ -9,15 +9,16 @@ import io
 import multiprocessing
 import multiprocessing.connection
 import os
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import torch
 
-from adamprox.command_line import progress_bar, write_whole
+from adamprox.command_line import duration, progress_bar, write_whole
 
-from .training import Cell, Result, train
+from .training import Cell, Result, estimate, train
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -99,6 +100,12 @@ class Store:
         missing.sort(key=_cost, reverse=True)
         if not missing:
             return
+        costs = [_cost(cell) for cell in missing]
+        longest = estimate(missing[0], machine.device, machine.path)
+        seconds = longest * max(1.0, sum(costs) / costs[0] / machine.jobs)
+        if seconds > 60:
+            told = f"{title}: {len(missing)} trainings, about {duration(seconds)}"
+            print(f"{told}; what is finished is kept", file=sys.stderr, flush=True)
         total = sum(cell.epochs for cell in missing)
         with progress_bar(total, desc=title, unit="epoch", smoothing=0) as progress:
             if machine.jobs == 1:

@@ -94,13 +94,7 @@ def train(
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
     start = clock()
     images = _load(cell.data, cell.size, path, device)
-    # On the CPU this layout is the faster one.
-    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-    torch.manual_seed(cell.seed)
-    channels = images.train.shape[1]
-    model = networks.make(cell.network, images.classes, channels, cell.batch_norm, cell.width)
-    model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
-    optimizer = make_optimizer(cell, model)
+    model, optimizer = _make(cell, images, device)
     if isinstance(optimizer, _FusedAdam):  # the last step of each epoch
         optimizer.track_updates(every=math.ceil(len(images.train) / cell.batch))
     random = torch.Generator().manual_seed(cell.seed)
@@ -124,6 +118,33 @@ def train(
     result.zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
     result.seconds = clock() - start
     return result
+
+
+def estimate(cell: Cell, device: torch.device, path: Path | None = None) -> float:
+    """About how many seconds :func:`train` takes, from one of its steps.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`train`.
+    """
+    images = _load(cell.data, cell.size, path, device)
+    model, optimizer = _make(cell, images, device)
+    random = torch.Generator().manual_seed(cell.seed)
+    for count in (8, cell.batch):  # the first step makes the states
+        some = {name: getattr(images, name)[:count] for name in ("train", "train_labels")}
+        start = time.perf_counter()
+        _train_epoch(cell, model, optimizer, images._replace(**some), random)
+        seconds = time.perf_counter() - start
+    return seconds * len(images.train) / cell.batch * cell.epochs
+
+
+def _make(cell: Cell, images: data.Images, device: torch.device) -> tuple[nn.Module, Optimizer]:
+    # On the CPU this layout is the faster one.
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    torch.manual_seed(cell.seed)
+    channels = images.train.shape[1]
+    model = networks.make(cell.network, images.classes, channels, cell.batch_norm, cell.width)
+    model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
+    return model, make_optimizer(cell, model)
 
 
 def make_optimizer(cell: Cell, model: nn.Module) -> Optimizer:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, reference
+from . import _C, plots, reference
 from .tensors import Row
 
 if TYPE_CHECKING:
@@ -27,9 +27,10 @@ class UpdateStats:
     r"""What one step did to a param group, or to one tensor; complex numbers are pairs of reals.
 
     The update is Adam's, :math:`\eta_t \alpha \hat m_t / (\sqrt{\hat v_t} + \epsilon)`, without
-    what the decay adds: its magnitude over :math:`\alpha` is what figures 3 and 7-12 show, and what
-    is concentrated for a scale-free optimizer. :math:`\alpha` is the learning rate without its
-    schedule: the param group's ``initial_lr``, which torch's schedulers write, or else its ``lr``.
+    what the decay adds: its magnitude over :math:`\alpha` is what the paper's figures 3 and 7-12
+    show, and what is concentrated for a scale-free optimizer. :math:`\alpha` is the learning rate
+    without its schedule: the param group's ``initial_lr``, which torch's schedulers write, or else
+    its ``lr``. All tensors are on the CPU.
     """
 
     name: str
@@ -37,30 +38,40 @@ class UpdateStats:
     step: int
     """How many steps its params have made; the most, if they differ."""
     numel: int
+    """How many numbers its params have; a complex one is two."""
     bins: Tensor
-    """int64, 29: how many updates have ``abs(update) / alpha`` below 2^-27; in [2^-27, 2^-26); in
-    [2^-26, 2^-25); ... in [1/2, 1); and at least 1. No bin counts a NaN,
+    """int64, of shape (29,): how many updates have ``abs(update) / alpha`` below 2^-27; in
+    [2^-27, 2^-26); in [2^-26, 2^-25); ... in [1/2, 1); and at least 1. No bin counts a NaN,
     so ``numel - bins.sum()`` updates are NaN."""
     param_norm: Tensor
-    """float64: the l2 norm of the new param, within 2^-21. Unless that is float64 itself, squares
-    are taken in float32, as ``torch.linalg.vector_norm`` does: an element above 2^64 makes the
-    norm infinite, those below 2^-63 lose digits."""
+    """float64, of shape (): the l2 norm of the new param, within 2^-21. Unless that is float64
+    itself, squares are taken in float32, as ``torch.linalg.vector_norm`` does: an element above
+    2^64 makes the norm infinite, those below 2^-63 lose digits."""
     update_norm: Tensor
-    """float64: the l2 norm of the update, likewise."""
+    """float64, of shape (): the l2 norm of the update, likewise."""
     zeros: Tensor
-    """int64: how many coordinates of the new param are exactly zero."""
+    """int64, of shape (): how many coordinates of the new param are exactly zero."""
     nans: Tensor
-    """int64: how many are NaN."""
+    """int64, of shape (): how many are NaN."""
     infs: Tensor
-    """int64: how many are infinite."""
+    """int64, of shape (): how many are infinite."""
 
     @property
     def ratio(self) -> Tensor:
-        """``update_norm / param_norm``, float64."""
+        """``update_norm / param_norm``, float64, of shape ()."""
         return self.update_norm / self.param_norm
 
     def quantile(self, q: float) -> float:
-        """The ``q``-quantile of ``log2(abs(update) / alpha)``; see :func:`quantile`.
+        r"""The ``q``-quantile of :math:`\log_2(|update| / \alpha)`, from the 29 counts.
+
+        The magnitudes are those of the paper's figures 3 and 7-12. It is linear within a bin. The
+        outer bins have no width: what they hold is at -27 and at 0.
+
+        Args:
+            q: a share of the updates, 0 to 1; 0.5 is the median.
+
+        Returns:
+            A power of two's exponent, -27 to 0; NaN if there is no update.
 
         Raises:
             ValueError: ``q`` is not in [0, 1].
@@ -68,7 +79,16 @@ class UpdateStats:
         return quantile(self.bins.tolist(), q)
 
     def to_dict(self, prefix: str = "") -> dict[str, float]:
-        """Scalars for TensorBoard or W&B, by ``prefix + name + "/" + what``."""
+        """Scalars for TensorBoard or W&B, by ``prefix + name + "/" + what``.
+
+        Args:
+            prefix: what all keys begin with.
+
+        Returns:
+            ``param_norm``, ``update_norm``, ``ratio``, ``zeros``, ``nans``, ``infs``, and from
+            :meth:`quantile` the median and the interquartile range, ``log2_magnitude_median`` and
+            ``log2_magnitude_iqr``.
+        """
         scalars = {
             "param_norm": float(self.param_norm),
             "update_norm": float(self.update_norm),
@@ -84,27 +104,26 @@ class UpdateStats:
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draws the bins, as shares of all updates, as the paper's figures do.
 
+        The outer bins are hatched. The lowest one holds zeros, too.
+
         Args:
             axes: of matplotlib, which ``pip install 'adamprox[plot]'`` brings; None makes a figure.
+
+        Returns:
+            The axes; ``axes.figure`` is their figure.
 
         Raises:
             ImportError: ``axes`` is None, and there is no matplotlib.
         """
-        if axes is None:
-            try:
-                from matplotlib.figure import Figure
-            except ImportError as error:
-                raise ImportError(f"{error}; please pip install 'adamprox[plot]'") from error
-
-            axes = Figure(layout="constrained").subplots()
-        lowest = 2 - reference.BINS  # -27
-        total = max(int(self.bins.sum()), 1)
-        centers = [lowest - 0.5 + index for index in range(reference.BINS)]
-        axes.bar(centers, [count / total for count in self.bins.tolist()], width=1.0)
-        axes.set_xlabel("log2(|update| / alpha)")
-        axes.set_ylabel("share of the coordinates")
-        axes.set_title(f"{self.name}, step {self.step}")
-        return axes
+        if axes is not None:
+            plots.histogram(axes, self.bins.tolist(), f"{self.name}, step {self.step}")
+            return axes
+        try:
+            with plots.style():
+                _, ((axes,),) = plots.panels(1, 1, 3.6)
+                return self.plot(axes)
+        except ImportError as error:
+            raise ImportError(f"{error}; please pip install 'adamprox[plot]'") from error
 
 
 def quantile(bins: Sequence[int], q: float) -> float:

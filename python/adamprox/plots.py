@@ -1,0 +1,121 @@
+"""What all pictures share: their style, how series are told apart, and the histogram of updates.
+
+matplotlib is imported where it is used, since it comes with extras only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 8.0  # inches: on a page of 800 pixels, text of 9 points is 12 pixels high
+STYLE: dict[str, Any] = {
+    "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "adamprox",
+    "font.size": 9,
+    **dict.fromkeys(("axes.titlesize", "figure.titlesize", "legend.title_fontsize"), 9),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 8),
+    **dict.fromkeys(("legend.fontsize", "figure.labelsize"), 8),
+    "legend.frameon": False,
+    "legend.columnspacing": 1.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+# Their numbers have no common divisor: a marker and a line come together again after 44 series.
+MARKERS = "os^Dv<>Pph*"
+LINES = (("-", 1.9), ("--", 1.6), ("-.", 1.3), (":", 1.1))
+
+
+def style() -> AbstractContextManager[None]:
+    """The style of this package's pictures within it, whatever the user's own settings are."""
+    import matplotlib.style
+
+    return matplotlib.style.context(["default", STYLE])
+
+
+def panels(rows: int, columns: int, height: float = 2.2, **options: Any) -> tuple[Figure, Any]:
+    """A figure as wide as a page, and its axes: an array of two dimensions.
+
+    Args:
+        height: of a row, in inches.
+        options: of ``Figure.subplots``.
+    """
+    # Not pyplot, whose figures look for a window system: only files are written.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height * rows))
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG or an SVG, the same bytes from the same numbers."""
+    changing = "Date" if path.suffix == ".svg" else "Software"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={changing: None})
+
+
+def series(index: int, points: int = 1) -> dict[str, Any]:
+    """How the line of a series is drawn, so that it can be told from others without colour.
+
+    Lines may coincide: later ones are thinner, lie above and have gaps, and markers are hollow.
+    Of many points, some six have a marker, and not the same ones in each series.
+    """
+    line, width = LINES[index % len(LINES)]
+    every = max(points // 6, 1)
+    return {
+        "color": f"C{index % 10}",
+        "linestyle": line,
+        "linewidth": width,
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 4.5,
+        "markerfacecolor": "none",
+        "markevery": (index * every // 4 % every, every),
+        "zorder": 2 - width / 10,
+    }
+
+
+def legend(axes: Axes, title: str, columns: int = 2) -> None:
+    """Above the axes, where it hides nothing, in place of their title; each label once."""
+    handles, labels = axes.get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))
+    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    axes.legend(entries.values(), entries.keys(), **place, title=title, ncols=columns)
+
+
+def log_ticks(axes: Axes) -> None:
+    """Makes the vertical axis logarithmic, with plain numbers beside it unless it is long."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 1e3 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def histogram(axes: Axes, bins: Sequence[int], title: str, color: str = "C0") -> None:
+    """Draws the bins of :class:`adamprox.UpdateStats` as shares of what they hold together.
+
+    The outer bins have no width of their own. They are hatched, and their ticks say what they hold.
+    """
+    lowest = 2 - len(bins)  # -27
+    centers = [lowest - 0.5 + index for index in range(len(bins))]
+    total = max(sum(bins), 1)
+    bars = axes.bar(centers, [count / total for count in bins], width=1.0, color=color)
+    for outer in (bars[0], bars[-1]):
+        outer.set(facecolor="white", edgecolor=color, hatch="/////")
+    inner = range(lowest + 9, 0, 9)
+    labels = [f"0 to $2^{{{lowest}}}$", *(f"$2^{{{tick}}}$" for tick in inner), r"$\geq1$"]
+    axes.set_xticks([centers[0], *inner, centers[-1]], labels)
+    axes.set_xlabel(r"|update| / $\alpha$")
+    axes.set_ylabel("share of updates")
+    axes.set_title(title)
