@@ -607,7 +607,8 @@ def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkey
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()
-    for name in {*names, "corollary-1", "loss-factor", "l1-path", "theorem-3", "sgd"}:
+    tables = {"corollary-1", "loss-factor", "l1-path", "theorem-3", "sgd", "scale-freeness"}
+    for name in {*names, *tables, "theorem-1", "stability", "rotation"}:
         with (tmp_path / f"{name}.csv").open(newline="") as file:
             assert list(csv.DictReader(file))
     assert all(f"Figure {number}" in out for number in numbers)

@@ -37,6 +37,7 @@ figures:
   5         AdamW and AdamProx, without BN; the remainder of the Taylor expansion
   6         AdamProxL2 and AdamProxL1 beside AdamW; zeros against accuracy
   7 to 12   magnitudes of updates over the training: ResNet-20, 44, 56, 110, 218, DenseNet-BC-100
+  section-3 which updates are scale-free, Theorem 1 beyond quadratics, what limits a step size
   appendix  Algorithms 2 and 3 with their bounds; SGD without BN
 
 Trained on CIFAR where --data has its archives, else on scikit-learn's digits. Nothing is

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from adamprox import plots
 
-from . import adagrad, pictures, quadratics, scaling, taylor
+from . import adagrad, pictures, quadratics, scaling, taylor, theory
 from .grids import Grid, search
 from .histograms import interquartile_range
 
@@ -253,6 +253,21 @@ def _histograms(number: int) -> Callable[[Lab], None]:
     return figure
 
 
+def section_3(lab: Lab) -> None:
+    """Which updates are scale-free, Theorem 1 beyond quadratics, and what limits a step size."""
+    tables: dict[str, tuple[str, Sequence[NamedTuple]]] = {
+        "scale-freeness": (
+            "Section 3: each coordinate's gradients scaled",
+            theory.scale_freeness(),
+        ),
+        "theorem-1": ("Theorem 1: a function that is not quadratic", theory.theorem_1()),
+        "stability": ("Section 3: the largest eta that converges", theory.stability()),
+        "rotation": ("AdaGrad on diagonal and rotated Hessians", theory.rotation()),
+    }
+    for name, (title, rows) in tables.items():
+        _finish(lab, name, title, [row._asdict() for row in rows])
+
+
 def appendix(lab: Lab) -> None:
     """Algorithms 2 and 3 with their theorems' bounds; SGD without BN."""
     rounds = lab.settings.rounds
@@ -294,6 +309,7 @@ FIGURES: dict[str, Callable[[Lab], None]] = {
     "5": figure_5,
     "6": figure_6,
     **{str(number): _histograms(number) for number in range(7, 13)},
+    "section-3": section_3,
     "appendix": appendix,
 }
 
