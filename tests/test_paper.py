@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -561,7 +562,7 @@ def test_algorithm_2_written_out():
 def _tiny(monkeypatch):
     tiny = dataclasses.replace(
         settings.QUICK,
-        width=4,
+        widths=(4,),
         epochs=2,
         batch=512,
         batch_norm_networks=("ResNet-8",),
@@ -628,6 +629,99 @@ def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkey
     assert main(command) == 0
     assert "\n0 trainings in " in capsys.readouterr().out
     assert (tmp_path / "cells.csv").read_bytes() == finished
+
+
+USERS_OWN = """
+import torch
+
+
+def network(width=8):
+    hidden, out = torch.nn.Linear(6, width), torch.nn.Linear(width, 3)
+    return torch.nn.Sequential(torch.nn.Flatten(), hidden, torch.nn.Tanh(), out)
+
+
+def images():
+    inputs = torch.randn(90, 2, 3, generator=torch.Generator().manual_seed(0))
+    labels = inputs.sum(dim=2).argmax(dim=1) + (inputs[:, 0, 0] > 1)
+    return inputs[:60], labels[:60], inputs[60:], labels[60:]
+
+
+not_a_function = 1
+
+
+def no_network():
+    return 1
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    (tmp_path / "my_package.py").write_text(USERS_OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    yield
+    sys.modules.pop("my_package", None)
+
+
+@pytest.mark.usefixtures("_tiny", "own_module")
+def test_a_model_and_data_of_the_users_own():
+    command = ["paper", "3", "--quick", "--model", "my_package:network", "--jobs", "1"]
+    command += ["--dataset", "my_package:images", "--seeds", "0", "1", "--lrs", "0.01", "0.003"]
+    command += ["--weight-decays", "0", "0.1", "--widths", "4", "8", "--epochs", "3"]
+    command += ["--optimizers", "Adam", "AdamW", "AdamProxL1", "--out", "out"]
+    assert main(command) == 0
+    with Path("out/figure-3.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    named = [f"my_package:network, width {width}" for width in (4, 8)]
+    optimizers = ("Adam-l2", "AdamW", "AdamProxL1")
+    expected = [(network, optimizer) for network in named for optimizer in optimizers]
+    assert [(row["network"], row["optimizer"]) for row in rows] == expected
+    with Path("out/cells.csv").open(newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert {cell["width"] for cell in cells} == {"4", "8"}
+    assert {float(cell["lr"]) for cell in cells} == {0.01, 0.003}
+    assert {float(cell["weight_decay"]) for cell in cells} == {0.0, 0.1}
+    assert all(0 < float(cell["train_loss"]) < 2 for cell in cells)
+
+
+def test_the_example_of_the_page(tmp_path, monkeypatch):
+    page = (Path(figures.__file__).parent / "README.md").read_text()
+    module, command = (
+        re.search(rf"<!-- own: {name} -->\n```\w+\n(.*?)```", page, re.DOTALL)[1]
+        for name in ("module", "command")
+    )
+    (tmp_path / "my_package.py").write_text(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    _, *args = shlex.split(command.replace("\\\n", ""))
+    try:
+        assert main([*args, "--jobs", "1", "--seeds", "0", "--out", "out"]) == 0
+    finally:
+        sys.modules.pop("my_package", None)
+    with Path("out/figure-3.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    assert all(float(row["test_error"]) < 0.1 for row in rows)
+
+
+@pytest.mark.usefixtures("_tiny", "own_module")
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "nowhere:network"], "nowhere:network: No module named 'nowhere'"),
+        (["--model", "my_package:nothing"], "has no attribute 'nothing'; expected package.module:"),
+        (["--model", "my_package:not_a_function"], "not_a_function: it is no function"),
+        (["--model", "my_package:no_network"], "it made no torch.nn.Module, but int"),
+        (["--model", "my_package.network"], "Invalid network: 'my_package.network'"),
+        (["--dataset", "my_package:no_network"], "it returned no four tensors"),
+        (["--dataset", "my_package:network"], "it returned no four tensors"),
+    ],
+)
+def test_what_is_wrong_with_a_users_own_is_told(args, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["paper", "3", "--quick", *args])
+    assert message in str(error.value)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_the_page_has_the_tables_of_its_csv():

@@ -21,8 +21,9 @@ from adamprox.command_line import (
     write_whole,
 )
 
-from . import data, page, settings
+from . import data, networks, page, settings
 from .figures import FIGURES, Lab
+from .pictures import SERIES
 from .store import Machine, Store
 
 if TYPE_CHECKING:
@@ -40,10 +41,14 @@ figures:
   section-3 which updates are scale-free, Theorem 1 beyond quadratics, what limits a step size
   appendix  Algorithms 2 and 3 with their bounds; SGD without BN
 
-Trained on CIFAR where --data has its archives, else on scikit-learn's digits. Nothing is
-downloaded. The default settings are the paper's own and meant for a GPU; --quick is for two cores
-and some minutes, on digits of 8 x 8 pixels. Finished trainings are in DIR/cells.csv: a run that
-was ended goes on where it stopped, and figures share them.
+Trained on CIFAR or on images in MNIST's format where --data has them, else on scikit-learn's
+digits. Nothing is downloaded. The default settings are the paper's own and meant for a GPU; --quick
+is for two cores and some minutes, on digits of 8 x 8 pixels. Finished trainings are in
+DIR/cells.csv: a run that was ended goes on where it stopped, and figures share them.
+
+Figure 3 takes a model and data of yours: --model mypackage.models:factory, which returns a
+torch.nn.Module of logits, and --dataset mypackage.data:loader, which returns four tensors: inputs
+and labels (int64) to train on, then those to test on.
 """
 
 
@@ -58,11 +63,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("adamprox-paper"), metavar="DIR",
         help="for pictures, tables and finished trainings (default: %(default)s)")  # fmt: skip
     add("--data", type=Path, metavar="PATH",
-        help="the folder of CIFAR's archives (default: none, digits)")  # fmt: skip
+        help="the folder of CIFAR's archives, or of MNIST's files (default: digits)")  # fmt: skip
+    add("--size", type=positive(int), metavar="PIXELS",
+        help="height and width that digits, or images in MNIST's format, are scaled to "
+        "(default: 32 or 28; 8 with --quick)")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED",
         help="of weights and order; the first one's for grids, all for the best settings "
         "(default: 0 1 2)")  # fmt: skip
     add("--epochs", type=positive(int), help="of the grids' trainings (default: the settings')")
+    add("--lrs", type=positive(float), nargs="+", metavar="ALPHA",
+        help="where the grids start (default: the settings')")  # fmt: skip
+    add("--weight-decays", type=_not_negative, nargs="+", metavar="LAMBDA",
+        help="where the grids start, for all optimizers (default: the settings')")  # fmt: skip
+    add("--optimizers", nargs="+", choices=SERIES, metavar="NAME",
+        help=f"that figure 3 compares: {', '.join(SERIES)} (default: Adam AdamW)")  # fmt: skip
+    add("--widths", type=positive(int), nargs="+", metavar="CHANNELS",
+        help="of figure 3's networks; a --model gets them as its argument width, if it has one "
+        "(default: the settings')")  # fmt: skip
+    add("--model", metavar="MODULE:FUNCTION", help="in place of figure 3's networks, see below")
+    add("--dataset", metavar="MODULE:FUNCTION", help="in place of figure 3's images, see below")
     add("--page", type=Path, metavar="FILE",
         help="put the tables of DIR into this page of results; see bench/paper")  # fmt: skip
     add("--device", type=usable_device, default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -77,6 +96,10 @@ def run(args: argparse.Namespace) -> int:
         fail("paper", "argument FIGURE: none is given")
     if args.quick and args.data is not None:
         fail("paper", "argument --data: --quick trains on digits of 8 x 8 pixels, not on CIFAR")
+    of_figure_3 = ("model", "dataset", "optimizers", "widths")
+    given = [name for name in of_figure_3 if getattr(args, name) is not None]
+    if given and set(args.figures) != {"3"}:
+        fail("paper", f"argument --{given[0]}: only figure 3 takes it")
     check_folder("paper", "--out", args.out)
     if args.page is not None:
         if not args.page.is_file():
@@ -121,12 +144,38 @@ def _figure(text: str) -> str:
     return name
 
 
+def _not_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
+
+
 def _settings(args: argparse.Namespace) -> Settings:
     chosen = settings.QUICK if args.quick else settings.paper(args.data)
     changes: dict[str, Any] = {"seeds": tuple(dict.fromkeys(args.seeds))}
-    if chosen.cifar:  # found out now rather than hours later
-        for name in data.ARCHIVES:
-            data.load(name, path=args.data)
-    if args.epochs is not None:
-        changes["epochs"] = args.epochs
-    return dataclasses.replace(chosen, **changes)
+    for name in ("epochs", "size"):
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
+    for name in ("lrs", "widths", "optimizers"):
+        if getattr(args, name) is not None:
+            values = dict.fromkeys(getattr(args, name))
+            changes[name] = tuple(values if name == "optimizers" else sorted(values))
+    if args.weight_decays is not None:
+        decays = tuple(sorted(set(args.weight_decays)))
+        for rule in ("", "coupled_", "l1_", "l2_"):
+            changes[f"{rule}weight_decays"] = decays
+    if args.model is not None:
+        changes["networks"] = (args.model,)
+    if args.dataset is not None:
+        changes["images"] = args.dataset
+    chosen = dataclasses.replace(chosen, **changes)
+    # What is missing is found out now rather than hours later.
+    for name in data.ARCHIVES if chosen.images == "cifar" else (chosen.images,):
+        classes = data.load(name, chosen.size, args.data).classes
+    if args.model is not None:
+        networks.make(args.model, classes, 1, batch_norm=False, width=chosen.widths[0])
+    return chosen

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from . import idx
+from . import idx, user_code
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,6 +76,7 @@ class Images(NamedTuple):
     padding: Tensor
     classes: int
     mirrored: bool  # whether a mirror image shows the same: not of a digit
+    augmented: bool = True
 
 
 def name_of(path: Path) -> str:
@@ -87,17 +88,25 @@ def load(name: str, size: int = 32, path: Path | None = None) -> Images:
     """Reads a data set.
 
     Args:
-        name: ``digits``, ``cifar10``, ``cifar100``, or any name of an archive in MNIST's format.
+        name: ``digits``, ``cifar10``, ``cifar100``, any name of an archive in MNIST's format, or
+            ``package.module:function``, which is called and returns four tensors; these are used as
+            they are, without augmentation.
         size: height and width that images are scaled to: digits bilinearly, those of MNIST's format
             as means over areas. CIFAR's are 32.
         path: a CIFAR archive, or the folder it lies in; of MNIST's format, the folder.
 
     Raises:
         FileNotFoundError: there is no archive; the message says where it is to be had.
-        ValueError: it is another one than the official one, or ``size`` is not CIFAR's.
+        ValueError: it is another one than the official one, ``size`` is not CIFAR's, or a function
+            is not there or returns something else.
     """
     if name == "digits":
         return _digits(size)
+    if user_code.is_name(name):
+        train, train_labels, test, test_labels = user_code.images(name)
+        classes = int(train_labels.max()) + 1
+        none = torch.zeros(0)
+        return Images(train, train_labels, test, test_labels, none, classes, False, augmented=False)
     if name not in ARCHIVES:
         return _idx(name, size, path)
     if size != 32:

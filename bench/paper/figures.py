@@ -19,6 +19,7 @@ from adamprox import plots
 from . import adagrad, pictures, quadratics, scaling, taylor, theory
 from .grids import Grid, search
 from .histograms import interquartile_range
+from .settings import PAIR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -89,18 +90,18 @@ def figure_2(lab: Lab) -> None:
 
 def figure_3(lab: Lab) -> None:
     """Adam-l2 and AdamW without BN: test errors, curves, and magnitudes of updates."""
-    grids = _pairs(lab.settings, lab.settings.networks)
+    names = lab.settings.optimizers
+    grids = _rows(lab.settings, lab.settings.networks, names, lab.settings.widths)
     bests = _bests(lab, grids, "figure 3")
-    figure, axes = plots.panels(2 * len(grids), 3, 2.6)
-    for index, (network, pair) in enumerate(grids.items()):
+    figure, axes = plots.panels(2 * len(grids), len(names) + 1, 2.6)
+    for index, (network, row) in enumerate(grids.items()):
         above, below = axes[2 * index : 2 * index + 2]
-        pictures.heatmaps(above[:2], pair, lab.store, network)
-        pictures.curves(above[2], below[2], {name: bests[network, name] for name in PAIR}, network)
-        for place, name in zip(below, PAIR, strict=False):
-            result = bests[network, name][0]
-            if place is not axes[1, 0]:
-                place.sharey(axes[1, 0])  # before it is drawn, or the limits would be the first's
-            pictures.histogram(place, result, -1, name)
+        pictures.heatmaps(above[:-1], row, lab.store, network)
+        results = {name: bests[network, name] for name in names}
+        pictures.curves(above[-1], below[-1], results, network)
+        for place, name in zip(below, names, strict=False):
+            pictures.histogram(place, results[name][0], -1, name)
+            place.sharey(axes[1, 0])
     pictures.save(figure, lab.out, "figure-3")
     _finish(lab, "figure-3", "Figure 3: without BN", _best_rows(lab, grids))
 
@@ -313,8 +314,6 @@ FIGURES: dict[str, Callable[[Lab], None]] = {
     "appendix": appendix,
 }
 
-PAIR = ("Adam", "AdamW")
-
 
 def _grid(
     settings: Settings,
@@ -322,19 +321,34 @@ def _grid(
     optimizer: str,
     weight_decays: Iterable[float],
     batch_norm: bool = False,
+    width: int | None = None,
 ) -> Grid:
-    base = settings.cell(network, optimizer, batch_norm)
+    base = settings.cell(network, optimizer, batch_norm, width)
     return Grid(base, list(settings.lrs), list(weight_decays))
+
+
+def _rows(
+    settings: Settings,
+    networks: Iterable[str],
+    optimizers: Iterable[str],
+    widths: Sequence[int],
+    batch_norm: bool = False,
+) -> dict[str, list[Grid]]:
+    """A grid for each optimizer, by the name of the network."""
+    return {
+        network if len(widths) == 1 else f"{network}, width {width}": [
+            _grid(settings, network, name, settings.decays_of(name), batch_norm, width)
+            for name in optimizers
+        ]
+        for network in networks
+        for width in widths
+    }
 
 
 def _pairs(
     settings: Settings, networks: Iterable[str], batch_norm: bool = False
 ) -> dict[str, list[Grid]]:
-    decays = {"Adam": settings.coupled_weight_decays, "AdamW": settings.weight_decays}
-    return {
-        network: [_grid(settings, network, name, decays[name], batch_norm) for name in PAIR]
-        for network in networks
-    }
+    return _rows(settings, networks, PAIR, settings.widths[:1], batch_norm)
 
 
 def _search(lab: Lab, grids: Sequence[Grid], title: str) -> None:

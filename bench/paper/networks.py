@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from adamprox.resnet import ResNet
 
+from . import user_code
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -105,15 +107,18 @@ class TanhNetwork(nn.Sequential):
 
 
 def make(name: str, classes: int, channels_in: int, batch_norm: bool, width: int = 16) -> nn.Module:
-    """A network by its name, ``ResNet-L`` or ``DenseNet-BC-L``, from torch's random numbers.
+    """A network by its name, from torch's random numbers.
 
     Args:
+        name: ``ResNet-L``, ``DenseNet-BC-L``, or ``package.module:function``, which is called.
         width: a ResNet's channels in its first stage, 16 in the paper; a DenseNet's growth is
             three quarters of it, 12 in the paper.
 
     Raises:
-        ValueError: there is no such network.
+        ValueError: there is no such network, or no such function.
     """
+    if user_code.is_name(name):
+        return user_code.model(name, width)
     kind, _, layers = name.rpartition("-")
     makers: dict[str, Callable[[int], nn.Module]] = {
         "ResNet": lambda depth: ResNet(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from . import data
 from .networks import DENSENET
 from .training import Cell
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+PAIR = ("Adam", "AdamW")
 RESNETS = tuple(f"ResNet-{layers}" for layers in (20, 44, 56, 110, 218))
 PAPER_LRS = (5e-5, 1e-4, 5e-4, 1e-3, 5e-3)
 PAPER_WEIGHT_DECAYS = (0.0, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3)
@@ -21,9 +23,11 @@ class Settings:
     """Of all figures; the networks are those of the paper's figure of that name.
 
     Attributes:
-        cifar: whether on the paper's images, or on digits.
-        size: height and width that digits are scaled to.
-        width: of the networks, see :func:`.networks.make`.
+        images: a name that :func:`.data.load` knows; ``cifar`` is CIFAR-10, and CIFAR-100 for the
+            DenseNet.
+        size: height and width that images are scaled to.
+        widths: of the networks, see :func:`.networks.make`; figures but the third take the first.
+        optimizers: that figure 3 compares.
         batch_norm_networks, networks: of figures 2 and 3, without the latter's BN.
         histogram_networks: of figures 7 to 12. One that is not in ``networks`` is trained for
             ``histogram_epochs`` with the best settings of the last one there.
@@ -33,9 +37,9 @@ class Settings:
         extensions: how often a grid is extended at most.
     """
 
-    cifar: bool
+    images: str
     size: int
-    width: int
+    widths: tuple[int, ...]
     epochs: int
     batch: int
     batch_norm_networks: tuple[str, ...]
@@ -55,17 +59,29 @@ class Settings:
     extensions: int
     rounds: int  # of Algorithm 3
     seeds: tuple[int, ...] = (0, 1, 2)
+    optimizers: tuple[str, ...] = PAIR
 
-    def cell(self, network: str, optimizer: str, batch_norm: bool = False) -> Cell:
+    def decays_of(self, optimizer: str) -> tuple[float, ...]:
+        """Where the grid of an optimizer starts."""
+        of_others = {
+            "Adam": self.coupled_weight_decays,
+            "AdamProxL1": self.l1_weight_decays,
+            "AdamProxL2": self.l2_weight_decays,
+        }
+        return of_others.get(optimizer, self.weight_decays)
+
+    def cell(
+        self, network: str, optimizer: str, batch_norm: bool = False, width: int | None = None
+    ) -> Cell:
         """Of a network, with the optimizer's settings still to be chosen."""
-        images = "digits"
-        if self.cifar:
+        images = self.images
+        if images == "cifar":
             images = "cifar100" if network == DENSENET else "cifar10"
         return Cell(
             data=images,
-            size=32 if self.cifar else self.size,
+            size=self.size,
             network=network,
-            width=self.width,
+            width=self.widths[0] if width is None else width,
             batch_norm=batch_norm,
             optimizer=optimizer,
             lr=0.0,
@@ -77,11 +93,12 @@ class Settings:
 
 
 def paper(path: Path | None) -> Settings:
-    """The paper's own; on digits where there is no path of CIFAR's archives."""
+    """The paper's own; on digits where there is no path of archives."""
+    images = "digits" if path is None else data.name_of(path)
     return Settings(
-        cifar=path is not None,
-        size=32,
-        width=16,
+        images=images,
+        size=32 if images in ("digits", "cifar") else 28,
+        widths=(16,),
         epochs=300,
         batch=128,
         batch_norm_networks=("ResNet-20", "ResNet-44", "ResNet-56", "ResNet-110", DENSENET),
@@ -104,9 +121,9 @@ def paper(path: Path | None) -> Settings:
 
 
 QUICK = Settings(
-    cifar=False,
+    images="digits",
     size=8,
-    width=4,
+    widths=(4,),
     epochs=25,
     batch=32,
     batch_norm_networks=("ResNet-8",),

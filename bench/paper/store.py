@@ -165,8 +165,9 @@ def _parse(text: str, kind: type) -> Any:
 
 def _cost(cell: Cell) -> int:
     """In some unit."""
-    layers = int(cell.network.rpartition("-")[2])
-    return layers * cell.epochs * cell.size**2 * cell.width**2
+    layers = cell.network.rpartition("-")[2]
+    depth = int(layers) if layers.isdecimal() else 1  # of a user's, nobody knows
+    return depth * cell.epochs * cell.size**2 * cell.width**2
 
 
 def _start_worker() -> None:

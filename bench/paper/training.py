@@ -141,7 +141,7 @@ def _make(cell: Cell, images: data.Images, device: torch.device) -> tuple[nn.Mod
     # On the CPU this layout is the faster one.
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     torch.manual_seed(cell.seed)
-    channels = images.train.shape[1]
+    channels = images.train.shape[1] if images.train.dim() > 1 else 1
     model = networks.make(cell.network, images.classes, channels, cell.batch_norm, cell.width)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     return model, make_optimizer(cell, model)
@@ -171,7 +171,9 @@ def _train_epoch(
     loss_sum = torch.zeros((), dtype=torch.float64, device=images.train.device)
     for batch in torch.randperm(count, generator=random).split(cell.batch):
         batch = batch.to(images.train.device)
-        inputs = data.augment(images.train[batch], images.padding, images.mirrored, random)
+        inputs = images.train[batch]
+        if images.augmented:
+            inputs = data.augment(inputs, images.padding, images.mirrored, random)
         loss = F.cross_entropy(model(inputs), images.train_labels[batch])
         optimizer.zero_grad()
         (cell.loss_factor * loss).backward()
