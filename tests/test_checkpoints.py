@@ -747,7 +747,10 @@ def make_model(dtype=torch.float32) -> nn.Module:
     return model
 
 
-in_one_process = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+in_one_process = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled",
+    "ignore:TypedStorage is deprecated",  # torch 2.10 uses it itself
+)
 flattened = pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 
 
