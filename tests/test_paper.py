@@ -306,6 +306,48 @@ def test_a_training_that_diverges_ends_and_says_so():
     assert 0.5 < result.test_error <= 1
 
 
+def test_images_are_held_out_once_for_all():
+    images = data.load("digits", 8)
+    some = data.split(images, 300, 200)
+    assert (len(some.train), len(some.validation)) == (300, 200)
+    rest = data.split(images, 0, 200)
+    assert len(rest.train) == len(images.train) - 200
+    assert torch.equal(rest.validation, some.validation)
+    assert torch.equal(rest.train[:300], some.train)
+    both = torch.cat((rest.train, rest.validation)).flatten(1)
+    assert torch.equal(
+        both.sum(dim=1).sort().values, images.train.flatten(1).sum(dim=1).sort().values
+    )
+    with pytest.raises(ValueError, match="1347 training images are no 1300 and 200 to validate"):
+        data.split(images, 1300, 200)
+
+
+def test_a_training_with_images_held_out():
+    cell = dataclasses.replace(TINY, train_images=500, validation=300, epochs=14)
+    result = training.train(cell, CPU)
+    right = training.unpacked(result.correct)
+    assert len(right) == 450
+    assert 1 - right.double().mean().item() == pytest.approx(result.test_error)
+    assert 0 < result.validation_error < 1
+    assert result.validation_error != result.test_error
+    assert result.curve_epochs == [2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14]
+    assert len(result.train_losses) == len(result.test_errors) == 12
+    assert result.train_losses[-1] < result.train_losses[0]
+    assert result.histogram_epochs == [3, 5, 7, 10, 12, 14]
+    assert len(result.pace) == len(list(networks.make("ResNet-8", 10, 1, False, 4).parameters()))
+    assert all(-28 < median < 1 for median in result.pace)
+
+
+def test_the_best_setting_is_chosen_by_what_was_held_out(tmp_path):
+    cells = store.Store(tmp_path)
+    cells.close()
+    grid = grids.Grid(dataclasses.replace(TINY, validation=100), [0.1, 0.2], [0.1])
+    for lr, validation_error, test_error in ((0.1, 0.3, 0.2), (0.2, 0.2, 0.3)):
+        result = training.Result(0.1, test_error, validation_error=validation_error)
+        cells._results[grid.cell(lr, 0.1)] = result
+    assert grid.best(cells).lr == 0.2
+
+
 def fake_store(tmp_path, error):
     """A store whose results come from a function of lr and weight decay."""
     cells = store.Store(tmp_path)
@@ -313,9 +355,8 @@ def fake_store(tmp_path, error):
 
     def fill(missing, machine, title):
         for cell in map(store.canonical, missing):
-            nothing = [[], [], [], []]
             value = error(cell.lr, cell.weight_decay)
-            cells._results[cell] = training.Result(value, value, 1.0, 0.0, 1.0, *nothing)
+            cells._results[cell] = training.Result(value, value)
 
     cells.fill = fill
     return cells
@@ -352,17 +393,35 @@ def test_neighbours_on_the_scale(value, up, expected):
 def test_finished_cells_are_read_as_they_were_written(tmp_path):
     cells = store.Store(tmp_path)
     other = dataclasses.replace(TINY, optimizer="AdamProxL1", batch_norm=True, lr=0.1 + 0.2)
-    cells.fill([TINY, other, TINY], store.Machine(CPU, 1), "")
-    results = {cell: cells[cell] for cell in (TINY, other)}
+    held_out = dataclasses.replace(TINY, validation=100)
+    cells.fill([TINY, other, TINY, held_out], store.Machine(CPU, 1), "")
+    results = {cell: cells[cell] for cell in (TINY, other, held_out)}
     with pytest.raises(RuntimeError, match="another run writes to"):
         store.Store(tmp_path)
     cells.close()
     again = store.Store(tmp_path)
-    assert len(again) == 2
+    assert len(again) == 3
     for cell, result in results.items():
-        read = again[cell]
-        assert (read.train_loss, read.test_error) == (result.train_loss, result.test_error)
-        assert read.histograms == result.histograms
+        assert repr(again[cell]) == repr(result)  # NaN is not NaN
+    assert again[held_out].correct
+    again.close()
+
+
+def test_a_store_without_the_newest_columns_is_read(tmp_path):
+    """As the files that were written before there was anything to hold out."""
+    cells = store.Store(tmp_path)
+    cells.fill([TINY], store.Machine(CPU, 1), "")
+    result = cells[TINY]
+    cells.close()
+    with cells.file.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    newest = {"train_images", "validation", "validation_error", "curve_epochs", "pace", "correct"}
+    with cells.file.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [name for name in rows[0] if name not in newest])
+        writer.writeheader()
+        writer.writerows({k: v for k, v in row.items() if k not in newest} for row in rows)
+    again = store.Store(tmp_path)
+    assert repr(again[TINY]) == repr(dataclasses.replace(result, curve_epochs=[], pace=[]))
     again.close()
 
 
@@ -769,4 +828,7 @@ def test_help_describes_every_figure(capsys):
     assert {line.split()[0] for line in out.splitlines() if line.startswith("  ")} >= {
         *(name for name in figures.FIGURES if not name.isdecimal() or int(name) < 8)
     }
-    assert " ".join(out.split()).count("(default: ") == 6
+    options = [line for line in out.splitlines() if re.match("  --[a-z-]+ ", line)]
+    without = {"--quick", "--page", "--model", "--dataset"}
+    told = " ".join(out.split()).count("(default: ")
+    assert told == len(options) - len(without)

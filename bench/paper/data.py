@@ -77,6 +77,8 @@ class Images(NamedTuple):
     classes: int
     mirrored: bool  # whether a mirror image shows the same: not of a digit
     augmented: bool = True
+    validation: Tensor = torch.zeros(0)
+    validation_labels: Tensor = torch.zeros(0, dtype=torch.int64)
 
 
 def name_of(path: Path) -> str:
@@ -120,6 +122,25 @@ def load(name: str, size: int = 32, path: Path | None = None) -> Images:
             f"(md5 {archive.md5}) and give its path, or its folder's, as --data"
         )
     return _cifar(archive, path)
+
+
+def split(images: Images, train: int, validation: int) -> Images:
+    """Some of the training images, drawn once for all: ``train`` of them, or the rest if it is 0.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    count = len(images.train)
+    if train + validation > count:
+        raise ValueError(f"{count} training images are no {train} and {validation} to validate")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    kept, held_out = order[: train or count - validation], order[count - validation :]
+    return images._replace(
+        train=images.train[kept],
+        train_labels=images.train_labels[kept],
+        validation=images.train[held_out],
+        validation_labels=images.train_labels[held_out],
+    )
 
 
 def augment(images: Tensor, padding: Tensor, mirrored: bool, random: torch.Generator) -> Tensor:

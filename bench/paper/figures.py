@@ -102,6 +102,7 @@ def figure_3(lab: Lab) -> None:
         for place, name in zip(below, names, strict=False):
             pictures.histogram(place, results[name][0], -1, name)
             place.sharey(axes[1, 0])
+    axes[1, 0].autoscale(axis="y")  # to the highest bar of all
     pictures.save(figure, lab.out, "figure-3")
     _finish(lab, "figure-3", "Figure 3: without BN", _best_rows(lab, grids))
 

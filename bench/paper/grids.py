@@ -40,12 +40,16 @@ class Grid:
         return [self.cell(lr, decay) for lr in self.lrs for decay in self.weight_decays]
 
     def best(self, store: Store) -> Cell:
-        """The smallest final test error, as the paper chooses; of equals, the smallest loss."""
+        """The smallest final error, of equals the smallest loss.
+
+        It is the test error, as the paper chooses, or of images that are held out.
+        """
 
         def rank(cell: Cell) -> tuple[float, float]:
             result = store[cell]
             loss = result.train_loss
-            return (math.inf, 0.0) if math.isnan(loss) else (result.test_error, loss)
+            error = result.validation_error if cell.validation > 0 else result.test_error
+            return (math.inf, 0.0) if math.isnan(loss) else (error, loss)
 
         return min(self.cells(), key=rank)
 

@@ -85,12 +85,12 @@ def curves(loss: Axes, accuracy: Axes, results: Mapping[str, Sequence[Result]], 
     """Training loss and test accuracy over the epochs, a line a seed."""
     for optimizer, runs in results.items():
         for run in runs:
-            count = len(run.train_losses)
-            style = plots.series(SERIES.index(optimizer), count)
+            epochs = run.curve_epochs or range(1, len(run.train_losses) + 1)
+            style = plots.series(SERIES.index(optimizer), len(epochs))
             style["label"] = name_of(optimizer)
-            loss.plot(range(1, count + 1), run.train_losses, **style)
+            loss.plot(epochs, run.train_losses, **style)
             accuracies = [100 * (1 - error) for error in run.test_errors]
-            accuracy.plot(range(1, count + 1), accuracies, **style)
+            accuracy.plot(epochs, accuracies, **style)
     plots.log_ticks(loss)
     loss.set_ylabel("training loss")
     accuracy.set_ylabel("test accuracy, %")

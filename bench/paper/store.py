@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TextIO
 
-_CELL = get_type_hints(Cell)
-_RESULT = ("train_loss", "test_error", "iqr", "zeros", "seconds")
-_LISTS = ("train_losses", "test_errors", "histogram_epochs", "histograms")
+_CELL, _RESULT = get_type_hints(Cell), get_type_hints(Result)
+_COLUMNS = {**_CELL, **_RESULT}
 
 
 class Machine(NamedTuple):
@@ -90,8 +89,10 @@ class Store:
         self._results[cell] = result
         text = io.StringIO()
         writer = csv.writer(text)
-        writer.writerow((*_CELL, *_RESULT, *_LISTS))
-        writer.writerows(map(_row, self._results.items()))
+        writer.writerow(_COLUMNS)
+        for pair in self._results.items():
+            values = [value for part in pair for value in vars(part).values()]
+            writer.writerow(map(_text, values))
         write_whole(self.file, text.getvalue())
 
     def fill(self, cells: Iterable[Cell], machine: Machine, title: str) -> None:
@@ -130,37 +131,32 @@ class Store:
     def _read(self) -> None:
         with self.file.open(newline="") as file:
             reader = csv.DictReader(file)
-            columns = (*_CELL, *_RESULT, *_LISTS)
-            if tuple(reader.fieldnames or ()) != columns:
+            # A column that older files have not has its default.
+            known, names = list(_COLUMNS), list(reader.fieldnames or ())
+            if names != [name for name in known if name in names] or "seed" not in names:
                 raise ValueError(f"{self.file} has other columns than these cells: move it away")
             for row in reader:
-                cell = Cell(**{name: _parse(row[name], kind) for name, kind in _CELL.items()})
-                scalars: dict[str, Any] = {name: float(row[name]) for name in _RESULT}
+                values = {name: _parse(row[name], _COLUMNS[name]) for name in names}
+                cell = Cell(**{name: values[name] for name in _CELL if name in values})
                 self._results[cell] = Result(
-                    **scalars,
-                    train_losses=[float(text) for text in row["train_losses"].split()],
-                    test_errors=[float(text) for text in row["test_errors"].split()],
-                    histogram_epochs=[int(text) for text in row["histogram_epochs"].split()],
-                    histograms=[
-                        [int(text) for text in counts.split()]
-                        for counts in filter(None, row["histograms"].split("|"))
-                    ],
+                    **{name: values[name] for name in _RESULT if name in values}
                 )
 
 
-def _row(item: tuple[Cell, Result]) -> list[Any]:
-    cell, result = item
-    return [
-        *dataclasses.astuple(cell),
-        *(getattr(result, name) for name in _RESULT),
-        *(" ".join(map(str, losses)) for losses in (result.train_losses, result.test_errors)),
-        " ".join(map(str, result.histogram_epochs)),
-        "|".join(" ".join(map(str, counts)) for counts in result.histograms),
-    ]
+def _text(value: Any) -> Any:
+    """Lists are numbers with blanks between them; lists of lists have a bar."""
+    if not isinstance(value, list):
+        return value
+    nested = bool(value) and isinstance(value[0], list)
+    return ("|" if nested else " ").join(str(_text(each)) for each in value)
 
 
-def _parse(text: str, kind: type) -> Any:
-    return text == "True" if kind is bool else kind(text)
+def _parse(text: str, kind: Any) -> Any:
+    if get_origin(kind) is not list:
+        return text == "True" if kind is bool else kind(text)
+    (inner,) = get_args(kind)
+    separator = "|" if get_origin(inner) is list else " "
+    return [_parse(each, inner) for each in text.split(separator) if each]
 
 
 def _cost(cell: Cell) -> int:

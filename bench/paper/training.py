@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
 import time
+import zlib
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import nn
+from torch import Tensor, nn
 
 import adamprox
 from adamprox.optimizers import _FusedAdam
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-HISTOGRAMS = 6  # over the training, the last one at its end
+# Over the training, the last one at its end.
+HISTOGRAMS = 6
+EVALUATIONS = 12
+EVALUATED = 2048  # training images that the loss is evaluated on, at most
 SGD_MOMENTUM = 0.9
 
 
@@ -34,7 +39,8 @@ class Cell:
 
     The weights and the order and augmentation of the images are the seed's, whatever the optimizer.
     The learning rate is constant, as in the authors' code: ``eta_t = 1``, and a decay has the
-    paper's strength ``eta_t * weight_decay``.
+    paper's strength ``eta_t * weight_decay``. ``train_images`` of the images are trained on, all if
+    it is 0, and ``validation`` others are held out, on which the best setting is chosen.
     """
 
     data: str
@@ -50,6 +56,8 @@ class Cell:
     loss_factor: float = 1.0
     eps: float = 1e-8
     seed: int = 0
+    train_images: int = 0
+    validation: int = 0
 
 
 @dataclasses.dataclass
@@ -57,24 +65,33 @@ class Result:
     """What came of a training.
 
     Attributes:
-        train_loss: mean over the last epoch's batches; NaN where it diverged. Without the factor.
+        train_loss: in evaluation mode at the end, without augmentation, of up to 2,048 images; NaN
+            where it diverged. Without the factor.
         test_error: share of test images that are misclassified at the end.
         iqr: interquartile range of the last histogram, in octaves.
         zeros: share of weights that are exactly zero.
         seconds: of the CPU's time (of the clock on a GPU).
-        train_losses, test_errors: of each epoch.
+        train_losses, test_errors: at the ends of ``curve_epochs``.
         histograms: of update magnitudes, at the last steps of the epochs ``histogram_epochs``.
+        validation_error: as ``test_error``, of the images that are held out; NaN if there are none.
+        pace: the median of log2 of the update magnitudes, a number a tensor, at the last step.
+        correct: the test images that are classified right, where images are held out: as
+            :func:`unpacked` reads it.
     """
 
-    train_loss: float
-    test_error: float
-    iqr: float
-    zeros: float
-    seconds: float
-    train_losses: list[float]
-    test_errors: list[float]
-    histogram_epochs: list[int]
-    histograms: list[list[int]]
+    train_loss: float = math.nan
+    test_error: float = math.nan
+    iqr: float = math.nan
+    zeros: float = 0.0
+    seconds: float = 0.0
+    train_losses: list[float] = dataclasses.field(default_factory=list)
+    test_errors: list[float] = dataclasses.field(default_factory=list)
+    histogram_epochs: list[int] = dataclasses.field(default_factory=list)
+    histograms: list[list[int]] = dataclasses.field(default_factory=list)
+    validation_error: float = math.nan
+    curve_epochs: list[int] = dataclasses.field(default_factory=list)
+    pace: list[float] = dataclasses.field(default_factory=list)
+    correct: str = ""
 
 
 def train(
@@ -93,25 +110,39 @@ def train(
     """
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
     start = clock()
-    images = _load(cell.data, cell.size, path, device)
+    images = _load(cell, path, device)
     model, optimizer = _make(cell, images, device)
     if isinstance(optimizer, _FusedAdam):  # the last step of each epoch
-        optimizer.track_updates(every=math.ceil(len(images.train) / cell.batch))
+        every = math.ceil(len(images.train) / cell.batch)
+        optimizer.track_updates(every=every, per="tensor")
     random = torch.Generator().manual_seed(cell.seed)
-    tracked = [math.ceil(k * cell.epochs / HISTOGRAMS) for k in range(1, HISTOGRAMS + 1)]
-    result = Result(math.nan, math.nan, math.nan, 0.0, 0.0, [], [], [], [])
+    tracked, evaluated = (
+        [math.ceil(k * cell.epochs / count) for k in range(1, count + 1)]
+        for count in (HISTOGRAMS, EVALUATIONS)
+    )
+    result = Result()
     for epoch in range(1, cell.epochs + 1):
-        loss = _train_epoch(cell, model, optimizer, images, random)
-        result.train_losses.append(loss)
-        result.test_errors.append(_test_error(model, images))
-        if not math.isfinite(loss):
+        diverged = not math.isfinite(_train_epoch(cell, model, optimizer, images, random))
+        if epoch in evaluated or diverged:
+            logits = _logits(model, images.train[:EVALUATED])
+            loss = F.cross_entropy(logits, images.train_labels[:EVALUATED]).item()
+            right = _right(model, images.test, images.test_labels)
+            result.curve_epochs.append(epoch)
+            result.train_losses.append(math.nan if diverged else loss)
+            result.test_errors.append(_error(right))
+        if diverged:
             break
         if epoch in tracked and isinstance(optimizer, _FusedAdam):
             result.histogram_epochs.append(epoch)
             result.histograms.append(update_histogram(optimizer).tolist())
+            result.pace = [stats.quantile(0.5) for stats in optimizer.update_stats()]
         if after_epoch is not None:
             after_epoch()
     result.train_loss, result.test_error = result.train_losses[-1], result.test_errors[-1]
+    if cell.validation > 0:
+        held_out = _right(model, images.validation, images.validation_labels)
+        result.validation_error = _error(held_out)
+        result.correct = _packed(right)
     if result.histograms:
         result.iqr = interquartile_range(result.histograms[-1])
     weights = list(model.parameters())
@@ -126,7 +157,7 @@ def estimate(cell: Cell, device: torch.device, path: Path | None = None) -> floa
     Raises:
         FileNotFoundError, ValueError: as :func:`train`.
     """
-    images = _load(cell.data, cell.size, path, device)
+    images = _load(cell, path, device)
     model, optimizer = _make(cell, images, device)
     random = torch.Generator().manual_seed(cell.seed)
     for count in (8, cell.batch):  # the first step makes the states
@@ -183,18 +214,43 @@ def _train_epoch(
 
 
 @torch.no_grad()
-def _test_error(model: nn.Module, images: data.Images) -> float:
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
     model.eval()
-    wrong = torch.zeros((), dtype=torch.int64, device=images.test.device)
-    batches = zip(images.test.split(512), images.test_labels.split(512), strict=True)
-    for inputs, labels in batches:
-        wrong += (model(inputs).argmax(dim=1) != labels).sum()
-    return wrong.item() / len(images.test)
+    return torch.cat([model(some) for some in inputs.split(512)])
+
+
+def _right(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Which inputs are classified right, bool."""
+    return _logits(model, inputs).argmax(dim=1) == labels
+
+
+def _error(right: Tensor) -> float:
+    return 1 - right.sum().item() / len(right)
+
+
+def _packed(bits: Tensor) -> str:
+    return base64.b85encode(zlib.compress(bits.to(torch.uint8).cpu().numpy().tobytes(), 9)).decode()
+
+
+def unpacked(text: str) -> Tensor:
+    """The bits, bool, of :attr:`Result.correct`."""
+    return torch.frombuffer(bytearray(zlib.decompress(base64.b85decode(text))), dtype=torch.bool)
+
+
+def _load(cell: Cell, path: Path | None, device: torch.device) -> data.Images:
+    return _images(cell.data, cell.size, cell.train_images, cell.validation, path, device)
 
 
 @lru_cache(maxsize=2)
-def _load(name: str, size: int, path: Path | None, device: torch.device) -> data.Images:
+def _images(
+    name: str, size: int, train: int, validation: int, path: Path | None, device: torch.device
+) -> data.Images:
     images = data.load(name, size, path)
-    return images._replace(
-        **{name: getattr(images, name).to(device) for name in data.Images._fields[:5]}
-    )
+    if train + validation > 0:
+        images = data.split(images, train, validation)
+    moved: dict[str, Any] = {
+        key: value.to(device)
+        for key, value in images._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    return images._replace(**moved)
