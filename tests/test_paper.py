@@ -30,6 +30,7 @@ from adamprox.bench.paper import (
     grids,
     histograms,
     idx,
+    intervals,
     networks,
     page,
     quadratics,
@@ -348,6 +349,30 @@ def test_the_best_setting_is_chosen_by_what_was_held_out(tmp_path):
     assert grid.best(cells).lr == 0.2
 
 
+def test_an_interval_is_students():
+    low, high = intervals.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    # 2.776 is the 97.5 % quantile for four degrees of freedom, in any table.
+    half = 2.776445 * math.sqrt(2.5 / 5)
+    assert (low, high) == (pytest.approx(3 - half), pytest.approx(3 + half))
+    assert all(map(math.isnan, intervals.interval([1.0])))
+
+
+def test_a_difference_is_paired():
+    def result(*right):
+        bits = torch.tensor(right, dtype=torch.bool)
+        error = 1 - bits.double().mean().item()
+        return training.Result(test_error=error, correct=training._packed(bits))
+
+    first = [result(1, 0, 0, 0), result(1, 1, 0, 0)]
+    second = [result(1, 1, 1, 0), result(0, 1, 1, 1)]
+    row = intervals.difference(first, second)
+    assert row.mean == pytest.approx((0.5 + 0.25) / 2)
+    assert row.low < row.mean < row.high
+    assert (row.first_alone, row.second_alone) == (1, 4)
+    # Of five pictures at most one, or at least four: 2 * (1 + 5) / 32.
+    assert row.p_value == pytest.approx(0.375)
+
+
 def fake_store(tmp_path, error):
     """A store whose results come from a function of lr and weight decay."""
     cells = store.Store(tmp_path)
@@ -663,7 +688,7 @@ def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkey
     assert main(command) == 0
     out = capsys.readouterr().out
     numbers = range(1, 13)
-    names = {f"figure-{number}" for number in numbers} | {"taylor"}
+    names = {f"figure-{number}" for number in numbers} | {"taylor", "advantage"}
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()
@@ -829,6 +854,6 @@ def test_help_describes_every_figure(capsys):
         *(name for name in figures.FIGURES if not name.isdecimal() or int(name) < 8)
     }
     options = [line for line in out.splitlines() if re.match("  --[a-z-]+ ", line)]
-    without = {"--quick", "--page", "--model", "--dataset"}
+    without = {"--quick", "--study", "--page", "--model", "--dataset"}
     told = " ".join(out.split()).count("(default: ")
     assert told == len(options) - len(without)

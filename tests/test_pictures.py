@@ -253,7 +253,7 @@ def test_the_figures_of_the_paper(number, size, lab, drawn, tmp_path):
         lab = lab._replace(settings=paper)
     with plots.style():
         figures.FIGURES[number](lab)
-    names = [f"figure-{number}", *(["taylor"] if number == "5" else [])]
+    names = [f"figure-{number}", *{"3": ["advantage"], "5": ["taylor"]}.get(number, [])]
     assert drawn.keys() == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
     for name in names:
         figure = drawn[f"{name}.png"]

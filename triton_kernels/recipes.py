@@ -206,5 +206,6 @@ def prepare_kernel(payload, prepared, num_rows, num_recipes):
         tl.store(scalars + SCALARS_DECAY + i, decay[i], mask)
     for i in tl.static_range(size(STORAGE)):
         at = counter.to(tl.pointer_type(STORAGE[i]))
-        counts = mask & (dtype == i) & (skip == 0)
+        # Not `& (skip == 0)`: Triton 3.9's interpreter makes no mask of a block and a scalar.
+        counts = mask & (dtype == tl.where(skip, -1, i))
         tl.store(at, narrow(step.to(COMPUTE[i]), STORAGE[i]), counts)

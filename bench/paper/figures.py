@@ -19,6 +19,7 @@ from adamprox import plots
 from . import adagrad, pictures, quadratics, scaling, taylor, theory
 from .grids import Grid, search
 from .histograms import interquartile_range
+from .intervals import difference
 from .settings import PAIR
 
 if TYPE_CHECKING:
@@ -105,6 +106,23 @@ def figure_3(lab: Lab) -> None:
     axes[1, 0].autoscale(axis="y")  # to the highest bar of all
     pictures.save(figure, lab.out, "figure-3")
     _finish(lab, "figure-3", "Figure 3: without BN", _best_rows(lab, grids))
+    if set(PAIR) <= set(names):
+        _advantage(lab, "advantage", list(grids), bests)
+
+
+def _advantage(
+    lab: Lab, name: str, networks: Sequence[str], bests: dict[tuple[str, str], list[Result]]
+) -> None:
+    """What AdamW gains over Adam-l2, paired by seed, in a table and over the networks."""
+    rows = []
+    for network in networks:
+        first, second = (bests[network, optimizer] for optimizer in PAIR)
+        row = {"network": network, "seeds": len(first), **difference(first, second)._asdict()}
+        rows.append(row)
+    figure, axes = plots.panels(1, 1, 3)
+    pictures.advantage(axes[0, 0], rows)
+    pictures.save(figure, lab.out, name)
+    _finish(lab, name, "Adam-l2's test error minus AdamW's, by seed", rows)
 
 
 def figure_4(lab: Lab) -> None:
@@ -374,7 +392,7 @@ def _bests(
 
 def _seeds(lab: Lab, grid: Grid) -> list[Cell]:
     best = grid.best(lab.store)
-    return [grid.cell(best.lr, best.weight_decay, seed) for seed in lab.settings.seeds]
+    return [grid.cell(best.lr, best.weight_decay, seed) for seed in lab.settings.reported]
 
 
 def _heatmaps(lab: Lab, name: str, grids: dict[str, list[Grid]]) -> None:

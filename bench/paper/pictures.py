@@ -99,6 +99,19 @@ def curves(loss: Axes, accuracy: Axes, results: Mapping[str, Sequence[Result]], 
         plots.legend(axes, title)
 
 
+def advantage(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Differences of errors with their intervals, a network each."""
+    places = range(len(rows))
+    mean, low, high = ([100 * row[name] for row in rows] for name in ("mean", "low", "high"))
+    axes.hlines(0, -0.5, len(rows) - 0.5, color="0.5", linewidth=0.8)
+    axes.vlines(places, low, high, color="C0", linewidth=1.5)
+    axes.plot(places, mean, "o", color="C0")
+    axes.set_xticks(places, [row["network"] for row in rows])
+    axes.set_xlabel("network")
+    axes.set_ylabel("Adam-l2's test error\nminus AdamW's, points")
+    axes.set_title("what AdamW gains: mean over seeds, 95 % interval")
+
+
 def histogram(axes: Axes, result: Result, index: int, optimizer: str) -> None:
     """The magnitudes of a training's updates at one of the epochs where they were noted."""
     title = f"{name_of(optimizer)}, epoch {result.histogram_epochs[index]}"

@@ -35,6 +35,10 @@ class Settings:
         coupled_weight_decays: the grid's for Adam-l2.
         l1_weight_decays, l2_weight_decays: AdamProxL1's thresholds, AdamProxL2's lengths.
         extensions: how often a grid is extended at most.
+        seeds: of weights and order. The first one's trainings choose the best setting.
+        train_images: how many are trained on; 0 for all.
+        validation: how many others are held out, on which the best setting is chosen; with 0 it is
+            chosen on the test images, as in the paper.
     """
 
     images: str
@@ -59,7 +63,14 @@ class Settings:
     extensions: int
     rounds: int  # of Algorithm 3
     seeds: tuple[int, ...] = (0, 1, 2)
+    train_images: int = 0
+    validation: int = 0
     optimizers: tuple[str, ...] = PAIR
+
+    @property
+    def reported(self) -> tuple[int, ...]:
+        """The seeds whose errors are told: where images are held out, not the one that selects."""
+        return self.seeds[1:] if self.validation > 0 else self.seeds
 
     def decays_of(self, optimizer: str) -> tuple[float, ...]:
         """Where the grid of an optimizer starts."""
@@ -89,6 +100,8 @@ class Settings:
             epochs=self.epochs,
             batch=self.batch,
             seed=self.seeds[0],
+            train_images=self.train_images,
+            validation=self.validation,
         )
 
 
@@ -143,3 +156,37 @@ QUICK = Settings(
     extensions=0,
     rounds=2,
 )
+
+
+def study(path: Path) -> Settings:
+    """For two cores and some hours: enough images and seeds to tell differences of a point."""
+    return Settings(
+        images=data.name_of(path),
+        size=14,
+        widths=(4,),
+        epochs=12,
+        batch=128,
+        batch_norm_networks=("ResNet-20", "ResNet-56"),
+        networks=("ResNet-8", "ResNet-20", "ResNet-44", "ResNet-56", "ResNet-110"),
+        scaled_network="ResNet-20",
+        taylor_networks=("ResNet-20",),
+        section5_network="ResNet-20",
+        histogram_networks={
+            **dict(enumerate(RESNETS[:4], start=7)),
+            11: "ResNet-218",
+            12: DENSENET,
+        },
+        histogram_epochs=12,
+        sgd_network="ResNet-110",
+        sgd_epochs=1,
+        lrs=(5e-4, 1e-3, 5e-3),
+        weight_decays=(0.0, 1e-4, 1e-3, 1e-2),
+        coupled_weight_decays=(0.0, 1e-5, 1e-4, 1e-3),
+        l1_weight_decays=(0.0, 1e-6, 1e-5, 1e-4),
+        l2_weight_decays=(0.0, 1e-4, 1e-3, 1e-2),
+        extensions=3,
+        rounds=3,
+        seeds=(0, 1, 2, 3, 4, 5),
+        train_images=10_000,
+        validation=5_000,
+    )
