@@ -92,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         fail("bench", f"argument --optimizers: none can run: {reasons}")
+    if "picture" in args.parts and not {"steps", "sizes"} & set(args.parts):
+        fail("bench", "argument --parts: picture draws this run's rows of steps or sizes; name one")
     check_folder("bench", "--out", args.out)
     torch.set_num_threads(args.threads)
     results = suite.Results([], [], [], [], dict(skipped))

@@ -260,7 +260,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> str:
     if not (ROOT / ".ci/docs").is_dir():
         pytest.skip("this is no checkout: .ci/docs is missing")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    [command] = re.findall(r"&& pdoc ([^`]*-o adamprox-docs[^`]*)`", readme)
+    [command] = re.findall(r"<!-- docs -->\n```sh\npdoc (.*)\n```", readme)
     folder = tmp_path_factory.mktemp("docs")
     arguments = [str(folder) if a == "adamprox-docs" else a for a in command.split()]
     command = [sys.executable, "-m", "pdoc", *arguments]

@@ -75,9 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 0 1 2; 0 to 5 with --study)")  # fmt: skip
     add("--epochs", type=positive(int), help="of the grids' trainings (default: the settings')")
     add("--lrs", type=positive(float), nargs="+", metavar="ALPHA",
-        help="where the grids start (default: the settings')")  # fmt: skip
+        help="the grids' (default: where the settings' start)")  # fmt: skip
     add("--weight-decays", type=_not_negative, nargs="+", metavar="LAMBDA",
-        help="where the grids start, for all optimizers (default: the settings')")  # fmt: skip
+        help="the grids', of all optimizers (default: where the settings' start)")  # fmt: skip
     add("--optimizers", nargs="+", choices=SERIES, metavar="NAME",
         help=f"that figure 3 compares: {', '.join(SERIES)} (default: Adam AdamW)")  # fmt: skip
     add("--widths", type=positive(int), nargs="+", metavar="CHANNELS",
@@ -172,6 +172,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         if getattr(args, name) is not None:
             values = dict.fromkeys(getattr(args, name))
             changes[name] = tuple(sorted(values) if name in ("lrs", "widths") else values)
+    if args.lrs is not None or args.weight_decays is not None:
+        changes["extensions"] = 0
     if args.weight_decays is not None:
         decays = tuple(sorted(set(args.weight_decays)))
         for rule in ("", "coupled_", "l1_", "l2_"):

@@ -105,7 +105,7 @@ def figure_3(lab: Lab) -> None:
             place.sharey(axes[1, 0])
     axes[1, 0].autoscale(axis="y")  # to the highest bar of all
     pictures.save(figure, lab.out, "figure-3")
-    _finish(lab, "figure-3", "Figure 3: without BN", _best_rows(lab, grids))
+    _finish(lab, "figure-3", "Figure 3: networks without BN", _best_rows(lab, grids))
     if set(PAIR) <= set(names):
         _advantage(lab, "advantage", list(grids), bests)
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 SERIES = ("AdamW", "Adam", "AdamProxL2", "AdamProxL1", "AdamProx")  # each has a look of its own
 NAMES = {"Adam": "Adam-l2"}  # the paper's, where it is not the class's
-WORST = 100.0  # where the scale of errors ends, in percent
+ERRORS = (1.0, 100.0)  # the ends of the scale of errors, in percent
+DARK = 20.0  # errors above have a dark colour
 
 
 def save(figure: Figure, out: Path, name: str) -> None:
@@ -39,15 +40,17 @@ def name_of(optimizer: str) -> str:
 def heatmaps(row: Sequence[Axes], grids: Sequence[Grid], store: Store, title: str) -> None:
     """A grid's final test errors in each panel, and a colour bar, which is the same everywhere."""
     for axes, grid in zip(row, grids, strict=True):
-        image = _heatmap(axes, grid, store, f"{title}, {name_of(grid.base.optimizer)}")
+        image = _heatmap(axes, grid, store, f"{title},\n{name_of(grid.base.optimizer)}")
     bar = row[0].figure.colorbar(image, ax=list(row))
     bar.set_label("test error, % (grey: diverged)")
 
 
 def _heatmap(axes: Axes, grid: Grid, store: Store, title: str) -> Any:
     """Square cells; the best setting in a frame."""
+    from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
 
+    columns = plots.columns(axes)
     best = grid.best(store)
     errors = []
     for decay in grid.weight_decays:
@@ -56,12 +59,13 @@ def _heatmap(axes: Axes, grid: Grid, store: Store, title: str) -> Any:
             [math.nan if math.isnan(r.train_loss) else 100 * r.test_error for r in results]
         )
     axes.set_facecolor("0.8")
-    image = axes.imshow(errors, cmap="viridis_r", origin="lower", vmin=0, vmax=WORST)
+    image = axes.imshow(errors, cmap="viridis_r", origin="lower", norm=LogNorm(*ERRORS))
 
     def color(error: float) -> str:
-        return "white" if error > WORST / 2 else "black"
+        return "white" if error > DARK else "black"
 
-    large = max(len(grid.lrs), len(grid.weight_decays)) > 7  # no room for text in or at each cell
+    # Whether there is no room for text in or at each cell.
+    large = len(grid.weight_decays) > 7 or len(grid.lrs) * columns > 21
     middle: dict[str, Any] = {"ha": "center", "va": "center", "size": 7}
     for y, row in enumerate(errors):
         for x, error in enumerate(row):
@@ -73,7 +77,8 @@ def _heatmap(axes: Axes, grid: Grid, store: Store, title: str) -> Any:
     axes.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, **frame))
     lrs, decays = ([f"{number:g}" for number in axis] for axis in (grid.lrs, grid.weight_decays))
     step = 2 if large else 1
-    axes.set_xticks(range(0, len(lrs), step), lrs[::step], rotation=90 if len(lrs) > 4 else 0)
+    rotation = 90 if len(lrs) * columns > 6 else 0
+    axes.set_xticks(range(0, len(lrs), step), lrs[::step], rotation=rotation)
     axes.set_yticks(range(0, len(decays), step), decays[::step])
     axes.set_xlabel(r"$\alpha$")
     axes.set_ylabel(r"$\lambda$")

@@ -126,7 +126,7 @@ class TritonBackend:
         try:
             from .triton_kernels.update import INTERPRETED  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:  # also of numpy, which the interpreter needs
-            return f"Triton cannot be imported: {error} (pip install 'adamprox[triton]')"
+            return f"Triton cannot be imported: {error} (pip install triton)"
         if INTERPRETED:
             return _only_on("cpu", device_type, "in Triton's interpreter ")
         if not torch.cuda.is_available():

@@ -55,6 +55,12 @@ def panels(rows: int, columns: int, height: float = 2.2, **options: Any) -> tupl
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def columns(axes: Axes) -> int:
+    """How many axes share the width of the page."""
+    spec = axes.get_subplotspec()
+    return 1 if spec is None else spec.get_gridspec().ncols
+
+
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG or an SVG, the same bytes from the same numbers."""
     changing = "Date" if path.suffix == ".svg" else "Software"
@@ -113,7 +119,7 @@ def histogram(axes: Axes, bins: Sequence[int], title: str, color: str = "C0") ->
     bars = axes.bar(centers, [count / total for count in bins], width=1.0, color=color)
     for outer in (bars[0], bars[-1]):
         outer.set(facecolor="white", edgecolor=color, hatch="/////")
-    inner = range(lowest + 9, 0, 9)
+    inner = range(lowest + 9, 0, 9) if columns(axes) < 4 else (-9,)  # all that has room
     labels = [f"0 to $2^{{{lowest}}}$", *(f"$2^{{{tick}}}$" for tick in inner), r"$\geq1$"]
     axes.set_xticks([centers[0], *inner, centers[-1]], labels)
     axes.set_xlabel(r"|update| / $\alpha$")

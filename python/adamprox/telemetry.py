@@ -107,7 +107,7 @@ class UpdateStats:
         The outer bins are hatched. The lowest one holds zeros, too.
 
         Args:
-            axes: of matplotlib, which ``pip install 'adamprox[plot]'`` brings; None makes a figure.
+            axes: of matplotlib, which ``pip install matplotlib`` brings; None makes a figure.
 
         Returns:
             The axes; ``axes.figure`` is their figure.
@@ -123,7 +123,7 @@ class UpdateStats:
                 _, ((axes,),) = plots.panels(1, 1, 3.6)
                 return self.plot(axes)
         except ImportError as error:
-            raise ImportError(f"{error}; please pip install 'adamprox[plot]'") from error
+            raise ImportError(f"{error}; please pip install matplotlib") from error
 
 
 def quantile(bins: Sequence[int], q: float) -> float:
