@@ -339,6 +339,30 @@ def test_a_training_with_images_held_out():
     assert all(-28 < median < 1 for median in result.pace)
 
 
+def test_a_shrunk_training_without_decay_is_adamw():
+    """Adam and a multiplication are equation (4), but for rounding."""
+    cell = dataclasses.replace(TINY, optimizer="AdamW", weight_decay=1e-2, epochs=1)
+    of_adamw = training.train(cell, CPU)
+    shrunk = dataclasses.replace(cell, optimizer="Adam", weight_decay=0.0, shrinkage=1e-2)
+    assert training.train(shrunk, CPU).train_loss == pytest.approx(of_adamw.train_loss, rel=1e-3)
+    plain = dataclasses.replace(shrunk, shrinkage=0.0)
+    assert training.train(plain, CPU).train_loss != pytest.approx(of_adamw.train_loss, rel=1e-3)
+
+
+def test_a_fixup_start_is_a_network_of_its_first_layer():
+    network = networks.make("ResNet-20", 10, 1, False, 4, start="fixup")
+    x = torch.rand(3, 1, 8, 8)
+    assert not network(x).any()
+    first = network.conv(x).relu()
+    assert torch.equal(network.blocks[:3](first), first)
+    std = network.blocks[0].conv1.weight.std().item()
+    assert std == pytest.approx(math.sqrt(2 / (9 * 4)) / 3, rel=0.3)
+    with pytest.raises(ValueError, match="Invalid start: 'none'"):
+        networks.make("ResNet-20", 10, 1, False, 4, start="none")
+    with pytest.raises(ValueError, match="which is no ResNet"):
+        networks.make("DenseNet-BC-10", 10, 1, False, 4, start="fixup")
+
+
 def test_the_best_setting_is_chosen_by_what_was_held_out(tmp_path):
     cells = store.Store(tmp_path)
     cells.close()
@@ -441,6 +465,7 @@ def test_a_store_without_the_newest_columns_is_read(tmp_path):
     with cells.file.open(newline="") as file:
         rows = list(csv.DictReader(file))
     newest = {"train_images", "validation", "validation_error", "curve_epochs", "pace", "correct"}
+    newest |= {"shrinkage", "start"}
     with cells.file.open("w", newline="") as file:
         writer = csv.DictWriter(file, [name for name in rows[0] if name not in newest])
         writer.writeheader()

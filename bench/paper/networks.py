@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from adamprox.resnet import ResNet
+from adamprox.resnet import Block, ResNet
 
 from . import user_code
 
@@ -106,13 +106,26 @@ class TanhNetwork(nn.Sequential):
         super().__init__(*modules[:-1])
 
 
-def make(name: str, classes: int, channels_in: int, batch_norm: bool, width: int = 16) -> nn.Module:
+STARTS = ("he", "fixup")
+
+
+def make(
+    name: str,
+    classes: int,
+    channels_in: int,
+    batch_norm: bool,
+    width: int = 16,
+    start: str = "he",
+) -> nn.Module:
     """A network by its name, from torch's random numbers.
 
     Args:
         name: ``ResNet-L``, ``DenseNet-BC-L``, or ``package.module:function``, which is called.
         width: a ResNet's channels in its first stage, 16 in the paper; a DenseNet's growth is
             three quarters of it, 12 in the paper.
+        start: ``"he"``, the paper's, or ``"fixup"`` of a ResNet, as Zhang et al. (2019) have it
+            without their biases: the last convolution of each of L blocks and the last layer start
+            at 0, the first convolutions are divided by the root of L.
 
     Raises:
         ValueError: there is no such network, or no such function.
@@ -130,4 +143,21 @@ def make(name: str, classes: int, channels_in: int, batch_norm: bool, width: int
     }
     if kind not in makers or not layers.isdecimal():
         raise ValueError(f"Invalid network: {name!r}, expected ResNet-L or DenseNet-BC-L")
-    return makers[kind](int(layers))
+    network = makers[kind](int(layers))
+    if start == "fixup":
+        if not isinstance(network, ResNet):
+            raise ValueError(f"Invalid start: {start!r} of {name}, which is no ResNet")
+        _fixup(network)
+    elif start not in STARTS:
+        raise ValueError(f"Invalid start: {start!r}, expected one of {', '.join(STARTS)}")
+    return network
+
+
+@torch.no_grad()
+def _fixup(network: ResNet) -> None:
+    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.conv1.weight /= math.sqrt(len(blocks))
+        block.conv2.weight.zero_()
+    network.linear.weight.zero_()
+    network.linear.bias.zero_()

@@ -40,7 +40,8 @@ class Cell:
     The weights and the order and augmentation of the images are the seed's, whatever the optimizer.
     The learning rate is constant, as in the authors' code: ``eta_t = 1``, and a decay has the
     paper's strength ``eta_t * weight_decay``. ``train_images`` of the images are trained on, all if
-    it is 0, and ``validation`` others are held out, on which the best setting is chosen.
+    it is 0, and ``validation`` others are held out, on which the best setting is chosen. Before
+    a step, weights are multiplied by ``1 - shrinkage``: what AdamW does, for other optimizers.
     """
 
     data: str
@@ -58,6 +59,8 @@ class Cell:
     seed: int = 0
     train_images: int = 0
     validation: int = 0
+    shrinkage: float = 0.0
+    start: str = "he"
 
 
 @dataclasses.dataclass
@@ -173,7 +176,9 @@ def _make(cell: Cell, images: data.Images, device: torch.device) -> tuple[nn.Mod
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     torch.manual_seed(cell.seed)
     channels = images.train.shape[1] if images.train.dim() > 1 else 1
-    model = networks.make(cell.network, images.classes, channels, cell.batch_norm, cell.width)
+    model = networks.make(
+        *(cell.network, images.classes, channels, cell.batch_norm, cell.width, cell.start)
+    )
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     return model, make_optimizer(cell, model)
 
@@ -208,6 +213,9 @@ def _train_epoch(
         loss = F.cross_entropy(model(inputs), images.train_labels[batch])
         optimizer.zero_grad()
         (cell.loss_factor * loss).backward()
+        if cell.shrinkage:
+            with torch.no_grad():
+                torch._foreach_mul_(list(model.parameters()), 1 - cell.shrinkage)
         optimizer.step()
         loss_sum += loss.detach() * len(batch)
     return loss_sum.item() / count
