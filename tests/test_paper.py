@@ -713,12 +713,13 @@ def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkey
     assert main(command) == 0
     out = capsys.readouterr().out
     numbers = range(1, 13)
-    names = {f"figure-{number}" for number in numbers} | {"taylor", "advantage"}
+    names = {f"figure-{number}" for number in numbers} | {"taylor", "advantage", "pace"}
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()
     tables = {"corollary-1", "loss-factor", "l1-path", "theorem-3", "sgd", "scale-freeness"}
-    for name in {*names, *tables, "theorem-1", "stability", "rotation"}:
+    tables |= {"theorem-1", "stability", "rotation", "mechanism"}
+    for name in {*names, *tables} - {"pace"}:
         with (tmp_path / f"{name}.csv").open(newline="") as file:
             assert list(csv.DictReader(file))
     assert all(f"Figure {number}" in out for number in numbers)

@@ -223,7 +223,9 @@ def made_up(cell):
     bins = [[(7 * index + epoch) ** power for index in range(BINS)] for epoch in epochs]
     bins[0][0], bins[0][-1] = 10**5, 10**4
     zeros = cell.weight_decay * 50 % 1
-    return training.Result(last, errors[-1], 2.0, zeros, 1.0, losses, errors, epochs, bins)
+    pace = [-3 - k % 7 for k in range(20 + len(cell.optimizer))]
+    lists = (losses, errors, epochs, bins)
+    return training.Result(last, errors[-1], 2.0, zeros, 1.0, *lists, pace=pace)
 
 
 @pytest.fixture
@@ -242,7 +244,10 @@ def lab(tmp_path, monkeypatch):
 # Figures 9 to 12 are drawn as 7 and 8.
 @pytest.mark.parametrize(
     ("number", "size"),
-    [*((number, "quick") for number in "12345678"), *((number, "large") for number in "236")],
+    [
+        *((number, "quick") for number in (*"12345678", "mechanism")),
+        *((number, "large") for number in "236"),
+    ],
 )
 def test_the_figures_of_the_paper(number, size, lab, drawn, tmp_path):
     if size == "large":  # the longest name, and a grid that has been extended as often as may be
@@ -253,7 +258,8 @@ def test_the_figures_of_the_paper(number, size, lab, drawn, tmp_path):
         lab = lab._replace(settings=paper)
     with plots.style():
         figures.FIGURES[number](lab)
-    names = [f"figure-{number}", *{"3": ["advantage"], "5": ["taylor"]}.get(number, [])]
+    more = {"3": ["advantage"], "5": ["taylor"]}.get(number, [])
+    names = ["pace"] if number == "mechanism" else [f"figure-{number}", *more]
     assert drawn.keys() == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
     for name in names:
         figure = drawn[f"{name}.png"]
@@ -265,7 +271,7 @@ def test_the_figures_of_the_paper(number, size, lab, drawn, tmp_path):
                 check_histogram(axes)
             if axes.images:
                 check_heatmap(axes)
-    if int(number) in (2, 3, 4, 5, 6):
+    if number in "23456":
         bars = [axes for axes in drawn[f"figure-{number}.png"].axes if axes.get_xlabel() == ""]
         assert bars
         assert all("test error, %" in axes.get_ylabel() for axes in bars)

@@ -38,6 +38,7 @@ figures:
   5         AdamW and AdamProx, without BN; the remainder of the Taylor expansion
   6         AdamProxL2 and AdamProxL1 beside AdamW; zeros against accuracy
   7 to 12   magnitudes of updates over the training: ResNet-20, 44, 56, 110, 218, DenseNet-BC-100
+  mechanism what carries AdamW's advantage: controls of figure 3, and the pace of each layer
   section-3 which updates are scale-free, Theorem 1 beyond quadratics, what limits a step size
   appendix  Algorithms 2 and 3 with their bounds; SGD without BN
 

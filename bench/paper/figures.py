@@ -125,6 +125,61 @@ def _advantage(
     _finish(lab, name, "Adam-l2's test error minus AdamW's, by seed", rows)
 
 
+def mechanism(lab: Lab) -> None:
+    """What carries AdamW's advantage: scale-freeness, or the strength of the shrinkage.
+
+    Figure 3's best settings, with one thing changed in each control.
+    """
+    settings = lab.settings
+    names = [name for name in settings.networks if name.startswith("ResNet")]
+    grids = _pairs(settings, names)
+    _search(lab, [grid for pair in grids.values() for grid in pair], "mechanism, settings")
+    trained: dict[str, dict[str, list[Cell]]] = {}
+    for network, (coupled, decoupled) in grids.items():
+        adam, adamw = coupled.best(lab.store), decoupled.best(lab.store)
+        decay = adamw.weight_decay
+        cells = {
+            "AdamW": adamw,
+            "Adam-l2": adam,
+            "neither": dataclasses.replace(adamw, weight_decay=0.0),
+            "Adam-l2, shrunk as AdamW": dataclasses.replace(adam, lr=adamw.lr, shrinkage=decay),
+            "AdamW, eps = 1e-3": dataclasses.replace(adamw, eps=1e-3),
+            "AdamW, Fixup": dataclasses.replace(adamw, start="fixup"),
+            "Adam-l2, Fixup": dataclasses.replace(adam, start="fixup"),
+        }
+        trained[network] = {
+            control: [dataclasses.replace(cell, seed=seed) for seed in settings.reported]
+            for control, cell in cells.items()
+        }
+    every = [cell for controls in trained.values() for cells in controls.values() for cell in cells]
+    lab.store.fill(every, lab.machine, "mechanism")
+    rows: list[Row] = []
+    figure, axes = plots.panels(1, len(trained), 2.8, sharey=True)
+    for place, (network, controls) in zip(axes[0], trained.items(), strict=True):
+        results = {
+            control: [lab.store[cell] for cell in cells] for control, cells in controls.items()
+        }
+        pictures.pace(place, {name: results[name] for name in ("Adam-l2", "AdamW")}, network)
+        for control, those in results.items():
+            cell = controls[control][0]
+            gain = difference(those, results["AdamW"])
+            rows.append(
+                {
+                    "network": network,
+                    "control": control,
+                    "lr": cell.lr,
+                    "lambda": cell.weight_decay,
+                    "seeds": len(those),
+                    **_spread("test_error", [result.test_error for result in those]),
+                    "AdamW_gains": gain.mean,
+                    "AdamW_gains_min": gain.low,
+                    "AdamW_gains_max": gain.high,
+                }
+            )
+    pictures.save(figure, lab.out, "pace")
+    _finish(lab, "mechanism", "Controls of AdamW's advantage, without BN", rows)
+
+
 def figure_4(lab: Lab) -> None:
     """The loss times 10 and 100, without BN; and with eps = 0, step for step."""
     network = lab.settings.scaled_network
@@ -329,6 +384,7 @@ FIGURES: dict[str, Callable[[Lab], None]] = {
     "5": figure_5,
     "6": figure_6,
     **{str(number): _histograms(number) for number in range(7, 13)},
+    "mechanism": mechanism,
     "section-3": section_3,
     "appendix": appendix,
 }

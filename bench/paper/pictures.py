@@ -104,6 +104,17 @@ def curves(loss: Axes, accuracy: Axes, results: Mapping[str, Sequence[Result]], 
         plots.legend(axes, title)
 
 
+def pace(axes: Axes, results: Mapping[str, Sequence[Result]], title: str) -> None:
+    """The median magnitude of each tensor's updates at the end, a line a seed."""
+    for index, (name, runs) in enumerate(results.items()):
+        for run in runs:
+            style = {**plots.series(index, len(run.pace)), "label": name}
+            axes.plot(range(1, len(run.pace) + 1), run.pace, **style)
+    axes.set_xlabel("tensor, the first layer's first")
+    axes.set_ylabel(r"median of $\log_2$ |update| / $\alpha$")
+    plots.legend(axes, title)
+
+
 def advantage(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """Differences of errors with their intervals, a network each."""
     places = range(len(rows))
