@@ -795,7 +795,7 @@ def test_a_model_and_data_of_the_users_own():
 
 
 def test_the_example_of_the_page(tmp_path, monkeypatch):
-    page = (Path(figures.__file__).parent / "README.md").read_text()
+    page = PAGE.read_text()
     module, command = (
         re.search(rf"<!-- own: {name} -->\n```\w+\n(.*?)```", page, re.DOTALL)[1]
         for name in ("module", "command")
@@ -862,6 +862,14 @@ def test_tables_of_a_page(tmp_path):
         (["1", "--device", "abacus"], "argument --device: 'abacus' cannot be used: "),
         (["3", "--quick", "--data", "."], "argument --data: --quick trains on digits"),
         (["3", "--data", "nowhere"], "please download https://"),
+        (["3", "--study", "cpu"], "argument --study: it needs --data"),
+        (
+            ["3", "--study", "cpu", "--data", ".", "--seeds", "7"],
+            "--seeds: 7: a study needs another",
+        ),
+        (["2", "--widths", "4"], "argument --widths: only figure 3 takes it"),
+        (["3", "--weight-decays", "-1"], "'-1' is not a number of 0 or more"),
+        (["3", "--optimizers", "SGD"], "argument --optimizers: invalid choice: 'SGD'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         fail("paper", "argument --data: --quick trains on digits of 8 x 8 pixels, not on CIFAR")
     if args.study and (args.quick or args.data is None):
         fail("paper", "argument --study: it needs --data, and excludes --quick")
+    if args.study and args.seeds is not None and len(set(args.seeds)) < 2:
+        fail("paper", f"argument --seeds: {args.seeds[0]}: a study needs another one to report")
     of_figure_3 = ("model", "dataset", "optimizers", "widths")
     given = [name for name in of_figure_3 if getattr(args, name) is not None]
     if given and set(args.figures) != {"3"}:
