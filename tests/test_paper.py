@@ -551,13 +551,12 @@ def test_proximal_updates_keep_a_direction_scale_free():
 
 
 def test_directions_of_equation_2_are_those_of_torch():
-    """Without decay; AdaGrad and Adam with ``eps = 0``."""
+    """Without decay; AdaGrad with ``eps = 0``. Adam's is this package's own."""
     start = torch.tensor(theory.START, dtype=torch.float64)
     gradient = theory.gradient_of(torch.tensor(theory.SCALES))
     makers = {
         "SGD": lambda p: torch.optim.SGD(p, theory.ETA),
         "AdaGrad": lambda p: torch.optim.Adagrad(p, theory.ETA, eps=0.0),
-        "Adam": lambda p: torch.optim.Adam(p, theory.ETA, eps=0.0),
     }
     for name, make in makers.items():
         param = torch.nn.Parameter(start.clone())
@@ -756,6 +755,11 @@ def images():
     return inputs[:60], labels[:60], inputs[60:], labels[60:]
 
 
+class Network(torch.nn.Linear):
+    def __init__(self, *, width):
+        super().__init__(width, 3)
+
+
 not_a_function = 1
 
 
@@ -812,6 +816,11 @@ def test_the_example_of_the_page(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert len(rows) == 3
     assert all(float(row["test_error"]) < 0.1 for row in rows)
+
+
+@pytest.mark.usefixtures("own_module")
+def test_a_class_may_make_the_model():
+    assert networks.make("my_package:Network", 3, 1, False, width=7).in_features == 7
 
 
 @pytest.mark.usefixtures("_tiny", "own_module")

@@ -128,7 +128,8 @@ def _advantage(
 def mechanism(lab: Lab) -> None:
     """What carries AdamW's advantage: scale-freeness, or the strength of the shrinkage.
 
-    Figure 3's best settings, with one thing changed in each control.
+    Figure 3's best settings, with one thing changed in each control. Adam-l2 that is shrunk has
+    AdamW's learning rate, too, so that its weights shrink as fast.
     """
     settings = lab.settings
     names = [name for name in settings.networks if name.startswith("ResNet")]
@@ -215,13 +216,7 @@ def figure_4(lab: Lab) -> None:
 def figure_5(lab: Lab) -> None:
     """AdamW and AdamProx at ``eta_t = 1``, and the remainder of the Taylor expansion."""
     settings = lab.settings
-    grids = {
-        network: [
-            _grid(settings, network, optimizer, settings.weight_decays)
-            for optimizer in ("AdamW", "AdamProx")
-        ]
-        for network in settings.taylor_networks
-    }
+    grids = _rows(settings, settings.taylor_networks, ("AdamW", "AdamProx"), settings.widths[:1])
     _search(lab, [grid for pair in grids.values() for grid in pair], "figure 5")
     _heatmaps(lab, "figure-5", grids)
     _finish(lab, "figure-5", "Figure 5: without BN", _best_rows(lab, grids, seeds=False))
@@ -244,16 +239,12 @@ def figure_5(lab: Lab) -> None:
 def figure_6(lab: Lab) -> None:
     """AdamProxL2 and AdamProxL1 beside AdamW; for L1, zeros and accuracy over lambda."""
     settings, network = lab.settings, lab.settings.section5_network
-    decays = {
-        "AdamW": settings.weight_decays,
-        "AdamProxL2": settings.l2_weight_decays,
-        "AdamProxL1": settings.l1_weight_decays,
-    }
-    grids = {network: [_grid(settings, network, name, values) for name, values in decays.items()]}
+    names = ("AdamW", "AdamProxL2", "AdamProxL1")
+    grids = _rows(settings, [network], names, settings.widths[:1])
     bests = _bests(lab, grids, "figure 6")
     figure, axes = plots.panels(2, 3, 2.8)
     pictures.heatmaps(axes[0], grids[network], lab.store, network)
-    of_best = {name: bests[network, name] for name in decays}
+    of_best = {name: bests[network, name] for name in names}
     pictures.curves(axes[1, 0], axes[1, 1], of_best, "best settings")
     grid = grids[network][2]
     path = []
@@ -390,18 +381,6 @@ FIGURES: dict[str, Callable[[Lab], None]] = {
 }
 
 
-def _grid(
-    settings: Settings,
-    network: str,
-    optimizer: str,
-    weight_decays: Iterable[float],
-    batch_norm: bool = False,
-    width: int | None = None,
-) -> Grid:
-    base = settings.cell(network, optimizer, batch_norm, width)
-    return Grid(base, list(settings.lrs), list(weight_decays))
-
-
 def _rows(
     settings: Settings,
     networks: Iterable[str],
@@ -412,7 +391,11 @@ def _rows(
     """A grid for each optimizer, by the name of the network."""
     return {
         network if len(widths) == 1 else f"{network}, width {width}": [
-            _grid(settings, network, name, settings.decays_of(name), batch_norm, width)
+            Grid(
+                settings.cell(network, name, batch_norm, width),
+                list(settings.lrs),
+                list(settings.decays_of(name)),
+            )
             for name in optimizers
         ]
         for network in networks

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PAIR = ("Adam", "AdamW")
 RESNETS = tuple(f"ResNet-{layers}" for layers in (20, 44, 56, 110, 218))
+HISTOGRAM_NETWORKS = dict(enumerate((*RESNETS, DENSENET), start=7))
 PAPER_LRS = (5e-5, 1e-4, 5e-4, 1e-3, 5e-3)
 PAPER_WEIGHT_DECAYS = (0.0, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3)
 
@@ -119,7 +120,7 @@ def paper(path: Path | None) -> Settings:
         scaled_network="ResNet-110",
         taylor_networks=("ResNet-110", DENSENET),
         section5_network="ResNet-110",
-        histogram_networks=dict(enumerate((*RESNETS, DENSENET), start=7)),
+        histogram_networks=HISTOGRAM_NETWORKS,
         histogram_epochs=300,
         sgd_network="ResNet-110",
         sgd_epochs=5,
@@ -144,7 +145,7 @@ QUICK = Settings(
     scaled_network="ResNet-8",
     taylor_networks=("ResNet-8",),
     section5_network="ResNet-8",
-    histogram_networks=dict(enumerate((*RESNETS, DENSENET), start=7)),
+    histogram_networks=HISTOGRAM_NETWORKS,
     histogram_epochs=1,
     sgd_network="ResNet-110",
     sgd_epochs=1,
@@ -171,11 +172,7 @@ def study(path: Path) -> Settings:
         scaled_network="ResNet-20",
         taylor_networks=("ResNet-20",),
         section5_network="ResNet-20",
-        histogram_networks={
-            **dict(enumerate(RESNETS[:4], start=7)),
-            11: "ResNet-218",
-            12: DENSENET,
-        },
+        histogram_networks=HISTOGRAM_NETWORKS,
         histogram_epochs=12,
         sgd_network="ResNet-110",
         sgd_epochs=1,

@@ -162,7 +162,7 @@ def _parse(text: str, kind: Any) -> Any:
 def _cost(cell: Cell) -> int:
     """In some unit."""
     layers = cell.network.rpartition("-")[2]
-    depth = int(layers) if layers.isdecimal() else 1  # of a user's, nobody knows
+    depth = int(layers) if layers.isdecimal() else 1  # The depth of a user's own is not known.
     return depth * cell.epochs * cell.size**2 * cell.width**2
 
 

@@ -1,7 +1,8 @@
 """Section 3 in numbers: which updates are scale-free, which are stable, and what Theorem 1 says.
 
-The updates are those of the paper's equations (2) and (3), for each of its directions ``p_t``. They
-are written out in plain PyTorch, with ``eps = 0`` as Agarwal et al. (2020) advise for AdaGrad.
+The updates are those of the paper's equations (2) and (3), for each of its directions ``p_t``.
+SGD's and AdaGrad's are written out in plain PyTorch. Adam's are this package's. ``eps`` is 0, as
+Agarwal et al. (2020) advise for AdaGrad.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from adamprox import Adam, AdamProx, AdamW
 
 from . import adagrad
 
@@ -44,22 +47,7 @@ def adagrad_direction() -> Direction:
     return direction
 
 
-def adam(beta1: float = 0.9, beta2: float = 0.999) -> Direction:
-    """``p_t = m_t / sqrt(v_t)``, both with bias correction."""
-    moments: list[Tensor | float] = [0.0, 0.0]
-    count = itertools.count(1)
-
-    def direction(g: Tensor) -> Tensor:
-        t = next(count)
-        moments[0] = beta1 * moments[0] + (1 - beta1) * g
-        moments[1] = beta2 * moments[1] + (1 - beta2) * g * g
-        v = torch.as_tensor(moments[1]) / (1 - beta2**t)
-        return torch.nan_to_num(moments[0] / (1 - beta1**t) / torch.sqrt(v))
-
-    return direction
-
-
-DIRECTIONS = {"SGD": sgd, "AdaGrad": adagrad_direction, "Adam": adam}
+DIRECTIONS = {"SGD": sgd, "AdaGrad": adagrad_direction}
 DECAYS = ("none", "coupled, equation (2)", "proximal, equation (3)", "proximal, M_t of AdaGrad")
 
 
@@ -96,6 +84,20 @@ def path(
     return torch.stack(iterates)
 
 
+def path_of_adam(decay: str, gradient: Gradient, start: Tensor, steps: int = STEPS) -> Tensor:
+    """As :func:`path`, of Adam's direction: by this package's optimizer of that decay."""
+    optimizers = dict(zip(DECAYS, (AdamW, Adam, AdamProx), strict=False))
+    weight_decay = 0.0 if decay == "none" else WEIGHT_DECAY
+    param = torch.nn.Parameter(start.clone())
+    optimizer = optimizers[decay]([param], ETA, eps=0.0, weight_decay=weight_decay)
+    iterates = [start]
+    for _ in range(steps):
+        param.grad = gradient(param.detach())
+        optimizer.step()
+        iterates.append(param.detach().clone())
+    return torch.stack(iterates)
+
+
 class Scaled(NamedTuple):
     """Whether the iterates have the same bits once each coordinate's gradients are scaled."""
 
@@ -109,12 +111,14 @@ def scale_freeness() -> list[Scaled]:
     """Each direction with each decay on a convex function that is not quadratic."""
     start = torch.tensor(START, dtype=torch.float64)
     result = []
-    for name, decay in itertools.product(DIRECTIONS, DECAYS):
+    for name, decay in itertools.product((*DIRECTIONS, "Adam"), DECAYS):
         if decay == DECAYS[3] and name != "SGD":
             continue
         plain, scaled = (
-            path(DIRECTIONS[name](), decay, gradient_of(torch.tensor(scales)), start)
-            for scales in (len(SCALES) * [1.0], SCALES)
+            path_of_adam(decay, gradient, start)
+            if name == "Adam"
+            else path(DIRECTIONS[name](), decay, gradient, start)
+            for gradient in map(gradient_of, (torch.ones(len(SCALES)), torch.tensor(SCALES)))
         )
         difference = (plain - scaled).abs().nan_to_num(torch.inf).max().item()
         result.append(Scaled(name, decay, difference == 0, difference))

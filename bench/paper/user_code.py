@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -43,9 +44,8 @@ def model(name: str, width: int) -> nn.Module:
         ValueError: there is no such function, or it made no ``torch.nn.Module``.
     """
     function = find(name)
-    code = getattr(function, "__code__", None)
-    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code else ()
-    made = function(width=width) if "width" in arguments else function()
+    takes_width = "width" in inspect.signature(function).parameters
+    made = function(width=width) if takes_width else function()
     if not isinstance(made, nn.Module):
         raise ValueError(f"{name}: it made no torch.nn.Module, but {type(made).__name__}")
     return made
