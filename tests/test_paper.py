@@ -349,6 +349,55 @@ def test_a_shrunk_training_without_decay_is_adamw():
     assert training.train(plain, CPU).train_loss != pytest.approx(of_adamw.train_loss, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "changes"),
+    [
+        ("AdamW", {}),
+        ("Adam", {"weight_decay": 0.0, "l1": 1e-3}),
+        ("AdamProxL1", {"weight_decay": 1e-4}),
+        ("AdamProxL1", {"weight_decay": 1e-5, "options": "metric=adam"}),
+        ("AdamProxL1", {"weight_decay": 1e-4, "options": "l2=1e-3"}),
+    ],
+)
+def test_a_training_ends_with_the_zeros_that_are_asked_for(optimizer, changes):
+    cell = dataclasses.replace(
+        TINY, optimizer=optimizer, batch=16, epochs=10, sparsity=0.7, **changes
+    )
+    result = training.train(cell, CPU)
+    assert result.zeros == pytest.approx(0.7, abs=0.01)
+    assert result.train_loss < result.train_losses[5]  # 60 % of the epochs sparsify
+    assert len(result.histograms) == training.HISTOGRAMS
+
+
+def test_an_l1_term_of_the_loss_adds_its_subgradient():
+    """One step of SGD: weights move by the learning rate times its sign, too."""
+
+    def weights(l1):
+        cell = dataclasses.replace(TINY, optimizer="SGD", lr=0.125, batch=450)
+        images = training._images("digits", 8, 450, 0, None, CPU)
+        model, optimizer = training._make(cell, images, CPU)
+        before = [w.detach().clone() for w in model.parameters()]
+        random = torch.Generator().manual_seed(0)
+        training._train_epoch(cell, model, optimizer, images, random, l1)
+        return before, [w.detach() for w in model.parameters()]
+
+    before, plain = weights(0.0)
+    _, ours = weights(2.0**-8)
+    for w, p, o in zip(before, plain, ours, strict=True):
+        torch.testing.assert_close(p - o, 2.0**-11 * w.sign(), rtol=1e-2, atol=1e-6)
+
+
+def test_options_are_arguments():
+    assert training.options("metric=adam l2=1e-3 block=row") == {
+        "metric": "adam",
+        "l2": 1e-3,
+        "block": "row",
+    }
+    cell = dataclasses.replace(TINY, optimizer="AdamProxL2", options="block=group")
+    model = networks.make("ResNet-8", 10, 1, False, 4)
+    assert training.make_optimizer(cell, model).param_groups[0]["block"] == "group"
+
+
 def test_a_fixup_start_is_a_network_of_its_first_layer():
     network = networks.make("ResNet-20", 10, 1, False, 4, start="fixup")
     x = torch.rand(3, 1, 8, 8)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import adamprox
 from adamprox.optimizers import _FusedAdam
 
-from . import data, networks
+from . import data, networks, sparsifying
 from .histograms import interquartile_range, update_histogram
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Over the training, the last one at its end.
 HISTOGRAMS = 6
 EVALUATIONS = 12
-EVALUATED = 2048  # training images that the loss is evaluated on, at most
+EVALUATED = 2048  # images that a curve's points are evaluated on, at most
 SGD_MOMENTUM = 0.9
 
 
@@ -42,6 +42,9 @@ class Cell:
     paper's strength ``eta_t * weight_decay``. ``train_images`` of the images are trained on, all if
     it is 0, and ``validation`` others are held out, on which the best setting is chosen. Before
     a step, weights are multiplied by ``1 - shrinkage``: what AdamW does, for other optimizers.
+    ``options`` are further arguments of the optimizer, ``"metric=adam block=row"``. With a
+    ``sparsity`` the training is that of :mod:`.sparsifying`; ``l1`` times the sum of absolute
+    weights is added to the loss until then.
     """
 
     data: str
@@ -61,6 +64,9 @@ class Cell:
     validation: int = 0
     shrinkage: float = 0.0
     start: str = "he"
+    options: str = ""
+    sparsity: float = 0.0
+    l1: float = 0.0
 
 
 @dataclasses.dataclass
@@ -74,7 +80,8 @@ class Result:
         iqr: interquartile range of the last histogram, in octaves.
         zeros: share of weights that are exactly zero.
         seconds: of the CPU's time (of the clock on a GPU).
-        train_losses, test_errors: at the ends of ``curve_epochs``.
+        train_losses, test_errors: at the ends of ``curve_epochs``, of up to 2,048 images each; but
+            the last error is ``test_error``.
         histograms: of update magnitudes, at the last steps of the epochs ``histogram_epochs``.
         validation_error: as ``test_error``, of the images that are held out; NaN if there are none.
         pace: the median of log2 of the update magnitudes, a number a tensor, at the last step.
@@ -115,9 +122,11 @@ def train(
     start = clock()
     images = _load(cell, path, device)
     model, optimizer = _make(cell, images, device)
-    if isinstance(optimizer, _FusedAdam):  # the last step of each epoch
-        every = math.ceil(len(images.train) / cell.batch)
-        optimizer.track_updates(every=every, per="tensor")
+    steps = math.ceil(len(images.train) / cell.batch)
+    _track(optimizer, steps)
+    sparsified = sparsifying.epochs_of(cell.sparsity, cell.epochs)
+    if sparsified:
+        sparsifying.begin(optimizer, cell.sparsity, sparsified * steps)
     random = torch.Generator().manual_seed(cell.seed)
     tracked, evaluated = (
         [math.ceil(k * cell.epochs / count) for k in range(1, count + 1)]
@@ -125,11 +134,16 @@ def train(
     )
     result = Result()
     for epoch in range(1, cell.epochs + 1):
-        diverged = not math.isfinite(_train_epoch(cell, model, optimizer, images, random))
+        if sparsified and epoch == sparsified + 1:
+            optimizer = sparsifying.fine_tuner(model, cell.sparsity, cell.lr, optimizer)
+            _track(optimizer, steps)
+        l1 = cell.l1 if epoch <= sparsified else 0.0
+        diverged = not math.isfinite(_train_epoch(cell, model, optimizer, images, random, l1))
         if epoch in evaluated or diverged:
             logits = _logits(model, images.train[:EVALUATED])
             loss = F.cross_entropy(logits, images.train_labels[:EVALUATED]).item()
-            right = _right(model, images.test, images.test_labels)
+            tested = len(images.test) if diverged or epoch == cell.epochs else EVALUATED
+            right = _right(model, images.test[:tested], images.test_labels[:tested])
             result.curve_epochs.append(epoch)
             result.train_losses.append(math.nan if diverged else loss)
             result.test_errors.append(_error(right))
@@ -152,6 +166,12 @@ def train(
     result.zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
     result.seconds = clock() - start
     return result
+
+
+def _track(optimizer: Optimizer, steps: int) -> None:
+    """The updates of the last of so many steps, an epoch's."""
+    if isinstance(optimizer, _FusedAdam):
+        optimizer.track_updates(every=steps, per="tensor")
 
 
 def estimate(cell: Cell, device: torch.device, path: Path | None = None) -> float:
@@ -188,10 +208,21 @@ def make_optimizer(cell: Cell, model: nn.Module) -> Optimizer:
     settings: dict[str, Any] = {"lr": cell.lr, "weight_decay": cell.weight_decay}
     if cell.optimizer == "SGD":
         return torch.optim.SGD(model.parameters(), momentum=SGD_MOMENTUM, **settings)
-    made: Optimizer = getattr(adamprox, cell.optimizer)(
-        model.parameters(), betas=(0.9, 0.999), eps=cell.eps, decay_by="schedule", **settings
-    )
+    settings.update(betas=(0.9, 0.999), eps=cell.eps, decay_by="schedule", **options(cell.options))
+    made: Optimizer = getattr(adamprox, cell.optimizer)(model.parameters(), **settings)
     return made
+
+
+def options(text: str) -> dict[str, Any]:
+    """The arguments in a cell's ``options``; what is a number is one."""
+    result: dict[str, Any] = {}
+    for each in text.split():
+        name, _, value = each.partition("=")
+        try:
+            result[name] = float(value)
+        except ValueError:
+            result[name] = value
+    return result
 
 
 def _train_epoch(
@@ -200,9 +231,11 @@ def _train_epoch(
     optimizer: Optimizer,
     images: data.Images,
     random: torch.Generator,
+    l1: float = 0.0,
 ) -> float:
     """The mean loss."""
     model.train()
+    weights = list(model.parameters())
     count = len(images.train)
     loss_sum = torch.zeros((), dtype=torch.float64, device=images.train.device)
     for batch in torch.randperm(count, generator=random).split(cell.batch):
@@ -213,9 +246,12 @@ def _train_epoch(
         loss = F.cross_entropy(model(inputs), images.train_labels[batch])
         optimizer.zero_grad()
         (cell.loss_factor * loss).backward()
-        if cell.shrinkage:
-            with torch.no_grad():
-                torch._foreach_mul_(list(model.parameters()), 1 - cell.shrinkage)
+        with torch.no_grad():
+            for weight in weights if l1 else ():
+                assert weight.grad is not None
+                weight.grad.add_(weight.sign(), alpha=l1)
+            for weight in weights if cell.shrinkage else ():
+                weight.mul_(1 - cell.shrinkage)
         optimizer.step()
         loss_sum += loss.detach() * len(batch)
     return loss_sum.item() / count
