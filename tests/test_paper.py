@@ -27,6 +27,7 @@ from adamprox.bench.paper import (
     adagrad,
     data,
     figures,
+    further,
     grids,
     histograms,
     idx,
@@ -326,7 +327,7 @@ def test_images_are_held_out_once_for_all():
 def test_a_training_with_images_held_out():
     cell = dataclasses.replace(TINY, train_images=500, validation=300, epochs=14)
     result = training.train(cell, CPU)
-    right = training.unpacked(result.correct)
+    right = intervals.unpacked(result.correct)
     assert len(right) == 450
     assert 1 - right.double().mean().item() == pytest.approx(result.test_error)
     assert 0 < result.validation_error < 1
@@ -387,6 +388,20 @@ def test_an_l1_term_of_the_loss_adds_its_subgradient():
         torch.testing.assert_close(p - o, 2.0**-11 * w.sign(), rtol=1e-2, atol=1e-6)
 
 
+def test_without_bn_several_ranks_train_as_one():
+    """The parts of a batch have its gradient together. But BN's statistics are of a part alone."""
+    errors = {}
+    for batch_norm in (False, True):
+        cell = dataclasses.replace(
+            TINY, batch_norm=batch_norm, lr=1e-2, batch=64, train_images=640, epochs=2
+        )
+        one, two = (training.train(dataclasses.replace(cell, ranks=ranks), CPU) for ranks in (1, 2))
+        errors[batch_norm] = abs(one.train_loss - two.train_loss) / one.train_loss
+        assert len(two.histograms) == 2
+    assert errors[False] < 1e-5
+    assert errors[True] > 1e-2
+
+
 def test_options_are_arguments():
     assert training.options("metric=adam l2=1e-3 block=row") == {
         "metric": "adam",
@@ -434,7 +449,7 @@ def test_a_difference_is_paired():
     def result(*right):
         bits = torch.tensor(right, dtype=torch.bool)
         error = 1 - bits.double().mean().item()
-        return training.Result(test_error=error, correct=training._packed(bits))
+        return training.Result(test_error=error, correct=intervals.packed(bits))
 
     first = [result(1, 0, 0, 0), result(1, 1, 0, 0)]
     second = [result(1, 1, 1, 0), result(0, 1, 1, 1)]
@@ -727,12 +742,17 @@ def _tiny(monkeypatch):
         scaled_network="ResNet-8",
         taylor_networks=("ResNet-8",),
         section5_network="ResNet-8",
+        mechanism_networks=("ResNet-8", "ResNet-14"),
         histogram_networks=dict.fromkeys(range(7, 13), "ResNet-8"),
         sgd_network="ResNet-8",
         sgd_epochs=1,
         lrs=(1e-3,),
         weight_decays=(0.0, 1e-3),
         coupled_weight_decays=(0.0, 1e-3),
+        scaled_weight_decays=(0.0, 1e-3),
+        ranks=(1, 2),
+        distributed_epochs=1,
+        distributed_batch=64,
         l1_weight_decays=(0.0, 1e-5),
         l2_weight_decays=(0.0, 1e-3),
         extensions=0,
@@ -742,6 +762,10 @@ def _tiny(monkeypatch):
     monkeypatch.setattr(adagrad, "DIMENSIONS", {1.0: 2})
     monkeypatch.setattr(scaling, "STEPS", 2)
     monkeypatch.setattr(taylor, "STEPS", 2)
+    fewer = {
+        name: (further.SPARSIFIERS[name][0], (0.5,)) for name in ("AdamProxL1", "l1 in the loss")
+    }
+    monkeypatch.setattr(further, "SPARSIFIERS", fewer)
 
 
 @pytest.mark.usefixtures("_tiny")
@@ -765,7 +789,18 @@ def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkey
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()
-    tables = {"corollary-1", "loss-factor", "l1-path", "theorem-3", "sgd", "scale-freeness"}
+    names |= {"advantage-bn", "figure-4-over-lambda", "figure-5-beside", "sparsity"}
+    tables = {
+        "distributed",
+        "decoupling",
+        "section-5",
+        "corollary-1",
+        "loss-factor",
+        "l1-path",
+        "theorem-3",
+        "sgd",
+        "scale-freeness",
+    }
     tables |= {"theorem-1", "stability", "rotation", "mechanism"}
     for name in {*names, *tables} - {"pace"}:
         with (tmp_path / f"{name}.csv").open(newline="") as file:
@@ -791,6 +826,32 @@ def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkey
 
 USERS_OWN = """
 import torch
+
+
+def test_published_settings_alone(tmp_path, monkeypatch):
+    write_archive(tmp_path, "cifar10", monkeypatch)
+    small = {("ResNet-8", *key[1:]): value for key, value in settings.PUBLISHED.items()}
+    monkeypatch.setattr(settings, "PUBLISHED", small)
+    out = tmp_path / "out"
+    of_paper = settings.paper
+    monkeypatch.setattr(
+        settings,
+        "paper",
+        lambda path: dataclasses.replace(of_paper(path), widths=(4,), scaled_network="ResNet-8"),
+    )
+    command = ["paper", "3", "4", "--published", "--data", str(tmp_path), "--epochs", "1"]
+    assert main([*command, "--out", str(out), "--jobs", "1", "--seeds", "0", "1"]) == 0
+    with (out / "cells.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    trained = {
+        (r["network"], r["optimizer"], float(r["loss_factor"])): (
+            float(r["lr"]),
+            float(r["weight_decay"]),
+        )
+        for r in rows
+    }
+    assert trained == small
+    assert {row["seed"] for row in rows} == {"0", "1"}
 
 
 def network(width=8):
@@ -925,6 +986,8 @@ def test_tables_of_a_page(tmp_path):
             ["3", "--study", "cpu", "--data", ".", "--seeds", "7"],
             "--seeds: 7: a study needs another",
         ),
+        (["2", "--published", "--data", "."], "argument --published: only figures 3 and 4"),
+        (["3", "--published"], "argument --published: it needs --data"),
         (["2", "--widths", "4"], "argument --widths: only figure 3 takes it"),
         (["3", "--weight-decays", "-1"], "'-1' is not a number of 0 or more"),
         (["3", "--optimizers", "SGD"], "argument --optimizers: invalid choice: 'SGD'"),
@@ -946,6 +1009,6 @@ def test_help_describes_every_figure(capsys):
         *(name for name in figures.FIGURES if not name.isdecimal() or int(name) < 8)
     }
     options = [line for line in out.splitlines() if re.match("  --[a-z-]+ ", line)]
-    without = {"--quick", "--study", "--page", "--model", "--dataset"}
+    without = {"--quick", "--study", "--published", "--page", "--model", "--dataset"}
     told = " ".join(out.split()).count("(default: ")
     assert told == len(options) - len(without)

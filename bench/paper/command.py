@@ -22,7 +22,8 @@ from adamprox.command_line import (
 )
 
 from . import data, networks, page, settings
-from .figures import FIGURES, Lab
+from .figures import FIGURES
+from .lab import Lab
 from .pictures import SERIES
 from .store import Machine, Store
 
@@ -36,9 +37,11 @@ figures:
   3         the same without BN, with curves and magnitudes of updates
   4         the loss times 10 and 100, without BN
   5         AdamW and AdamProx, without BN; the remainder of the Taylor expansion
-  6         AdamProxL2 and AdamProxL1 beside AdamW; zeros against accuracy
+  6         section 5's rules beside AdamW; zeros against accuracy
   7 to 12   magnitudes of updates over the training: ResNet-20, 44, 56, 110, 218, DenseNet-BC-100
   mechanism what carries AdamW's advantage: controls of figure 3, and the pace of each layer
+  sparsity  accuracy at a share of zeros: proximal rules, magnitude pruning, l1 in the loss
+  distributed small local batches on 1, 2 and 4 ranks, with and without BN
   section-3 which updates are scale-free, Theorem 1 beyond quadratics, what limits a step size
   appendix  Algorithms 2 and 3 with their bounds; SGD without BN
 
@@ -64,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--study", choices=("cpu",),
         help="settings for two cores and some hours, on --data in MNIST's format: images are held "
         "out to choose the best settings, and five other seeds are told")  # fmt: skip
+    add("--published", action="store_true",
+        help="figures 3 and 4 with the best settings alone that the paper's authors published, of "
+        "ResNet-110 on --data's CIFAR-10")  # fmt: skip
     add("--out", type=Path, default=Path("adamprox-paper"), metavar="DIR",
         help="for pictures, tables and finished trainings (default: %(default)s)")  # fmt: skip
     add("--data", type=Path, metavar="PATH",
@@ -104,6 +110,11 @@ def run(args: argparse.Namespace) -> int:
         fail("paper", "argument --study: it needs --data, and excludes --quick")
     if args.study and args.seeds is not None and len(set(args.seeds)) < 2:
         fail("paper", f"argument --seeds: {args.seeds[0]}: a study needs another one to report")
+    if args.published:
+        if not set(args.figures) <= {"3", "4"}:
+            fail("paper", "argument --published: only figures 3 and 4 take it")
+        if args.study or args.data is None or data.name_of(args.data) != "cifar":
+            fail("paper", "argument --published: it needs --data with CIFAR's archives")
     of_figure_3 = ("model", "dataset", "optimizers", "widths")
     given = [name for name in of_figure_3 if getattr(args, name) is not None]
     if given and set(args.figures) != {"3"}:
@@ -168,6 +179,9 @@ def _settings(args: argparse.Namespace) -> Settings:
     else:
         chosen = settings.QUICK if args.quick else settings.paper(args.data)
     changes: dict[str, Any] = {}
+    if args.published:
+        networks_named = tuple(dict.fromkeys(network for network, _, _ in settings.PUBLISHED))
+        changes.update(published=True, networks=networks_named, extensions=0)
     for name in ("epochs", "size"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
@@ -187,7 +201,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         changes["images"] = args.dataset
     chosen = dataclasses.replace(chosen, **changes)
     # What is missing is found out now rather than hours later.
-    for name in data.ARCHIVES if chosen.images == "cifar" else (chosen.images,):
+    archives = ["cifar10"] if chosen.published else list(data.ARCHIVES)
+    for name in archives if chosen.images == "cifar" else [chosen.images]:
         classes = data.load(name, chosen.size, args.data).classes
     if args.model is not None:
         networks.make(args.model, classes, 1, batch_norm=False, width=chosen.widths[0])

@@ -30,6 +30,11 @@ class Grid:
     lrs: list[float]
     weight_decays: list[float]
 
+    @property
+    def name(self) -> str:
+        """The optimizer's, and its options."""
+        return ", ".join(filter(None, (self.base.optimizer, self.base.options)))
+
     def cell(self, lr: float, weight_decay: float, seed: int | None = None) -> Cell:
         """The cell with this setting, of the grid's seed or another one."""
         seed = self.base.seed if seed is None else seed

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import statistics
+import zlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from .training import unpacked
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,3 +62,13 @@ def difference(first: Sequence[Result], second: Sequence[Result]) -> Difference:
     p_value = float(binomtest(only[0], sum(only)).pvalue) if sum(only) else math.nan
     low, high = interval(gains)
     return Difference(statistics.mean(gains), low, high, only[0], only[1], p_value)
+
+
+def packed(bits: Tensor) -> str:
+    """Of a bool tensor, as text."""
+    return base64.b85encode(zlib.compress(bits.to(torch.uint8).cpu().numpy().tobytes(), 9)).decode()
+
+
+def unpacked(text: str) -> Tensor:
+    """The bits of :func:`packed`, bool."""
+    return torch.frombuffer(bytearray(zlib.decompress(base64.b85decode(text))), dtype=torch.bool)

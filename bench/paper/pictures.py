@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from typing import TYPE_CHECKING, Any
 
 from adamprox import plots
@@ -10,7 +12,7 @@ from adamprox import plots
 from . import quadratics
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
     from .store import Store
     from .training import Result
 
-SERIES = ("AdamW", "Adam", "AdamProxL2", "AdamProxL1", "AdamProx")  # each has a look of its own
+# Each has a look of its own.
+SERIES = (
+    *("AdamW", "Adam", "AdamProxL2", "AdamProxL1", "AdamProx"),
+    *("AdamProxL2, block=group", "AdamProxL1, metric=adam", "AdamProx, metric=adam"),
+)
 NAMES = {"Adam": "Adam-l2"}  # the paper's, where it is not the class's
 ERRORS = (1.0, 100.0)  # the ends of the scale of errors, in percent
 DARK = 20.0  # errors above have a dark colour
@@ -40,7 +46,7 @@ def name_of(optimizer: str) -> str:
 def heatmaps(row: Sequence[Axes], grids: Sequence[Grid], store: Store, title: str) -> None:
     """A grid's final test errors in each panel, and a colour bar, which is the same everywhere."""
     for axes, grid in zip(row, grids, strict=True):
-        image = _heatmap(axes, grid, store, f"{title},\n{name_of(grid.base.optimizer)}")
+        image = _heatmap(axes, grid, store, f"{title},\n{name_of(grid.name)}")
     bar = row[0].figure.colorbar(image, ax=list(row))
     bar.set_label("test error, % (grey: diverged)")
 
@@ -86,22 +92,39 @@ def _heatmap(axes: Axes, grid: Grid, store: Store, title: str) -> Any:
     return image
 
 
-def curves(loss: Axes, accuracy: Axes, results: Mapping[str, Sequence[Result]], title: str) -> None:
-    """Training loss and test accuracy over the epochs, a line a seed."""
-    for optimizer, runs in results.items():
-        for run in runs:
-            epochs = run.curve_epochs or range(1, len(run.train_losses) + 1)
-            style = plots.series(SERIES.index(optimizer), len(epochs))
-            style["label"] = name_of(optimizer)
-            loss.plot(epochs, run.train_losses, **style)
-            accuracies = [100 * (1 - error) for error in run.test_errors]
-            accuracy.plot(epochs, accuracies, **style)
+def curves(
+    loss: Axes,
+    accuracy: Axes,
+    results: Mapping[str, Sequence[Result]],
+    title: str,
+    columns: int = 2,
+) -> None:
+    """Training loss and test accuracy over the epochs: the median over seeds, and a band of all."""
+    for name, runs in results.items():
+        longest = max(runs, key=lambda run: len(run.train_losses))
+        epochs = longest.curve_epochs or list(range(1, len(longest.train_losses) + 1))
+        style = {**plots.series(SERIES.index(name), len(epochs)), "label": name_of(name)}
+        losses = [run.train_losses for run in runs]
+        accuracies = [[100 * (1 - error) for error in run.test_errors] for run in runs]
+        for axes, values in ((loss, losses), (accuracy, accuracies)):
+            axes.plot(epochs, _over_seeds(values, statistics.median), **style)
+            low, high = _over_seeds(values, min), _over_seeds(values, max)
+            axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
     plots.log_ticks(loss)
     loss.set_ylabel("training loss")
     accuracy.set_ylabel("test accuracy, %")
     for axes in (loss, accuracy):
         axes.set_xlabel("epoch")
-        plots.legend(axes, title)
+        plots.legend(axes, title, columns)
+
+
+def _over_seeds(
+    values: Sequence[Sequence[float]], statistic: Callable[[Sequence[float]], float]
+) -> list[float]:
+    """Of the seeds that have not diverged by then."""
+    columns = itertools.zip_longest(*values, fillvalue=math.nan)
+    finite = ([value for value in column if not math.isnan(value)] for column in columns)
+    return [statistic(column) if column else math.nan for column in finite]
 
 
 def pace(axes: Axes, results: Mapping[str, Sequence[Result]], title: str) -> None:
@@ -128,11 +151,63 @@ def advantage(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("what AdamW gains: mean over seeds, 95 % interval")
 
 
-def histogram(axes: Axes, result: Result, index: int, optimizer: str) -> None:
-    """The magnitudes of a training's updates at one of the epochs where they were noted."""
-    title = f"{name_of(optimizer)}, epoch {result.histogram_epochs[index]}"
-    color = plots.series(SERIES.index(optimizer))["color"]
-    plots.histogram(axes, result.histograms[index], title, color)
+def histograms(axes: Axes, results: Mapping[str, Result], index: int, network: str) -> None:
+    """The magnitudes of updates of each optimizer, at one of the epochs where they were noted."""
+    bins = {name_of(name): result.histograms[index] for name, result in results.items()}
+    styles = {name_of(name): plots.series(SERIES.index(name)) for name in results}
+    plots.histograms(axes, bins, styles)
+    epoch = next(iter(results.values())).histogram_epochs[index]
+    plots.legend(axes, f"{network}, epoch {epoch}", 3)
+
+
+def factors(
+    axes: Axes, curves: Mapping[float, Mapping[str, Result]], name: str, divided: bool
+) -> None:
+    """The test error over lambda, or lambda / c, a line for each factor c of the loss."""
+    for index, (factor, points) in enumerate(curves.items()):
+        xs = [float(x) for x in points]
+        errors = [100 * point.test_error for point in points.values()]
+        axes.plot(xs, errors, label=f"c = {factor:g}", **plots.series(index))
+    axes.set_xscale("log")
+    plots.log_ticks(axes)
+    axes.set_xlabel(r"$\lambda / c$" if divided else r"$\lambda$")
+    axes.set_ylabel("test error, %")
+    plots.legend(axes, name_of(name), 3)
+
+
+def beside(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """AdamProx's error over AdamW's, a point for each setting."""
+    for index, lr in enumerate(dict.fromkeys(row["lr"] for row in rows)):
+        some = [row for row in rows if row["lr"] == lr]
+        xs, ys = ([100 * row[name] for row in some] for name in ("AdamW", "AdamProx"))
+        style = {**plots.series(index), "linestyle": "none", "label": rf"$\alpha$ = {lr:g}"}
+        axes.plot(xs, ys, **style)
+    ends = [100 * row[name] for row in rows for name in ("AdamW", "AdamProx")] or [1.0, 100.0]
+    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="0.6", linewidth=0.8)
+    axes.set_xscale("log")
+    plots.log_ticks(axes)
+    axes.set_xlabel("AdamW's test error, %")
+    axes.set_ylabel("AdamProx's test error, %")
+    plots.legend(axes, "the same settings", 4)
+
+
+def sparsity(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy over zeros, a line for each way of making them; means and ranges over seeds."""
+    dense = next(row for row in rows if row["training"] == "dense")
+    accuracy = 100 * dense["accuracy"]
+    axes.axhline(accuracy, color="0.6", linewidth=0.8, label="dense")
+    names = dict.fromkeys(row["training"] for row in rows if row is not dense)
+    for index, name in enumerate(names):
+        some = [row for row in rows if row["training"] == name]
+        xs, ys, low, high = (
+            [100 * row[key] for row in some]
+            for key in ("zeros", "accuracy", "accuracy_min", "accuracy_max")
+        )
+        axes.plot(xs, ys, label=name, **plots.series(index))
+        axes.vlines(xs, low, high, color=f"C{index}", linewidth=1)
+    axes.set_xlabel("zero weights, %")
+    axes.set_ylabel("test accuracy, %")
+    plots.legend(axes, "mean and range over seeds", 4)
 
 
 def paths(out: Path, runs: Sequence[quadratics.Path]) -> None:

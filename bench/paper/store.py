@@ -39,8 +39,8 @@ class Machine(NamedTuple):
 
 def canonical(cell: Cell) -> Cell:
     """The cell that is trained in its place: without weight decay all rules are the same one."""
-    if cell.weight_decay == 0 and cell.optimizer != "SGD":
-        return dataclasses.replace(cell, optimizer="AdamW")
+    if cell.weight_decay == 0 and cell.optimizer != "SGD" and "l2=" not in cell.options:
+        return dataclasses.replace(cell, optimizer="AdamW", options="")
     return cell
 
 

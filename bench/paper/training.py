@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import math
 import time
-import zlib
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +15,9 @@ from torch import Tensor, nn
 import adamprox
 from adamprox.optimizers import _FusedAdam
 
-from . import data, networks, sparsifying
+from . import data, networks, ranks, sparsifying
 from .histograms import interquartile_range, update_histogram
+from .intervals import packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +43,7 @@ class Cell:
     a step, weights are multiplied by ``1 - shrinkage``: what AdamW does, for other optimizers.
     ``options`` are further arguments of the optimizer, ``"metric=adam block=row"``. With a
     ``sparsity`` the training is that of :mod:`.sparsifying`; ``l1`` times the sum of absolute
-    weights is added to the loss until then.
+    weights is added to the loss until then. Each batch is dealt out to ``ranks`` processes.
     """
 
     data: str
@@ -67,6 +66,7 @@ class Cell:
     options: str = ""
     sparsity: float = 0.0
     l1: float = 0.0
+    ranks: int = 1
 
 
 @dataclasses.dataclass
@@ -86,7 +86,7 @@ class Result:
         validation_error: as ``test_error``, of the images that are held out; NaN if there are none.
         pace: the median of log2 of the update magnitudes, a number a tensor, at the last step.
         correct: the test images that are classified right, where images are held out: as
-            :func:`unpacked` reads it.
+            :func:`.intervals.unpacked` reads it.
     """
 
     train_loss: float = math.nan
@@ -118,10 +118,23 @@ def train(
     Raises:
         FileNotFoundError, ValueError: as :func:`.data.load` and :func:`.networks.make`.
     """
+    if cell.ranks == 1:
+        return _train(cell, device, path, after_epoch)
+    result: Result = ranks.start(_train, cell.ranks, cell, device, path)
+    return result
+
+
+def _train(
+    cell: Cell,
+    device: torch.device,
+    path: Path | None,
+    after_epoch: Callable[[], object] | None = None,
+) -> Result:
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
     start = clock()
     images = _load(cell, path, device)
     model, optimizer = _make(cell, images, device)
+    parallel = ranks.parallel(model)
     steps = math.ceil(len(images.train) / cell.batch)
     _track(optimizer, steps)
     sparsified = sparsifying.epochs_of(cell.sparsity, cell.epochs)
@@ -138,7 +151,7 @@ def train(
             optimizer = sparsifying.fine_tuner(model, cell.sparsity, cell.lr, optimizer)
             _track(optimizer, steps)
         l1 = cell.l1 if epoch <= sparsified else 0.0
-        diverged = not math.isfinite(_train_epoch(cell, model, optimizer, images, random, l1))
+        diverged = not math.isfinite(_train_epoch(cell, parallel, optimizer, images, random, l1))
         if epoch in evaluated or diverged:
             logits = _logits(model, images.train[:EVALUATED])
             loss = F.cross_entropy(logits, images.train_labels[:EVALUATED]).item()
@@ -159,7 +172,7 @@ def train(
     if cell.validation > 0:
         held_out = _right(model, images.validation, images.validation_labels)
         result.validation_error = _error(held_out)
-        result.correct = _packed(right)
+        result.correct = packed(right)
     if result.histograms:
         result.iqr = interquartile_range(result.histograms[-1])
     weights = list(model.parameters())
@@ -243,7 +256,8 @@ def _train_epoch(
         inputs = images.train[batch]
         if images.augmented:
             inputs = data.augment(inputs, images.padding, images.mirrored, random)
-        loss = F.cross_entropy(model(inputs), images.train_labels[batch])
+        inputs, labels = ranks.part(inputs), ranks.part(images.train_labels[batch])
+        loss = F.cross_entropy(model(inputs), labels)
         optimizer.zero_grad()
         (cell.loss_factor * loss).backward()
         with torch.no_grad():
@@ -254,7 +268,7 @@ def _train_epoch(
                 weight.mul_(1 - cell.shrinkage)
         optimizer.step()
         loss_sum += loss.detach() * len(batch)
-    return loss_sum.item() / count
+    return ranks.mean(loss_sum).item() / count
 
 
 @torch.no_grad()
@@ -270,15 +284,6 @@ def _right(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
 
 def _error(right: Tensor) -> float:
     return 1 - right.sum().item() / len(right)
-
-
-def _packed(bits: Tensor) -> str:
-    return base64.b85encode(zlib.compress(bits.to(torch.uint8).cpu().numpy().tobytes(), 9)).decode()
-
-
-def unpacked(text: str) -> Tensor:
-    """The bits, bool, of :attr:`Result.correct`."""
-    return torch.frombuffer(bytearray(zlib.decompress(base64.b85decode(text))), dtype=torch.bool)
 
 
 def _load(cell: Cell, path: Path | None, device: torch.device) -> data.Images:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -113,15 +113,42 @@ def histogram(axes: Axes, bins: Sequence[int], title: str, color: str = "C0") ->
 
     The outer bins have no width of their own. They are hatched, and their ticks say what they hold.
     """
-    lowest = 2 - len(bins)  # -27
-    centers = [lowest - 0.5 + index for index in range(len(bins))]
-    total = max(sum(bins), 1)
-    bars = axes.bar(centers, [count / total for count in bins], width=1.0, color=color)
+    edges = _bin_edges(axes, len(bins))
+    bars = axes.bar(edges[:-1], _shares(bins), width=1.0, color=color, align="edge")
     for outer in (bars[0], bars[-1]):
         outer.set(facecolor="white", edgecolor=color, hatch="/////")
+    axes.set_title(title)
+
+
+def histograms(
+    axes: Axes, bins: Mapping[str, Sequence[int]], styles: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Draws several of them over each other, as outlines; the outer bins are shaded.
+
+    Args:
+        styles: of each, as of :func:`series`.
+    """
+    names = ("color", "linestyle", "linewidth", "zorder")
+    for label, counts in bins.items():
+        edges = _bin_edges(axes, len(counts))
+        style = {name: styles[label][name] for name in names}
+        axes.stairs(_shares(counts), edges, label=label, baseline=None, **style)
+        for outer in (0, len(counts) - 1):
+            axes.axvspan(edges[outer], edges[outer + 1], color="0.93", zorder=0)
+
+
+def _shares(bins: Sequence[int]) -> list[float]:
+    total = max(sum(bins), 1)
+    return [count / total for count in bins]
+
+
+def _bin_edges(axes: Axes, count: int) -> list[int]:
+    """Of the bins; labels the axes."""
+    lowest = 2 - count  # -27
+    edges = list(range(lowest - 1, 2))
     inner = range(lowest + 9, 0, 9) if columns(axes) < 4 else (-9,)  # all that has room
     labels = [f"0 to $2^{{{lowest}}}$", *(f"$2^{{{tick}}}$" for tick in inner), r"$\geq1$"]
-    axes.set_xticks([centers[0], *inner, centers[-1]], labels)
+    axes.set_xticks([lowest - 0.5, *inner, 0.5], labels)
     axes.set_xlabel(r"|update| / $\alpha$")
     axes.set_ylabel("share of updates")
-    axes.set_title(title)
+    return edges
