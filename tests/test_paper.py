@@ -750,7 +750,7 @@ def _tiny(monkeypatch):
         weight_decays=(0.0, 1e-3),
         coupled_weight_decays=(0.0, 1e-3),
         scaled_weight_decays=(0.0, 1e-3),
-        ranks=(1, 2),
+        ranks=(1,),  # others are processes, which take seconds to start
         distributed_epochs=1,
         distributed_batch=64,
         l1_weight_decays=(0.0, 1e-5),
@@ -824,10 +824,6 @@ def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkey
     assert (tmp_path / "cells.csv").read_bytes() == finished
 
 
-USERS_OWN = """
-import torch
-
-
 def test_published_settings_alone(tmp_path, monkeypatch):
     write_archive(tmp_path, "cifar10", monkeypatch)
     small = {("ResNet-8", *key[1:]): value for key, value in settings.PUBLISHED.items()}
@@ -852,6 +848,10 @@ def test_published_settings_alone(tmp_path, monkeypatch):
     }
     assert trained == small
     assert {row["seed"] for row in rows} == {"0", "1"}
+
+
+USERS_OWN = """
+import torch
 
 
 def network(width=8):
