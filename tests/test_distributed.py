@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ import torch.multiprocessing
 import ranks
 from registry import OPTIMIZERS
 
-WORLDS = (2, 3, 4)
+WORLDS = tuple(map(int, os.environ.get("ADAMPROX_TEST_WORLDS", "2 3 4").split()))
 
 
 @pytest.fixture(scope="session")
