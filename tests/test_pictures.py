@@ -11,10 +11,12 @@ import adamprox
 from adamprox import plots
 from adamprox.bench import picture, providers
 from adamprox.bench.paper import figures, networks, scaling, settings, store, taylor, training
+from adamprox.bench.paper.lab import Lab
 from adamprox.bench.timing import COLD, WARM
 from adamprox.reference import BINS
 
 matplotlib = pytest.importorskip("matplotlib")
+patches = pytest.importorskip("matplotlib.patches")
 
 
 class Drawn:
@@ -237,7 +239,7 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "STEPS", 1)
     monkeypatch.setattr(taylor, "STEPS", 2)
     cells = store.Store(tmp_path)
-    yield figures.Lab(settings.QUICK, cells, None, tmp_path)
+    yield Lab(settings.QUICK, cells, None, tmp_path)
     cells.close()
 
 
@@ -245,7 +247,7 @@ def lab(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "size"),
     [
-        *((number, "quick") for number in (*"12345678", "mechanism")),
+        *((number, "quick") for number in (*"12345678", "mechanism", "sparsity")),
         *((number, "large") for number in "236"),
     ],
 )
@@ -258,17 +260,25 @@ def test_the_figures_of_the_paper(number, size, lab, drawn, tmp_path):
         lab = lab._replace(settings=paper)
     with plots.style():
         figures.FIGURES[number](lab)
-    more = {"3": ["advantage"], "5": ["taylor"]}.get(number, [])
-    names = ["pace"] if number == "mechanism" else [f"figure-{number}", *more]
+    more = {
+        "2": ["advantage-bn"],
+        "3": ["advantage"],
+        "4": ["figure-4-over-lambda"],
+        "5": ["figure-5-beside", "taylor"],
+    }
+    names = {"mechanism": ["pace"], "sparsity": ["sparsity"]}.get(number, [f"figure-{number}"])
+    names += more.get(number, [])
     assert drawn.keys() == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
     for name in names:
         figure = drawn[f"{name}.png"]
         check(figure)
         check_dots(tmp_path / f"{name}.png")
-        assert len({axes.get_ylim() for axes in figure.plots if len(axes.patches) == BINS}) <= 1
+        histograms = [axes for axes in figure.plots if axes.get_xlabel().startswith("|update|")]
+        assert len({axes.get_ylim() for axes in histograms}) <= 1
+        assert bool(histograms) == (name in ("figure-3", "figure-7", "figure-8"))
+        for axes in histograms:
+            check_outlines(axes)
         for axes in figure.plots:
-            if len(axes.patches) == BINS:
-                check_histogram(axes)
             if axes.images:
                 check_heatmap(axes)
     if number in "23456":
@@ -286,17 +296,35 @@ def check_heatmap(axes):
     assert axes.images[0].get_array()[round((y0 + y1) / 2), round((x0 + x1) / 2)] == best
 
 
-def check_histogram(axes):
+def check_bins(axes, low, high):
     """Bin 0 is everything below 2^-27, and the last one everything from 1 on."""
-    low, *inner, high = axes.patches
-    assert low.get_hatch()
-    assert high.get_hatch()
-    assert not any(bar.get_hatch() for bar in inner)
     ticks = dict(zip(axes.get_xticks(), axes.get_xticklabels(), strict=True))
     at = {bar: bar.get_x() + bar.get_width() / 2 for bar in (low, high)}
     assert ticks[at[low]].get_text() == "0 to $2^{-27}$"
     assert ticks[at[high]].get_text() == r"$\geq1$"
     assert ticks[-9].get_text() == "$2^{-9}$"
+
+
+def check_outlines(axes):
+    outlines = [patch for patch in axes.patches if isinstance(patch, patches.StepPatch)]
+    low, high = [patch for patch in axes.patches if patch not in outlines][:2]
+    check_bins(axes, low, high)
+    assert len({outline.get_linestyle() for outline in outlines}) == len(outlines) >= 2
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == [outline.get_label() for outline in outlines]
+    for outline in outlines:
+        values, edges, _ = outline.get_data()
+        assert (len(values), edges[0], edges[-1]) == (BINS, -28, 1)
+        assert sum(values) == pytest.approx(1)
+        assert axes.get_ylim()[1] >= max(values)
+
+
+def check_histogram(axes):
+    low, *inner, high = axes.patches
+    check_bins(axes, low, high)
+    assert low.get_hatch()
+    assert high.get_hatch()
+    assert not any(bar.get_hatch() for bar in inner)
     bar = inner[17]  # [2^-10, 2^-9)
     assert (bar.get_x(), bar.get_x() + bar.get_width()) == (-10, -9)
     assert axes.get_ylim()[1] >= max(bar.get_height() for bar in axes.patches)

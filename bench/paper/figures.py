@@ -114,7 +114,7 @@ def figure_3(lab: Lab) -> None:
     wide = None
     for index, (network, row) in enumerate(grids.items()):
         above, below = axes[2 * index : 2 * index + 2]
-        pictures.heatmaps(above[:-1], row, lab.store, network)
+        pictures.heatmaps(above[:-1], row, lab.store, network, lab.scale(grids))
         results = {name: bests[network, name] for name in names}
         pictures.curves(above[-1], below[-1], results, network)
         for place in below[:-1]:
@@ -269,9 +269,9 @@ def figure_6(lab: Lab) -> None:
     settings, network = lab.settings, lab.settings.section5_network
     grids = lab.grids([network], SECTION_5)
     bests = lab.bests(grids, "figure 6")
-    figure, axes = plots.panels(3, 3, 2.8)
+    figure, axes = plots.panels(3, 3, 3.2)
     for row, some in zip(axes, (grids[network][:3], grids[network][3:]), strict=False):
-        pictures.heatmaps(row, some, lab.store, network)
+        pictures.heatmaps(row, some, lab.store, network, lab.scale(grids))
     of_best = {name: bests[network, name] for name in SECTION_5}
     pictures.curves(axes[2, 0], axes[2, 1], of_best, "best settings", columns=1)
     path = []

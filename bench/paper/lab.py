@@ -84,8 +84,12 @@ class Lab(NamedTuple):
         """A picture of grids, a network a row."""
         figure, axes = plots.panels(len(grids), max(map(len, grids.values())), 3.4)
         for row, (title, pair) in zip(axes, grids.items(), strict=True):
-            pictures.heatmaps(row, pair, self.store, title)
+            pictures.heatmaps(row, pair, self.store, title, self.scale(grids))
         pictures.save(figure, self.out, name)
+
+    def scale(self, grids: Grids) -> tuple[float, float]:
+        """Of the colours of a figure's errors."""
+        return pictures.scale((grid for row in grids.values() for grid in row), self.store)
 
     def best_rows(self, grids: Grids, seeds: bool = True) -> list[Row]:
         """The best setting of each grid; over the seeds trained, means and spreads."""

@@ -12,7 +12,7 @@ from adamprox import plots
 from . import quadratics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -28,8 +28,7 @@ SERIES = (
     *("AdamProxL2, block=group", "AdamProxL1, metric=adam", "AdamProx, metric=adam"),
 )
 NAMES = {"Adam": "Adam-l2"}  # the paper's, where it is not the class's
-ERRORS = (1.0, 100.0)  # the ends of the scale of errors, in percent
-DARK = 20.0  # errors above have a dark colour
+CHANCE = 90.0  # percent: the upper end of the scale of errors, as there are 10 classes
 
 
 def save(figure: Figure, out: Path, name: str) -> None:
@@ -43,15 +42,32 @@ def name_of(optimizer: str) -> str:
     return NAMES.get(optimizer, optimizer)
 
 
-def heatmaps(row: Sequence[Axes], grids: Sequence[Grid], store: Store, title: str) -> None:
-    """A grid's final test errors in each panel, and a colour bar, which is the same everywhere."""
+def scale(grids: Iterable[Grid], store: Store) -> tuple[float, float]:
+    """Of the errors of a figure in percent, so that what is good is told apart."""
+    errors = (store[cell].test_error for grid in grids for cell in grid.cells())
+    return max(100 * min(errors), 0.1), CHANCE
+
+
+def heatmaps(
+    row: Sequence[Axes],
+    grids: Sequence[Grid],
+    store: Store,
+    title: str,
+    ends: tuple[float, float],
+) -> None:
+    """A grid's final test errors in each panel, and a colour bar.
+
+    Args:
+        ends: of the colours, the same in all of a figure: see :func:`scale`.
+    """
     for axes, grid in zip(row, grids, strict=True):
-        image = _heatmap(axes, grid, store, f"{title},\n{name_of(grid.name)}")
+        image = _heatmap(axes, grid, store, f"{title},\n{name_of(grid.name)}", ends)
     bar = row[0].figure.colorbar(image, ax=list(row))
-    bar.set_label("test error, % (grey: diverged)")
+    plots.log_ticks(bar.ax)
+    bar.set_label("test error, %\n(grey: diverged)")
 
 
-def _heatmap(axes: Axes, grid: Grid, store: Store, title: str) -> Any:
+def _heatmap(axes: Axes, grid: Grid, store: Store, title: str, ends: tuple[float, float]) -> Any:
     """Square cells; the best setting in a frame."""
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
@@ -65,10 +81,10 @@ def _heatmap(axes: Axes, grid: Grid, store: Store, title: str) -> Any:
             [math.nan if math.isnan(r.train_loss) else 100 * r.test_error for r in results]
         )
     axes.set_facecolor("0.8")
-    image = axes.imshow(errors, cmap="viridis_r", origin="lower", norm=LogNorm(*ERRORS))
+    image = axes.imshow(errors, cmap="viridis_r", origin="lower", norm=LogNorm(*ends, clip=True))
 
     def color(error: float) -> str:
-        return "white" if error > DARK else "black"
+        return "white" if error > math.sqrt(ends[0] * ends[1]) else "black"
 
     # Whether there is no room for text in or at each cell.
     large = len(grid.weight_decays) > 7 or len(grid.lrs) * columns > 21
@@ -82,7 +98,7 @@ def _heatmap(axes: Axes, grid: Grid, store: Store, title: str) -> Any:
     frame: dict[str, Any] = {"fill": False, "edgecolor": color(least), "linewidth": 1.5}
     axes.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, **frame))
     lrs, decays = ([f"{number:g}" for number in axis] for axis in (grid.lrs, grid.weight_decays))
-    step = 2 if large else 1
+    step = (2 if len(lrs) * columns < 36 else 3) if large else 1
     rotation = 90 if len(lrs) * columns > 6 else 0
     axes.set_xticks(range(0, len(lrs), step), lrs[::step], rotation=rotation)
     axes.set_yticks(range(0, len(decays), step), decays[::step])
@@ -100,6 +116,8 @@ def curves(
     columns: int = 2,
 ) -> None:
     """Training loss and test accuracy over the epochs: the median over seeds, and a band of all."""
+    from matplotlib.ticker import MaxNLocator
+
     for name, runs in results.items():
         longest = max(runs, key=lambda run: len(run.train_losses))
         epochs = longest.curve_epochs or list(range(1, len(longest.train_losses) + 1))
@@ -115,6 +133,7 @@ def curves(
     accuracy.set_ylabel("test accuracy, %")
     for axes in (loss, accuracy):
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         plots.legend(axes, title, columns)
 
 
@@ -183,7 +202,8 @@ def beside(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         style = {**plots.series(index), "linestyle": "none", "label": rf"$\alpha$ = {lr:g}"}
         axes.plot(xs, ys, **style)
     ends = [100 * row[name] for row in rows for name in ("AdamW", "AdamProx")] or [1.0, 100.0]
-    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="0.6", linewidth=0.8)
+    diagonal = [min(ends), max(ends)]
+    axes.plot(diagonal, diagonal, color="0.6", linewidth=0.8, label="equal errors")
     axes.set_xscale("log")
     plots.log_ticks(axes)
     axes.set_xlabel("AdamW's test error, %")

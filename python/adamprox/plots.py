@@ -29,9 +29,9 @@ STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-# Their numbers have no common divisor: a marker and a line come together again after 44 series.
+# Their numbers have no common divisor: a marker and a line come together again after 33 series.
 MARKERS = "os^Dv<>Pph*"
-LINES = (("-", 1.9), ("--", 1.6), ("-.", 1.3), (":", 1.1))
+LINES = ("--", "-.", ":")  # but for the first series
 
 
 def style() -> AbstractContextManager[None]:
@@ -74,11 +74,11 @@ def series(index: int, points: int = 1) -> dict[str, Any]:
     Lines may coincide: later ones are thinner, lie above and have gaps, and markers are hollow.
     Of many points, some six have a marker, and not the same ones in each series.
     """
-    line, width = LINES[index % len(LINES)]
-    every = max(points // 6, 1)
+    width = 1.9 / (1 + 0.18 * index)
+    every = points // 6 + index // 4 if points >= 12 else 1
     return {
         "color": f"C{index % 10}",
-        "linestyle": line,
+        "linestyle": LINES[(index - 1) % len(LINES)] if index else "-",
         "linewidth": width,
         "marker": MARKERS[index % len(MARKERS)],
         "markersize": 4.5,
