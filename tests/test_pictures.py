@@ -265,6 +265,7 @@ def test_the_figures_of_the_paper(number, size, lab, drawn, tmp_path):
         "3": ["advantage"],
         "4": ["figure-4-over-lambda"],
         "5": ["figure-5-beside", "taylor"],
+        "6": ["figure-6-curves", "l1-path"],
     }
     names = {"mechanism": ["pace"], "sparsity": ["sparsity"]}.get(number, [f"figure-{number}"])
     names += more.get(number, [])

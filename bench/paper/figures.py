@@ -266,46 +266,54 @@ def _same_settings(lab: Lab, grids: Grids) -> None:
 
 def figure_6(lab: Lab) -> None:
     """Section 5's rules beside AdamW; for AdamProxL1, zeros and accuracy over lambda."""
-    settings, network = lab.settings, lab.settings.section5_network
+    network = lab.settings.section5_network
     grids = lab.grids([network], SECTION_5)
     bests = lab.bests(grids, "figure 6")
-    figure, axes = plots.panels(3, 3, 3.2)
+    figure, axes = plots.panels(2, 3, 2.8)
     for row, some in zip(axes, (grids[network][:3], grids[network][3:]), strict=False):
         pictures.heatmaps(row, some, lab.store, network, lab.scale(grids))
+    pictures.save(figure, lab.out, "figure-6")
     of_best = {name: bests[network, name] for name in SECTION_5}
-    pictures.curves(axes[2, 0], axes[2, 1], of_best, "best settings", columns=1)
-    path = []
+    figure, axes = plots.panels(1, 2, 3.6)
+    pictures.curves(axes[0, 0], axes[0, 1], of_best, "best settings", columns=1)
+    pictures.save(figure, lab.out, "figure-6-curves")
+    lab.finish("figure-6", "Figure 6: without BN", lab.best_rows(grids))
+    rows = [
+        {"optimizer": name, "seeds": len(runs), **difference(runs, of_best["AdamW"])._asdict()}
+        for name, runs in of_best.items()
+        if name != "AdamW"
+    ]
+    lab.finish("section-5", "Each rule's test error minus AdamW's, by seed", rows)
+    _l1_path(lab, [grid for grid in grids[network] if grid.base.optimizer == "AdamProxL1"])
+
+
+def _l1_path(lab: Lab, grids: Sequence[Grid]) -> None:
+    """Zeros and accuracy over lambda."""
+    figure, axes = plots.panels(1, 1, 3.2)
+    path: list[Row] = []
     index = 0
-    for grid in grids[network]:
-        if grid.base.optimizer != "AdamProxL1":
-            continue
+    for grid in grids:
         for lr in grid.lrs:
-            of_lr = []
+            of_lr: list[Row] = []
             for decay in grid.weight_decays:
                 result = lab.store[grid.cell(lr, decay)]
-                row = {"optimizer": grid.name, "lr": lr, "lambda": decay, "zeros": result.zeros}
-                row.update(accuracy=1 - result.test_error, train_loss=result.train_loss)
+                row: Row = {"optimizer": grid.name, "lr": lr, "lambda": decay}
+                row.update(
+                    zeros=result.zeros, accuracy=1 - result.test_error, train_loss=result.train_loss
+                )
                 of_lr.append(row)
             zeros = [100 * row["zeros"] for row in of_lr]
             accuracies = [100 * row["accuracy"] for row in of_lr]
-            metric = ", metric" if grid.base.options else ""
-            label = rf"$\alpha$ = {lr:g}{metric}"
-            axes[2, 2].plot(zeros, accuracies, label=label, **plots.series(index))
+            options = f", {grid.base.options}" if grid.base.options else ""
+            label = rf"$\alpha$ = {lr:g}{options}"
+            axes[0, 0].plot(zeros, accuracies, label=label, **plots.series(index))
             path += of_lr
             index += 1
-    axes[2, 2].set_xlabel("zero weights, %")
-    axes[2, 2].set_ylabel("test accuracy, %")
-    plots.legend(axes[2, 2], r"AdamProxL1, a point for each $\lambda$", 1)
-    pictures.save(figure, lab.out, "figure-6")
-    lab.finish("figure-6", "Figure 6: without BN", lab.best_rows(grids))
+    axes[0, 0].set_xlabel("zero weights, %")
+    axes[0, 0].set_ylabel("test accuracy, %")
+    plots.legend(axes[0, 0], r"AdamProxL1, a point for each $\lambda$", 4)
+    pictures.save(figure, lab.out, "l1-path")
     lab.finish("l1-path", "Section 5: AdamProxL1's zeros over lambda", path)
-    if settings.reported:
-        rows = [
-            {"optimizer": name, "seeds": len(runs), **difference(runs, of_best["AdamW"])._asdict()}
-            for name, runs in of_best.items()
-            if name != "AdamW"
-        ]
-        lab.finish("section-5", "Each rule's test error minus AdamW's, by seed", rows)
 
 
 def _histograms(number: int) -> Callable[[Lab], None]:
