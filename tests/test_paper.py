@@ -25,6 +25,7 @@ import adamprox
 from adamprox.__main__ import main
 from adamprox.bench.paper import (
     adagrad,
+    claims,
     data,
     figures,
     further,
@@ -789,7 +790,13 @@ def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkey
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()
-    names |= {"advantage-bn", "figure-4-over-lambda", "figure-5-beside", "sparsity"}
+    names |= {
+        "advantage-bn",
+        "figure-4-over-lambda",
+        "figure-5-beside",
+        "sparsity",
+        "concentration",
+    }
     tables = {
         "distributed",
         "decoupling",
@@ -951,6 +958,49 @@ def test_what_is_wrong_with_a_users_own_is_told(args, message, capsys):
         main(["paper", "3", "--quick", *args])
     assert message in str(error.value)
     assert "Traceback" not in capsys.readouterr().err
+
+
+def rows_of(*differences):
+    return [
+        dict(zip(("network", "mean", "low", "high"), ("A", *map(str, each)), strict=True))
+        for each in differences
+    ]
+
+
+NONE, GOOD, BAD = (0.001, -0.002, 0.004), (0.05, 0.03, 0.07), (-0.05, -0.07, -0.03)
+NOISE = (0.02, -0.03, 0.07)
+
+
+@pytest.mark.parametrize(
+    ("judge", "rows", "verdict"),
+    [
+        ("par_with_bn", rows_of(NONE, NONE), "shown"),
+        ("par_with_bn", rows_of(NONE, NOISE), "in part"),
+        ("par_with_bn", rows_of(GOOD), "contrary"),
+        ("smaller_error", rows_of(GOOD, GOOD), "shown"),
+        ("smaller_error", rows_of(NOISE), "in part"),
+        ("smaller_error", rows_of(GOOD, BAD), "in part"),
+        ("smaller_error", rows_of(BAD), "contrary"),
+        ("more_so_deeper", rows_of(NONE, GOOD), "shown"),
+        ("more_so_deeper", rows_of(NONE, NOISE), "in part"),
+        ("more_so_deeper", rows_of(GOOD, BAD), "contrary"),
+        ("concentrated", rows_of(GOOD), "shown"),
+        ("l2_on_a_par", [{**row, "optimizer": "AdamProxL2"} for row in rows_of(BAD)], "shown"),
+        ("l2_on_a_par", [{**row, "optimizer": "AdamProxL2"} for row in rows_of(GOOD)], "contrary"),
+    ],
+)
+def test_verdicts(judge, rows, verdict):
+    assert getattr(claims, judge)(rows)[1] == verdict
+
+
+def test_claims_are_judged_by_the_tables_that_are_there(tmp_path):
+    assert {row["verdict"] for row in claims.judged(tmp_path)} == {"not tested"}
+    with (tmp_path / "taylor.csv").open("w") as file:
+        file.write("over,slope_of_all\neta,2.04\nlambda,0.995\n")
+    (row,) = [row for row in claims.judged(tmp_path) if row["verdict"] != "not tested"]
+    assert (row["verdict"], row["measured"]) == ("shown", "eta^2.04, lambda^0.99")
+    (tmp_path / "taylor.csv").write_text("over,slope_of_all\neta,1\nlambda,1\n")
+    assert "in part" in {row["verdict"] for row in claims.judged(tmp_path)}
 
 
 def test_the_page_has_the_tables_of_its_csv():

@@ -262,7 +262,7 @@ def test_the_figures_of_the_paper(number, size, lab, drawn, tmp_path):
         figures.FIGURES[number](lab)
     more = {
         "2": ["advantage-bn"],
-        "3": ["advantage"],
+        "3": ["advantage", "concentration"],
         "4": ["figure-4-over-lambda"],
         "5": ["figure-5-beside", "taylor"],
         "6": ["figure-6-curves", "l1-path"],

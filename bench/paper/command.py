@@ -44,6 +44,7 @@ figures:
   distributed small local batches on 1, 2 and 4 ranks, with and without BN
   section-3 which updates are scale-free, Theorem 1 beyond quadratics, what limits a step size
   appendix  Algorithms 2 and 3 with their bounds; SGD without BN
+  claims    what the tables in DIR say of each of the paper's claims
 
 Trained on CIFAR or on images in MNIST's format where --data has them, else on scikit-learn's
 digits. Nothing is downloaded. The default settings are the paper's own and meant for a GPU; --quick

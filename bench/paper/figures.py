@@ -16,8 +16,8 @@ from tqdm import tqdm
 from adamprox import plots
 
 from . import adagrad, further, pictures, quadratics, scaling, taylor
-from .histograms import interquartile_range
-from .intervals import difference
+from .histograms import inner_range, interquartile_range
+from .intervals import difference, interval
 from .lab import Row
 from .settings import PAIR
 
@@ -126,6 +126,7 @@ def figure_3(lab: Lab) -> None:
     lab.finish("figure-3", "Figure 3: networks without BN", lab.best_rows(grids))
     if set(PAIR) <= set(names):
         _advantage(lab, "advantage", grids, bests)
+        _concentration(lab, grids, bests)
 
 
 def _advantage(lab: Lab, name: str, networks: Sequence[str] | Grids, bests: Bests) -> None:
@@ -139,6 +140,27 @@ def _advantage(lab: Lab, name: str, networks: Sequence[str] | Grids, bests: Best
     pictures.advantage(axes[0, 0], rows)
     pictures.save(figure, lab.out, name)
     lab.finish(name, "Adam-l2's test error minus AdamW's, by seed", rows)
+
+
+def _concentration(lab: Lab, grids: Grids, bests: Bests) -> None:
+    """How much wider Adam-l2's updates are spread than AdamW's, paired by seed."""
+    rows = []
+    for network in grids:
+        spreads = [[run.iqr for run in bests[network, name]] for name in PAIR]
+        inner = [[inner_range(run.histograms) for run in bests[network, name]] for name in PAIR]
+        row: Row = {"network": network, "seeds": len(spreads[0])}
+        for values, suffix in ((spreads, ""), (inner, "_inner")):
+            gains = [a - b for a, b in zip(*values, strict=True)]
+            low, high = interval(gains)
+            named = {"mean": statistics.mean(gains), "low": low, "high": high}
+            row.update({f"{key}{suffix}": value for key, value in named.items()})
+        rows.append(row)
+    figure, axes = plots.panels(1, 2, 2.8, sharey=True)
+    for place, inner_only in zip(axes[0], (False, True), strict=True):
+        pictures.spreads(place, {key: bests[key] for key in bests if key[1] in PAIR}, inner_only)
+    pictures.save(figure, lab.out, "concentration")
+    title = "Adam-l2's spread of log2 magnitudes minus AdamW's, octaves"
+    lab.finish("concentration", title, rows)
 
 
 def figure_4(lab: Lab) -> None:
@@ -412,4 +434,5 @@ FIGURES: dict[str, Callable[[Lab], None]] = {
     "distributed": further.distributed,
     "section-3": further.section_3,
     "appendix": appendix,
+    "claims": further.claims,  # the last one, since it reads the tables of the others
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from adamprox import plots
 
 from . import pictures, theory
+from .claims import judged
 from .intervals import difference
 from .lab import Row, spread
 
@@ -202,3 +203,8 @@ def section_3(lab: Lab) -> None:
     }
     for name, (title, rows) in tables.items():
         lab.finish(name, title, [row._asdict() for row in rows])
+
+
+def claims(lab: Lab) -> None:
+    """The table of the paper's claims, from the tables of the others."""
+    lab.finish("claims", "The paper's claims", judged(lab.out))

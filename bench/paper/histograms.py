@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,3 +28,9 @@ def update_histogram(optimizer: _FusedAdam) -> Tensor:
 def interquartile_range(counts: Sequence[int]) -> float:
     """How many octaves the middle half of the update magnitudes spans."""
     return quantile(counts, 0.75) - quantile(counts, 0.25)
+
+
+def inner_range(histograms: Sequence[Sequence[int]]) -> float:
+    """The same of the last one's inner bins: no zeros as of a dead rectifier, no ones."""
+    inner = histograms[-1][1:-1] if histograms else []
+    return interquartile_range([0, *inner, 0]) if sum(inner) else math.nan

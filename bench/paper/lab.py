@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import math
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +11,7 @@ from adamprox import plots
 
 from . import pictures
 from .grids import Grid, search
-from .histograms import interquartile_range
+from .histograms import inner_range
 from .settings import PAIR
 from .training import Cell, Result
 
@@ -109,7 +108,7 @@ class Lab(NamedTuple):
                         **spread("test_error", [result.test_error for result in results]),
                         **spread("train_loss", [result.train_loss for result in results]),
                         **spread("iqr_octaves", [result.iqr for result in results]),
-                        **spread("iqr_of_moving", [_iqr_of_moving(result) for result in results]),
+                        **spread("iqr_inner", [inner_range(r.histograms) for r in results]),
                         "zeros": statistics.mean(result.zeros for result in results),
                         "on_border": "; ".join(grid.on_border(self.store)),
                     }
@@ -130,8 +129,3 @@ class Lab(NamedTuple):
 def spread(name: str, values: Sequence[float]) -> Row:
     """Mean, smallest and largest."""
     return {name: statistics.mean(values), f"{name}_min": min(values), f"{name}_max": max(values)}
-
-
-def _iqr_of_moving(result: Result) -> float:
-    """Without the leftmost bin, that of weights which a dead rectifier left no gradients."""
-    return interquartile_range([0, *result.histograms[-1][1:]]) if result.histograms else math.nan

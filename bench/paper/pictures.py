@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adamprox import plots
 
 from . import quadratics
+from .histograms import inner_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -168,6 +169,29 @@ def advantage(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlabel("network")
     axes.set_ylabel("Adam-l2's test error\nminus AdamW's, points")
     axes.set_title("what AdamW gains: mean over seeds, 95 % interval")
+
+
+def spreads(
+    axes: Axes, results: Mapping[tuple[str, str], Sequence[Result]], inner_only: bool
+) -> None:
+    """The interquartile range of log2 magnitudes over the networks: means and ranges over seeds."""
+    networks = list(dict.fromkeys(network for network, _ in results))
+    for name in dict.fromkeys(name for _, name in results):
+        values = [
+            [
+                inner_range(run.histograms) if inner_only else run.iqr
+                for run in results[network, name]
+            ]
+            for network in networks
+        ]
+        style = {**plots.series(SERIES.index(name)), "label": name_of(name)}
+        places = range(len(networks))
+        axes.plot(places, list(map(statistics.mean, values)), **style)
+        axes.vlines(places, list(map(min, values)), list(map(max, values)), color=style["color"])
+    axes.set_xticks(range(len(networks)), networks)
+    axes.set_xlabel("network")
+    axes.set_ylabel("spread of updates, octaves")
+    plots.legend(axes, "without the outer bins" if inner_only else "all updates")
 
 
 def histograms(axes: Axes, results: Mapping[str, Result], index: int, network: str) -> None:
