@@ -79,7 +79,7 @@ def local(param: Any, tensor: Any) -> tuple[Any, int | None] | None:
 def trials() -> dict[str, Any]:
     """Tensors to try assumptions on: ``plain`` ones are ordinary, ``others`` are not.
 
-    ``words``: how many an implementation has. torch 2.10 kept an interpreter in one more.
+    ``words``: how many an implementation has. Until torch 2.12 it kept an interpreter in one more.
     """
     with torch.inference_mode(False):
         first, grad = _new(3), _new(3)
@@ -92,7 +92,8 @@ def trials() -> dict[str, Any]:
         others.append(torch._efficientzerotensor(3))
     with torch.inference_mode():
         others.append(_new(3))
-    words = 23 if torch.__version__.startswith("2.10.") else 22
+    major, minor = map(int, torch.__version__.split(".")[:2])
+    words = 23 if (major, minor) < (2, 13) else 22
     tensors = {"param": param, "grad": grad, "with_grad": with_grad}
     return {"words": words, "plain": plain, "others": others, **tensors}
 
