@@ -23,11 +23,14 @@ def interpreter(version: str) -> str | None:
     return None
 
 
-def origin() -> Row:
-    """Which commit was tested, and when."""
+def _origin() -> Row:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {"commit": commit, "date": datetime.date.today().isoformat()}
+
+
+# Which commit is tested, and when; before a table is written to.
+ORIGIN = _origin()
 
 
 def keep(file: Path, row: Row, keys: tuple[str, ...]) -> None:
