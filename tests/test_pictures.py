@@ -10,7 +10,16 @@ import torch
 import adamprox
 from adamprox import plots
 from adamprox.bench import picture, providers
-from adamprox.bench.paper import figures, networks, scaling, settings, store, taylor, training
+from adamprox.bench.paper import (
+    figures,
+    networks,
+    pictures,
+    scaling,
+    settings,
+    store,
+    taylor,
+    training,
+)
 from adamprox.bench.paper.lab import Lab
 from adamprox.bench.timing import COLD, WARM
 from adamprox.reference import BINS
@@ -286,6 +295,13 @@ def test_the_figures_of_the_paper(number, size, lab, drawn, tmp_path):
         bars = [axes for axes in drawn[f"figure-{number}.png"].axes if axes.get_xlabel() == ""]
         assert bars
         assert all("test error, %" in axes.get_ylabel() for axes in bars)
+
+
+@pytest.mark.parametrize(("best", "low"), [(0.2, 20), (0.0, 0.1), (1.0, 45)])
+def test_the_scale_of_errors_has_two_ends(best, low):
+    grid = settings.QUICK.grid("ResNet-8", "AdamW")
+    results = {cell: training.Result(test_error=best) for cell in grid.cells()}
+    assert pictures.scale([grid], results) == (pytest.approx(low), 90)
 
 
 def check_heatmap(axes):

@@ -46,7 +46,7 @@ def name_of(optimizer: str) -> str:
 def scale(grids: Iterable[Grid], store: Store) -> tuple[float, float]:
     """Of the errors of a figure in percent, so that what is good is told apart."""
     errors = (store[cell].test_error for grid in grids for cell in grid.cells())
-    return max(100 * min(errors), 0.1), CHANCE
+    return min(max(100 * min(errors), 0.1), CHANCE / 2), CHANCE
 
 
 def heatmaps(
