@@ -36,6 +36,7 @@ from adamprox.bench.paper import (
     networks,
     page,
     quadratics,
+    ranks,
     scaling,
     settings,
     store,
@@ -401,6 +402,23 @@ def test_without_bn_several_ranks_train_as_one():
         assert len(two.histograms) == 2
     assert errors[False] < 1e-5
     assert errors[True] > 1e-2
+
+
+@pytest.mark.parametrize(("count", "expected"), [(8, [4, 5]), (11, [4, 5]), (3, [0, 1, 2])])
+def test_parts_of_a_batch_are_never_empty(count, expected, monkeypatch):
+    for name, value in (("is_initialized", True), ("get_world_size", 4), ("get_rank", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    assert ranks.part(torch.arange(count)).tolist() == expected
+
+
+def test_scale_freeness_is_judged_row_by_row():
+    kept = [("SGD", "none", False), ("Adam", "none", True), ("Adam", "coupled, (2)", False)]
+    kept += [("Adam", "proximal, equation (3)", True), ("SGD", "proximal, M_t of AdaGrad", False)]
+    names = ("direction", "decay", "scale_free")
+    rows = [dict(zip(names, map(str, row), strict=True)) for row in kept]
+    assert claims.scale_free(rows)[1] == "shown"
+    rows[3]["scale_free"] = "False"
+    assert claims.scale_free(rows)[1] == "in part"
 
 
 def test_options_are_arguments():

@@ -9,6 +9,7 @@ from adamprox import plots
 
 from . import pictures, theory
 from .claims import judged
+from .grids import best
 from .intervals import difference
 from .lab import Row, spread
 
@@ -116,7 +117,7 @@ def sparsity(lab: Lab) -> None:
     lab.fill([cell for cells in first.values() for cell in cells], "sparsity, first seed")
     chosen = {("dense", 0.0): dense}
     for key, cells in first.items():
-        chosen[key] = min(cells, key=lambda cell: _chosen_by(lab, cell))
+        chosen[key] = best(cells, lab.store)
     seeds = lab.settings.reported
     trained = {
         key: [dataclasses.replace(cell, seed=seed) for seed in seeds]
@@ -140,12 +141,6 @@ def sparsity(lab: Lab) -> None:
     pictures.sparsity(axes[0, 0], rows)
     pictures.save(figure, lab.out, "sparsity")
     lab.finish("sparsity", "Section 5: accuracy at a share of zeros", rows)
-
-
-def _chosen_by(lab: Lab, cell: Cell) -> float:
-    """An error."""
-    result = lab.store[cell]
-    return result.validation_error if cell.validation > 0 else result.test_error
 
 
 def distributed(lab: Lab) -> None:

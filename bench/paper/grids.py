@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .training import Cell
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from .store import Machine, Store
 
@@ -45,18 +45,8 @@ class Grid:
         return [self.cell(lr, decay) for lr in self.lrs for decay in self.weight_decays]
 
     def best(self, store: Store) -> Cell:
-        """The smallest final error, of equals the smallest loss.
-
-        It is the test error, as the paper chooses, or of images that are held out.
-        """
-
-        def rank(cell: Cell) -> tuple[float, float]:
-            result = store[cell]
-            loss = result.train_loss
-            error = result.validation_error if cell.validation > 0 else result.test_error
-            return (math.inf, 0.0) if math.isnan(loss) else (error, loss)
-
-        return min(self.cells(), key=rank)
+        """See :func:`best`."""
+        return best(self.cells(), store)
 
     def on_border(self, store: Store) -> list[str]:
         """Where the best setting has a neighbour on one side only; 0 needs none below it."""
@@ -81,6 +71,21 @@ class Grid:
             else:
                 values.insert(0, neighbour(values[0], up=False))
         return bool(sides)
+
+
+def best(cells: Iterable[Cell], store: Store) -> Cell:
+    """The smallest final error, of equals the smallest loss.
+
+    It is the test error, as the paper chooses, or of images that are held out.
+    """
+
+    def rank(cell: Cell) -> tuple[float, float]:
+        result = store[cell]
+        loss = result.train_loss
+        error = result.validation_error if cell.validation > 0 else result.test_error
+        return (math.inf, 0.0) if math.isnan(loss) else (error, loss)
+
+    return min(cells, key=rank)
 
 
 def neighbour(value: float, up: bool) -> float:

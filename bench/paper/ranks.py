@@ -52,8 +52,8 @@ def parallel(model: nn.Module) -> nn.Module:
 
 
 def part(batch: Tensor) -> Tensor:
-    """This rank's of a batch; equal parts, the last few left out."""
-    if not dist.is_initialized():
+    """This rank's of a batch; equal ones, a few left out. If it is too small, all of it."""
+    if not dist.is_initialized() or len(batch) < dist.get_world_size():
         return batch
     size = len(batch) // dist.get_world_size()
     return batch[dist.get_rank() * size :][:size]
