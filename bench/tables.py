@@ -46,10 +46,11 @@ def print_steps(rows: Sequence[Row]) -> None:
             )
     _print(
         *(cells, header, 2, "Steps: median, and 20 and 80 in a hundred"),
-        "caches: cold, as in training, with new grads, or warm; copy: GB/s as a share of a copy's;"
-        " fused: times as fast as torch fused; host: us without the update, in warm caches on as"
-        " many tensors of one element, and a tensor, and in these steps, ! above"
-        f" {HOST_BUDGET_US_PER_TENSOR} us a tensor + {HOST_BUDGET_US:.0f} us",
+        "caches: cold with new grads, as in training, or warm. copy: GB/s as a share of a copy's."
+        " fused: how many times as fast as torch fused. host: us of a step without its update,"
+        " on as many tensors of one element, in warm caches. ! marks more than"
+        f" {HOST_BUDGET_US_PER_TENSOR} us a tensor + {HOST_BUDGET_US:.0f} us. a tensor: host over"
+        " the tensors. in step: host within the steps of this row.",
     )
 
 

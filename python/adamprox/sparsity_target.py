@@ -79,8 +79,7 @@ class SparsityTarget:
         self._weight_decays = _weight_decays(optimizer)
         self._optimizer, self._engine = optimizer, engine
         self._sparsity, self._steps, self._every = float(sparsity), steps, every
-        self.tracker = Tracker(every, "tensor")
-        """Notes the zeros of every ``every``-th step; :meth:`read` is given it."""
+        self._tracker = Tracker(every, "tensor")
         self._step, self._share, self._factor = 0, 0.0, 1.0
         self._zeros: dict[Place, int] = {}
         self._noted: dict[Place, int] = {}  # by which steps these are known
@@ -165,22 +164,15 @@ class SparsityTarget:
         else:
             self._set_weight_decays(self._factor)
 
-    def due(self) -> bool:
-        """For the optimizer, which asks at each step: whether it is to be noted. It is counted.
-
-        Returns:
-            True in every ``every``-th step, until the share is held.
-        """
+    def _due(self) -> bool:
+        """Whether the step that begins now is noted; the optimizer asks at each. It is counted."""
         self._step += 1
         return not self.held and self._step % self._every == 0
 
-    def read(self, optimizer: Optimizer, tracker: Tracker, given: Given | None) -> None:
-        """For the optimizer: counts the zeros that a step has left, holds them or adapts.
+    def _read(self, optimizer: Optimizer, tracker: Tracker, given: Given | None) -> None:
+        """Counts the zeros that a step has left; holds them, or adapts the strength.
 
-        Args:
-            optimizer: whose step is over.
-            tracker: what the step has noted its zeros in.
-            given: the tensors that stood in for the optimizer's own in this step, if any did.
+        ``given`` has the tensors that stood in for the optimizer's own in this step, if any did.
         """
         members = self._members()
         counts = self._count(tracker, members)

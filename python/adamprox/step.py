@@ -68,12 +68,12 @@ class Engine:
             tracker = None
         readers: list[ZeroWatch | SparsityTarget] = []
         if not backends.capturing():
-            if self.target is not None and self.target.due():
+            if self.target is not None and self.target._due():
                 readers.append(self.target)
-            if self.steps >= self.watch.at and self.watch.due(optimizer):
+            if self.steps >= self.watch.at and self.watch._due(optimizer):
                 readers.append(self.watch)
         if tracker is None and readers:
-            tracker = readers[0].tracker
+            tracker = readers[0]._tracker
         return tracker, readers
 
 
@@ -138,7 +138,7 @@ def take_step(
         if tracker is not None and readers:
             with Uninterrupted():
                 for reader in readers:
-                    reader.read(optimizer, tracker, given)
+                    reader._read(optimizer, tracker, given)
 
 
 def _take_step(

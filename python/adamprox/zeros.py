@@ -251,16 +251,16 @@ class ZeroWatch:
     def __init__(self) -> None:
         self.at: float = FIRST_WATCHED
         """The next step that is looked at; infinite when there is no more to say."""
-        self.tracker = Tracker(1, "tensor")
+        self._tracker = Tracker(1, "tensor")
         self._notes: tuple[Tracker, Callable[[], bool], set[tuple[int, int]]] | None = None
 
-    def due(self, optimizer: Stepped) -> bool:
+    def _due(self, optimizer: Stepped) -> bool:
         """Whether the step that begins now is noted, at ``at``; looks at the one before."""
         self.look()
         self.at *= 2
         return math.isfinite(self.at) and bool(_watched(optimizer))
 
-    def read(self, optimizer: Stepped, tracker: Tracker, given: Given | None) -> None:
+    def _read(self, optimizer: Stepped, tracker: Tracker, given: Given | None) -> None:
         """Has the notes of a step that is over sent to the host."""
         self._notes = *tracker.copied(), _watched(optimizer)
 
