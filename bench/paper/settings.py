@@ -228,7 +228,7 @@ def study(path: Path) -> Settings:
         sgd_epochs=1,
         lrs=(1e-3, 5e-3, 1e-2),
         weight_decays=(0.0, 1e-4, 1e-3, 1e-2),
-        coupled_weight_decays=(0.0, 1e-5, 1e-4, 1e-3),
+        coupled_weight_decays=(0.0, 1e-5, 1e-4, 1e-3, 1e-2),
         scaled_weight_decays=(0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1),
         l1_weight_decays=(0.0, 1e-6, 1e-5, 1e-4),
         l2_weight_decays=(0.0, 1e-4, 1e-3, 1e-2),
