@@ -462,6 +462,7 @@ def test_an_interval_is_students():
     half = 2.776445 * math.sqrt(2.5 / 5)
     assert (low, high) == (pytest.approx(3 - half), pytest.approx(3 + half))
     assert all(map(math.isnan, intervals.interval([1.0])))
+    assert all(map(math.isnan, intervals.interval([1.0, math.nan])))
 
 
 def test_a_difference_is_paired():
@@ -475,9 +476,42 @@ def test_a_difference_is_paired():
     row = intervals.difference(first, second)
     assert row.mean == pytest.approx((0.5 + 0.25) / 2)
     assert row.low < row.mean < row.high
-    assert (row.first_alone, row.second_alone) == (1, 4)
-    # Of five pictures at most one, or at least four: 2 * (1 + 5) / 32.
-    assert row.p_value == pytest.approx(0.375)
+    assert (row.first_better, row.second_better) == (0, 0)  # of two and three pictures
+    many = [(0,) * 6 + (1,) * 4, (1,) * 6 + (1,) * 4]  # six to none: 2 / 2^6 = 0.03
+    row = intervals.difference(*([result(*right)] for right in many))
+    assert (row.first_better, row.second_better) == (0, 1)
+    row = intervals.difference(*([result(*right)] for right in many[::-1]))
+    assert (row.first_better, row.second_better) == (1, 0)
+    row = intervals.difference(*([result(*right[1:])] for right in many))  # five: 0.06
+    assert (row.first_better, row.second_better) == (0, 0)
+
+
+def test_how_much_faster_one_trains():
+    def results(*losses):
+        return [training.Result(train_losses=list(each)) for each in losses]
+
+    first = results([8.0, 2.0], [4.0, 4.0])
+    ratio, low, high = intervals.loss_ratio(first, results([2.0, 0.5], [1.0, 1.0]))
+    assert (ratio, low, high) == pytest.approx((0.25, 0.25, 0.25))
+    ratio, low, high = intervals.loss_ratio(first, results([4.0, 1.0], [1.0, 1.0]))
+    assert ratio == pytest.approx(math.sqrt(0.125))
+    assert low < 0.25 < 0.5 < high
+    diverged = intervals.loss_ratio(first, results([4.0, math.nan], [1.0, 1.0]))
+    assert all(map(math.isnan, diverged))
+
+
+def test_what_depth_adds_is_a_slope_with_its_interval():
+    def results(*errors):
+        return [training.Result(test_error=error) for error in errors]
+
+    first = [results(0.2, 0.2), results(0.3, 0.3), results(0.4, 0.4)]
+    second = [results(0.2, 0.1), results(0.2, 0.1), results(0.2, 0.1)]
+    slopes = intervals.slope([3.0, 4.0, 5.0], first, second)
+    assert slopes == pytest.approx((0.1, 0.1, 0.1))  # both seeds gain a tenth a step
+    second[2] = results(0.4, 0.1)
+    mean, low, high = intervals.slope([3.0, 4.0, 5.0], first, second)
+    assert mean == pytest.approx(0.05)
+    assert low < 0 < high
 
 
 def fake_store(tmp_path, error):
@@ -817,6 +851,9 @@ def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkey
     }
     tables = {
         "distributed",
+        "without-decay",
+        "advantage-by-depth",
+        "figure-5-seeds",
         "decoupling",
         "section-5",
         "corollary-1",
@@ -985,8 +1022,39 @@ def rows_of(*differences):
     ]
 
 
+def with_values(rows, **values):
+    return [{**row, **values} for row in rows]
+
+
+def of_mechanism(adam, shrunk):
+    return [
+        {
+            "network": "A",
+            "control": control,
+            **dict(zip(("gain", "low", "high"), each, strict=True)),
+        }
+        for control, each in (("Adam-l2", adam), ("Adam-l2, shrunk as AdamW", shrunk))
+    ]
+
+
+def of_figure_4(adam, divided, adamw):
+    keys = (("Adam-l2", "lambda"), ("Adam-l2", "lambda / c"), ("AdamW", "lambda"))
+    return [
+        {"optimizer": name, "over": over, "points": "3", "moved_mean": str(moved)}
+        for (name, over), moved in zip(keys, (adam, divided, adamw), strict=True)
+    ]
+
+
+def of_spreads(adam, adamw):
+    return [
+        {"network": f"ResNet-{i}", "Adam-l2": str(a), "AdamW": str(b), "no_decay": "1"}
+        for i, (a, b) in enumerate(zip(adam, adamw, strict=True))
+    ]
+
+
 NONE, GOOD, BAD = (0.001, -0.002, 0.004), (0.05, 0.03, 0.07), (-0.05, -0.07, -0.03)
-NOISE = (0.02, -0.03, 0.07)
+NOISE, FAR = (0.02, -0.03, 0.07), (0.05, 0.001, 0.1)
+ONE_SEED = (0.02, math.nan, math.nan)
 
 
 @pytest.mark.parametrize(
@@ -994,17 +1062,59 @@ NOISE = (0.02, -0.03, 0.07)
     [
         ("par_with_bn", rows_of(NONE, NONE), "shown"),
         ("par_with_bn", rows_of(NONE, NOISE), "in part"),
+        ("par_with_bn", rows_of(NOISE, NOISE), "undecided"),
         ("par_with_bn", rows_of(GOOD), "contrary"),
+        ("par_with_bn", rows_of(GOOD, NOISE), "contrary"),
         ("smaller_error", rows_of(GOOD, GOOD), "shown"),
-        ("smaller_error", rows_of(NOISE), "in part"),
+        ("smaller_error", rows_of(NOISE), "undecided"),
+        ("smaller_error", rows_of(ONE_SEED), "undecided"),
+        ("smaller_error", rows_of((0.0, 0.0, 0.0)), "undecided"),  # one setting for both
         ("smaller_error", rows_of(GOOD, BAD), "in part"),
         ("smaller_error", rows_of(BAD), "contrary"),
-        ("more_so_deeper", rows_of(NONE, GOOD), "shown"),
-        ("more_so_deeper", rows_of(NONE, NOISE), "in part"),
-        ("more_so_deeper", rows_of(GOOD, BAD), "contrary"),
-        ("concentrated", rows_of(GOOD), "shown"),
-        ("l2_on_a_par", [{**row, "optimizer": "AdamProxL2"} for row in rows_of(BAD)], "shown"),
-        ("l2_on_a_par", [{**row, "optimizer": "AdamProxL2"} for row in rows_of(GOOD)], "contrary"),
+        ("more_so_deeper", rows_of(GOOD), "shown"),
+        ("more_so_deeper", rows_of(NOISE), "undecided"),
+        ("more_so_deeper", rows_of(BAD), "contrary"),
+        ("concentrated", with_values(rows_of(GOOD), low_inner="1", high_inner="2"), "shown"),
+        ("concentrated", with_values(rows_of(GOOD), low_inner="-1", high_inner="2"), "undecided"),
+        ("concentrated", with_values(rows_of(BAD), low_inner="-2", high_inner="-1"), "contrary"),
+        ("dispersed_with_depth", of_spreads((2, 3, 5), (2, 2, 3)), "shown"),
+        ("dispersed_with_depth", of_spreads((2, 3, 5), (2, 2, 4)), "in part"),
+        ("dispersed_with_depth", of_spreads((5, 3, 2), (2, 2, 4)), "contrary"),
+        ("no_decay_with_bn", with_values(rows_of(GOOD), optimizer="", **{"lambda": "0"}), "shown"),
+        (
+            "no_decay_with_bn",
+            with_values(rows_of(GOOD), optimizer="", **{"lambda": "1"}),
+            "contrary",
+        ),
+        ("no_decay_with_bn", with_values(rows_of(NONE), optimizer="", **{"lambda": "1"}), "shown"),
+        (
+            "no_decay_with_bn",
+            with_values(rows_of(NOISE), optimizer="", **{"lambda": "1"}),
+            "undecided",
+        ),
+        (
+            "l2_on_a_par",
+            with_values(rows_of(BAD), optimizer="AdamProxL2", **{"lambda": "1"}),
+            "shown",
+        ),
+        (
+            "l2_on_a_par",
+            with_values(rows_of(GOOD), optimizer="AdamProxL2", **{"lambda": "1"}),
+            "contrary",
+        ),
+        (
+            "l2_on_a_par",
+            with_values(rows_of(NONE), optimizer="AdamProxL2", **{"lambda": "0"}),
+            "undecided",
+        ),
+        ("scale_freeness_carries_it", of_mechanism(GOOD, FAR), "shown"),
+        ("scale_freeness_carries_it", of_mechanism(GOOD, NONE), "contrary"),
+        ("scale_freeness_carries_it", of_mechanism(GOOD, NOISE), "undecided"),
+        ("scale_freeness_carries_it", of_mechanism(NOISE, GOOD), "undecided"),
+        ("factor_of_the_loss", of_figure_4(0.2, 0.01, 0.02), "shown"),
+        ("factor_of_the_loss", of_figure_4(0.2, 0.1, 0.1), "undecided"),
+        ("factor_of_the_loss", of_figure_4(0.2, 0.01, 0.1), "in part"),
+        ("factor_of_the_loss", of_figure_4(0.01, 0.2, 0.2), "contrary"),
     ],
 )
 def test_verdicts(judge, rows, verdict):

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from adamprox import plots
 
-from . import adagrad, further, pictures, quadratics, scaling, taylor
-from .histograms import inner_range, interquartile_range
-from .intervals import difference, interval
+from . import adagrad, further, pairs, pictures, quadratics, scaling, taylor
+from .grids import best
+from .histograms import interquartile_range
+from .intervals import difference
 from .lab import Row
 from .settings import PAIR
 
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from .grids import Grid
-    from .lab import Bests, Grids, Lab
+    from .lab import Grids, Lab
 
 SGD_LEARNING_RATES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1e-1)
 SGD_WEIGHT_DECAY = 1e-4
+LEARNT = 0.5  # a smaller error tells that something was learnt
 FACTORS = (1.0, 10.0, 100.0)
 SECTION_5 = (
     *("AdamW", "AdamProxL2", "AdamProxL2, block=group"),
@@ -77,32 +79,12 @@ def figure_2(lab: Lab) -> None:
     bests = lab.bests(grids, "figure 2")
     lab.heatmaps("figure-2", grids)
     lab.finish("figure-2", "Figure 2: with BN", lab.best_rows(grids))
-    _advantage(lab, "advantage-bn", grids, bests)
-    rows = [_decoupling(lab, network, grid) for network, pair in grids.items() for grid in pair]
-    lab.finish("decoupling", "Section 4.1, with BN: the best lambda of each alpha", rows)
-
-
-def _decoupling(lab: Lab, network: str, grid: Grid) -> Row:
-    """What an optimizer loses, if lambda is chosen at another alpha than the one that is used."""
-    errors = {
-        (lr, decay): lab.store[grid.cell(lr, decay)].test_error
-        for lr in grid.lrs
-        for decay in grid.weight_decays
-    }
-    best = {lr: min(grid.weight_decays, key=lambda d: errors[lr, d]) for lr in grid.lrs}
-    losses = [
-        errors[lr, best[other]] - errors[lr, best[lr]]
-        for lr in grid.lrs
-        for other in grid.lrs
-        if other != lr
+    pairs.advantage(lab, "advantage-bn", grids, bests)
+    pairs.without_decay(lab, grids, bests)
+    rows = [
+        pairs.decoupling(lab, network, grid) for network, pair in grids.items() for grid in pair
     ]
-    return {
-        "network": network,
-        "optimizer": pictures.name_of(grid.name),
-        "best_lambdas": ", ".join(f"{best[lr]:g} at {lr:g}" for lr in grid.lrs),
-        "lost_mean": statistics.mean(losses) if losses else math.nan,
-        "lost_most": max(losses, default=math.nan),
-    }
+    lab.finish("decoupling", "Section 4.1, with BN: the best lambda of each alpha", rows)
 
 
 def figure_3(lab: Lab) -> None:
@@ -125,42 +107,9 @@ def figure_3(lab: Lab) -> None:
     pictures.save(figure, lab.out, "figure-3")
     lab.finish("figure-3", "Figure 3: networks without BN", lab.best_rows(grids))
     if set(PAIR) <= set(names):
-        _advantage(lab, "advantage", grids, bests)
-        _concentration(lab, grids, bests)
-
-
-def _advantage(lab: Lab, name: str, networks: Sequence[str] | Grids, bests: Bests) -> None:
-    """What AdamW gains over Adam-l2, paired by seed, in a table and over the networks."""
-    rows = []
-    for network in networks:
-        first, second = (bests[network, optimizer] for optimizer in PAIR)
-        row = {"network": network, "seeds": len(first), **difference(first, second)._asdict()}
-        rows.append(row)
-    figure, axes = plots.panels(1, 1, 3)
-    pictures.advantage(axes[0, 0], rows)
-    pictures.save(figure, lab.out, name)
-    lab.finish(name, "Adam-l2's test error minus AdamW's, by seed", rows)
-
-
-def _concentration(lab: Lab, grids: Grids, bests: Bests) -> None:
-    """How much wider Adam-l2's updates are spread than AdamW's, paired by seed."""
-    rows = []
-    for network in grids:
-        spreads = [[run.iqr for run in bests[network, name]] for name in PAIR]
-        inner = [[inner_range(run.histograms) for run in bests[network, name]] for name in PAIR]
-        row: Row = {"network": network, "seeds": len(spreads[0])}
-        for values, suffix in ((spreads, ""), (inner, "_inner")):
-            gains = [a - b for a, b in zip(*values, strict=True)]
-            low, high = interval(gains)
-            named = {"mean": statistics.mean(gains), "low": low, "high": high}
-            row.update({f"{key}{suffix}": value for key, value in named.items()})
-        rows.append(row)
-    figure, axes = plots.panels(1, 2, 2.8, sharey=True)
-    for place, inner_only in zip(axes[0], (False, True), strict=True):
-        pictures.spreads(place, {key: bests[key] for key in bests if key[1] in PAIR}, inner_only)
-    pictures.save(figure, lab.out, "concentration")
-    title = "Adam-l2's spread of log2 magnitudes minus AdamW's, octaves"
-    lab.finish("concentration", title, rows)
+        pairs.advantage(lab, "advantage", grids, bests)
+        pairs.by_depth(lab, grids, bests)
+        pairs.concentration(lab, grids, bests)
 
 
 def figure_4(lab: Lab) -> None:
@@ -200,13 +149,15 @@ def _over_lambda(lab: Lab, pairs: Sequence[Sequence[Grid]]) -> None:
         pictures.factors(place, curves, name, divided)
         for factor in FACTORS[1:]:
             common = curves[1.0].keys() & curves[factor].keys()
-            moved = [abs(curves[factor][x].test_error - curves[1.0][x].test_error) for x in common]
+            errors = [(curves[1.0][x].test_error, curves[factor][x].test_error) for x in common]
+            # Where neither learns, there is nothing to move.
+            moved = [abs(a - b) for a, b in errors if min(a, b) < LEARNT]
             rows.append(
                 {
                     "optimizer": pictures.name_of(name),
                     "over": "lambda / c" if divided else "lambda",
                     "factor": factor,
-                    "points": len(common),
+                    "points": len(moved),
                     "moved_mean": statistics.mean(moved) if moved else math.nan,
                     "moved_most": max(moved, default=math.nan),
                 }
@@ -250,6 +201,7 @@ def figure_5(lab: Lab) -> None:
     lab.heatmaps("figure-5", grids)
     lab.finish("figure-5", "Figure 5: without BN", lab.best_rows(grids, seeds=False))
     _same_settings(lab, grids)
+    _same_seeds(lab, grids)
     figure, axes = plots.panels(1, 2, 3.2)
     rows = []
     labels = {"eta": "eta", "weight_decay": "lambda"}
@@ -286,6 +238,27 @@ def _same_settings(lab: Lab, grids: Grids) -> None:
     lab.finish("figure-5-beside", "Figure 5: test errors of the same settings", rows)
 
 
+def _same_seeds(lab: Lab, grids: Grids) -> None:
+    """AdamProx with AdamW's best setting that decays, paired by seed."""
+    cells = {}
+    for network, (adamw, adamprox) in grids.items():
+        decaying = [cell for cell in adamw.cells() if cell.weight_decay > 0]
+        setting = best(decaying, lab.store)
+        cells[network] = [
+            [grid.cell(setting.lr, setting.weight_decay, seed) for seed in lab.settings.reported]
+            for grid in (adamw, adamprox)
+        ]
+    every = (cell for pair in cells.values() for some in pair for cell in some)
+    lab.fill(every, "figure 5, seeds")
+    rows = []
+    for network, pair in cells.items():
+        first, second = ([lab.store[cell] for cell in some] for some in pair)
+        cell = pair[0][0]
+        row = {"network": network, "lr": cell.lr, "lambda": cell.weight_decay, "seeds": len(first)}
+        rows.append({**row, **difference(first, second)._asdict()})
+    lab.finish("figure-5-seeds", "Figure 5: AdamW's test error minus AdamProx's, by seed", rows)
+
+
 def figure_6(lab: Lab) -> None:
     """Section 5's rules beside AdamW; for AdamProxL1, zeros and accuracy over lambda."""
     network = lab.settings.section5_network
@@ -301,9 +274,14 @@ def figure_6(lab: Lab) -> None:
     pictures.save(figure, lab.out, "figure-6-curves")
     lab.finish("figure-6", "Figure 6: without BN", lab.best_rows(grids))
     rows = [
-        {"optimizer": name, "seeds": len(runs), **difference(runs, of_best["AdamW"])._asdict()}
-        for name, runs in of_best.items()
-        if name != "AdamW"
+        {
+            "optimizer": grid.name,
+            "lambda": grid.best(lab.store).weight_decay,
+            "seeds": len(of_best[grid.name]),
+            **difference(of_best[grid.name], of_best["AdamW"])._asdict(),
+        }
+        for grid in grids[network]
+        if grid.name != "AdamW"
     ]
     lab.finish("section-5", "Each rule's test error minus AdamW's, by seed", rows)
     _l1_path(lab, [grid for grid in grids[network] if grid.base.optimizer == "AdamProxL1"])
@@ -413,8 +391,7 @@ def appendix(lab: Lab) -> None:
                 "network": cell.network,
                 "batch_norm": cell.batch_norm,
                 "lr": cell.lr,
-                "first_loss": result.train_losses[0],
-                "last_loss": result.train_loss,
+                "loss": result.train_loss,
                 "test_error": result.test_error,
             }
         )

@@ -16,12 +16,12 @@ from .lab import Row, spread
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .grids import Grid
     from .lab import Lab
     from .training import Cell
 
 # What sparsifies: an optimizer with what is special in its cells, and the shares asked for.
 SHARES = (0.5, 0.8, 0.9, 0.95)
+NEARLY_NOTHING = 0.001
 ROW_SHARES = (0.1, 0.25, 0.5)  # whole rows matter more than as many single weights
 SPARSIFIERS: dict[str, tuple[Row, tuple[float, ...]]] = {
     "AdamProxL1": ({"optimizer": "AdamProxL1", "weight_decay": 1e-5}, SHARES),
@@ -37,7 +37,7 @@ SPARSIFIERS: dict[str, tuple[Row, tuple[float, ...]]] = {
         {"optimizer": "AdamProxL2", "weight_decay": 1e-5, "options": "block=row"},
         ROW_SHARES,
     ),
-    "magnitude": ({}, SHARES),
+    "magnitude": ({}, (NEARLY_NOTHING, *SHARES)),
     "l1 in the loss": ({"optimizer": "Adam", "weight_decay": 0.0}, SHARES),
 }
 L1_STRENGTHS = (1e-5, 1e-4, 1e-3)  # in the loss; the best one on the images that choose
@@ -47,7 +47,8 @@ def mechanism(lab: Lab) -> None:
     """What carries AdamW's advantage: scale-freeness, or the strength of the shrinkage.
 
     Figure 3's best settings, with one thing changed in each control. Adam-l2 that is shrunk has
-    AdamW's learning rate, too, so that its weights shrink as fast.
+    AdamW's learning rate, too, so that its weights shrink as fast. A Fixup start is compared with
+    AdamW's of the same start; the settings are those of the other start.
     """
     settings = lab.settings
     grids = lab.grids(settings.mechanism_networks)
@@ -80,7 +81,8 @@ def mechanism(lab: Lab) -> None:
         pictures.pace(place, {name: results[name] for name in ("Adam-l2", "AdamW")}, network)
         for control, those in results.items():
             cell = controls[control][0]
-            gain = difference(those, results["AdamW"])
+            partner = "AdamW, Fixup" if control.endswith("Fixup") else "AdamW"
+            gain = difference(those, results[partner])
             rows.append(
                 {
                     "network": network,
@@ -89,9 +91,11 @@ def mechanism(lab: Lab) -> None:
                     "lambda": cell.weight_decay,
                     "seeds": len(those),
                     **spread("test_error", [result.test_error for result in those]),
-                    "AdamW_gains": gain.mean,
-                    "AdamW_gains_min": gain.low,
-                    "AdamW_gains_max": gain.high,
+                    **spread("iqr_octaves", [result.iqr for result in those]),
+                    "against": partner,
+                    "gain": gain.mean,
+                    "low": gain.low,
+                    "high": gain.high,
                 }
             )
     pictures.save(figure, lab.out, "pace")
@@ -101,7 +105,8 @@ def mechanism(lab: Lab) -> None:
 def sparsity(lab: Lab) -> None:
     """Accuracy over the share of zeros: proximal rules, magnitude pruning, l1 in the loss.
 
-    All train as long, at AdamW's best learning rate: see :mod:`.sparsifying`.
+    All train as long, at AdamW's best learning rate: see :mod:`.sparsifying`. Magnitude pruning
+    to nearly nothing is a control of the schedule: its last epochs have no decay, either.
     """
     grids = lab.grids([lab.settings.section5_network], ["AdamW"])
     lab.search(grids, "sparsity, settings")
@@ -125,8 +130,10 @@ def sparsity(lab: Lab) -> None:
     }
     lab.fill([cell for cells in trained.values() for cell in cells], "sparsity")
     rows: list[Row] = []
+    of_dense = [lab.store[cell] for cell in trained["dense", 0.0]]
     for (name, share), cells in trained.items():
         results = [lab.store[cell] for cell in cells]
+        gain = difference(of_dense, results)
         rows.append(
             {
                 "training": name,
@@ -135,6 +142,9 @@ def sparsity(lab: Lab) -> None:
                 "seeds": len(results),
                 **spread("zeros", [result.zeros for result in results]),
                 **spread("accuracy", [1 - result.test_error for result in results]),
+                "gain": gain.mean,
+                "low": gain.low,
+                "high": gain.high,
             }
         )
     figure, axes = plots.panels(1, 1, 3.4)
@@ -146,43 +156,54 @@ def sparsity(lab: Lab) -> None:
 def distributed(lab: Lab) -> None:
     """Section 5's last question: small local batches on several ranks, with and without BN.
 
-    The batch is the same on any number of ranks, which have equal parts of it.
+    The batch is the same on any number of ranks, which have equal parts of it. Alpha is chosen for
+    these batches, lambda for those of the other experiments. ``cost`` is a row's error minus that
+    of a single rank, ``gain`` Adam-l2's minus the row's.
     """
     settings = lab.settings
-    grids: dict[bool, list[Grid]] = {}
-    for batch_norm in (False, True):
-        found = lab.grids([settings.section5_network], batch_norm=batch_norm)
-        lab.search(found, "distributed, settings")
-        [grids[batch_norm]] = found.values()
     changes: dict[str, Any] = {
         "batch": settings.distributed_batch,
         "epochs": settings.distributed_epochs,
     }
+    candidates: dict[tuple[bool, str], list[Cell]] = {}
+    for batch_norm in (False, True):
+        grids = lab.grids([settings.section5_network], batch_norm=batch_norm)
+        lab.search(grids, "distributed, settings")
+        for grid in grids[settings.section5_network]:
+            setting = grid.best(lab.store)
+            candidates[batch_norm, grid.name] = [
+                dataclasses.replace(setting, lr=lr, **changes) for lr in grid.lrs
+            ]
+    lab.fill([cell for cells in candidates.values() for cell in cells], "distributed, alpha")
     trained = {
-        (batch_norm, grid.name, ranks): [
-            dataclasses.replace(grid.best(lab.store), seed=seed, ranks=ranks, **changes)
-            for seed in settings.reported[:3]
+        (*key, ranks): [
+            dataclasses.replace(best(cells, lab.store), seed=seed, ranks=ranks)
+            for seed in settings.reported
         ]
-        for batch_norm, pair in grids.items()
-        for grid in pair
+        for key, cells in candidates.items()
         for ranks in settings.ranks
     }
     lab.fill([cell for cells in trained.values() for cell in cells], "distributed")
+    of = {key: [lab.store[cell] for cell in cells] for key, cells in trained.items()}
     rows: list[Row] = []
-    for (batch_norm, name, ranks), cells in trained.items():
-        results = [lab.store[cell] for cell in cells]
+    for (batch_norm, name, ranks), results in of.items():
+        cost = difference(results, of[batch_norm, name, settings.ranks[0]])
+        gain = difference(of[batch_norm, "Adam", ranks], results)
         rows.append(
             {
                 "batch_norm": batch_norm,
                 "optimizer": pictures.name_of(name),
                 "ranks": ranks,
                 "local_batch": settings.distributed_batch // ranks,
+                "lr": trained[batch_norm, name, ranks][0].lr,
                 "seeds": len(results),
                 **spread("test_error", [result.test_error for result in results]),
+                **{f"cost_{key}": getattr(cost, key) for key in ("mean", "low", "high")},
+                **{f"gain_{key}": getattr(gain, key) for key in ("mean", "low", "high")},
             }
         )
     title = f"Section 5: {settings.section5_network} on several ranks, batches of "
-    lab.finish("distributed", f"{title}{settings.distributed_batch}", rows)
+    lab.finish("distributed", f"{title}{settings.distributed_batch}", rows, shown=8)
 
 
 def section_3(lab: Lab) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from .settings import Settings
     from .store import Machine, Store
+
+AT_CHANCE = 0.85  # errors of trainings that have learnt nothing, where there are ten classes
 
 Row = dict[str, Any]
 Grids = dict[str, list[Grid]]  # by the name of their network; one for each optimizer
@@ -105,6 +108,7 @@ class Lab(NamedTuple):
                         "lr": best.lr,
                         "lambda": best.weight_decay,
                         "seeds": len(results),
+                        "at_chance": sum(map(at_chance, results)),
                         **spread("test_error", [result.test_error for result in results]),
                         **spread("train_loss", [result.train_loss for result in results]),
                         **spread("iqr_octaves", [result.iqr for result in results]),
@@ -124,6 +128,11 @@ class Lab(NamedTuple):
             writer.writeheader()
             writer.writerows(rows)
         print_table(title, rows, shown)
+
+
+def at_chance(result: Result) -> bool:
+    """Whether a training has learnt nothing, or has diverged."""
+    return result.test_error >= AT_CHANCE or math.isnan(result.train_loss)
 
 
 def spread(name: str, values: Sequence[float]) -> Row:

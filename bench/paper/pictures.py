@@ -105,7 +105,7 @@ def _heatmap(axes: Axes, grid: Grid, store: Store, title: str, ends: tuple[float
     axes.set_yticks(range(0, len(decays), step), decays[::step])
     axes.set_xlabel(r"$\alpha$")
     axes.set_ylabel(r"$\lambda$")
-    axes.set_title(f"{title}\n" + ("diverged" if math.isnan(least) else f"best: {least:.1f} %"))
+    axes.set_title(f"{title}\n" + ("diverged" if math.isnan(least) else f"chosen: {least:.1f} %"))
     return image
 
 

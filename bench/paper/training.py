@@ -139,7 +139,7 @@ def _train(
     _track(optimizer, steps)
     sparsified = sparsifying.epochs_of(cell.sparsity, cell.epochs)
     if sparsified:
-        sparsifying.begin(optimizer, cell.sparsity, sparsified * steps)
+        sparsifying.begin(model, optimizer, cell.sparsity, sparsified * steps)
     random = torch.Generator().manual_seed(cell.seed)
     tracked, evaluated = (
         [math.ceil(k * cell.epochs / count) for k in range(1, count + 1)]
@@ -148,7 +148,7 @@ def _train(
     result = Result()
     for epoch in range(1, cell.epochs + 1):
         if sparsified and epoch == sparsified + 1:
-            optimizer = sparsifying.fine_tuner(model, cell.sparsity, cell.lr, optimizer)
+            optimizer = sparsifying.fine_tuner(model, cell.lr)
             _track(optimizer, steps)
         l1 = cell.l1 if epoch <= sparsified else 0.0
         diverged = not math.isfinite(_train_epoch(cell, parallel, optimizer, images, random, l1))
