@@ -327,6 +327,23 @@ def case_blocks(world: int, name: str) -> None:
                 twin.check(net, optimizer)
 
 
+def case_blocks_with_options_of_another_rule(world: int, name: str) -> None:
+    """They are left over where a group's rule is changed, and have no effect."""
+    if name != "AdamProxL1":
+        return
+    net = model()
+    options = {"decay": "prox_l2", "block": "tensor", "block_scaling": "none", "weight_decay": 9.0}
+    twin = Twin(net, "AdamProxL2", **{key: options[key] for key in ("block", "weight_decay")})
+    net = fsdp(net, init_device_mesh("cpu", (world,)))
+    optimizer = make(name, net.parameters(), l2=3.0, bounds=(0.0, 0.25))
+    optimizer.param_groups[0].update(options)
+    for step in range(2):
+        backward(net, step)
+        twin.step(net)
+        optimizer.step()
+        twin.check(net, optimizer)
+
+
 def case_blocks_of_columns(world: int, name: str) -> None:
     """Shards of columns, and on 4 ranks of both: a term for each block of each rank."""
     if name != "AdamProxL2":

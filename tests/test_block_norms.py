@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from adamprox import reference
-from adamprox.block_norms import Plan, Shares, nodes_of, sums_of_nodes
+from adamprox.block_norms import Member, Plan, Shares, nodes_of, shrink, sums_of_nodes
 
 
 @st.composite
@@ -62,3 +63,15 @@ def test_the_trees_sum_is_a_sum(size):
     values = torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = values.sum()
     assert (reference.tree_sum(values) - expected).abs() <= expected * 2**-53 * size.bit_length()
+
+
+def test_norms_of_groups_whose_params_are_dealt_out_by_device():
+    """Their parts come a device after the other."""
+    groups = [{"block": "group", "lr": 1.0, "weight_decay": 2.0, "decay_by": "lr"} for _ in "ab"]
+    z = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (5, 6, 7, 8)]
+    members = [Member(nn.Parameter(each), each.clone(), groups[i % 2]) for i, each in enumerate(z)]
+    shrink(members)
+    for one, two in ((0, 2), (1, 3)):
+        norm = torch.cat([z[one], z[two]]).double().norm().item()
+        for i in (one, two):
+            torch.testing.assert_close(members[i].z, (1 - 2 / norm) * z[i])

@@ -344,3 +344,15 @@ def test_a_network_without_its_zero_rows_gives_the_same_outputs():
         smaller = hidden(rows[kept]) @ second.weight[:, kept].T + second.bias
     torch.testing.assert_close(smaller, whole)
     assert (whole - targets).square().mean() < 0.1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_number_of_rows_may_be_numpys(backend):
+    results = []
+    for rows in (2, np.int64(2)):
+        param = nn.Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
+        param.grad = torch.ones_like(param)
+        opt = adamprox.AdamProxL2([param], lr=0.1, weight_decay=3.0, block=rows, backend=backend)
+        opt.step()
+        results.append(param.detach())
+    assert same_bits(*results)

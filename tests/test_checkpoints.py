@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import adamprox
 from adamprox.hyperparameters import DECAY_SETTINGS, DEFAULTS, RULE_OPTIONS, RULES
 from registry import OPTIMIZERS, OPTIONS, same_bits
 
@@ -867,3 +869,23 @@ def test_a_whole_optimizer_through_torch_save():
         steps(each, each.param_groups[0]["params"], range(3, 6))
     assert same_params(params, group["params"])
     assert other._backend == "cpu"
+
+
+@pytest.mark.parametrize("amsgrad", [0, np.False_])
+@pytest.mark.parametrize("cls", [adamprox.AdamW, torch.optim.AdamW])
+def test_amsgrad_is_off_by_any_false_value(cls, amsgrad):
+    params = make_params()
+    theirs = cls(params, amsgrad=amsgrad)
+    steps(theirs, params, range(2))
+    assert all("max_exp_avg_sq" not in state for state in theirs.state.values())
+    load(make("AdamW", params), theirs.state_dict())
+
+
+def test_torchs_weight_decay_keeps_its_unit():
+    """Where the rule is the same, its ``weight_decay`` is taken, which follows the lr."""
+    params = make_params()
+    theirs = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01)
+    opt = make("AdamW", params, lr=1e-3, weight_decay=1e-5, decay_by="schedule")
+    opt.load_state_dict(theirs.state_dict())
+    assert opt.param_groups[0]["weight_decay"] == 0.01
+    assert opt.param_groups[0]["decay_by"] == "lr"

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adamprox
 from adamprox.backends import BACKENDS
+from adamprox.step import Uninterrupted
 from faults import (
     MOMENTS,
     NAME,
@@ -368,3 +369,31 @@ def test_params_without_elements_count_their_steps(optimizer, shape):
     opt = ready(shape, shape, optimizer=optimizer)
     opt.step()
     assert [float(opt.state[p]["step"]) for p in params_of(opt)] == [3, 3]
+
+
+@alone("SIGINT")
+def test_ctrl_c_that_waits_is_not_in_the_way_of_other_signals(case):
+    """Its handler raises: others' come back before, and what waits beside it is handled, too."""
+    handled = []
+    signal.signal(signal.SIGUSR1, lambda *_: handled.append("SIGUSR1"))
+    waiting = getattr(signal, case)
+    signal.signal(waiting, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), Uninterrupted():
+        signal.raise_signal(waiting)
+        signal.raise_signal(signal.SIGUSR1)
+        assert not handled
+    assert handled == ["SIGUSR1"]
+    restored = []
+
+    def restore(number, handler):
+        restored.append(number)
+        return own(number, handler)
+
+    own, signal.signal = signal.signal, restore
+    try:
+        with Uninterrupted():
+            restored.clear()
+    finally:
+        signal.signal = own
+    assert restored[-1] == waiting
+    assert signal.SIGUSR1 in restored

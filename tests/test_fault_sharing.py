@@ -26,6 +26,7 @@ from faults import (
     randn,
     ready,
     refused,
+    refuses,
     run,
     set_grads,
     torchs,
@@ -280,3 +281,16 @@ def shared_by_processes(make) -> list[Tensor]:
 def test_states_in_shared_memory_are_stepped_where_they_are(case):
     ours, theirs = shared_by_processes(make), shared_by_processes(torchs)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("first_step", [False, True])
+@pytest.mark.parametrize("key", ["exp_avg_sq", "max_exp_avg_sq"])
+def test_a_param_whose_states_are_one_tensor_is_refused_before_others_are_stepped(key, first_step):
+    opt = ready(amsgrad=True)
+    params = params_of(opt)
+    opt.state[params[1]][key] = opt.state[params[1]]["exp_avg"]
+    if first_step:  # of the others
+        del opt.state[params[0]], opt.state[params[2]]
+    match = f"the param and the states of {NAME} share memory; nothing was updated"
+    refuses(opt, match)
+    assert (params[0] in opt.state) == (not first_step)

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations
 
 import adamprox
 from adamprox.bench.small_gpt import SmallGPT
+from adamprox.hyperparameters import RULE_OPTIONS, RULES
 from registry import OPTIMIZERS
 
 
@@ -213,3 +214,25 @@ def test_rules_that_match_nothing_are_refused(key, error, match):
 def test_wrong_model():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, but is a list"):
         adamprox.param_groups([nn.Parameter(torch.ones(2))], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "other", "options"),
+    [
+        ("AdamProx", "prox_l1", {"bounds": (0.0, None), "metric": "adam"}),
+        ("AdamProxL1", "prox_sq_l2", {"bounds": (0.0, None), "metric": "adam", "l2": 0.5}),
+        ("AdamProxL2", "prox_l1", {"block": "row", "block_scaling": "sqrt"}),
+    ],
+)
+def test_a_group_of_another_rule_has_that_rules_options(optimizer, other, options):
+    """Not the constructor's of the same name."""
+    own, its = (nn.Parameter(-torch.ones(3)) for _ in range(2))
+    group = {"params": [its], "decay": other, "weight_decay": 0.1}
+    opt = getattr(adamprox, optimizer)([{"params": [own]}, group], **options)
+    assert {key: opt.param_groups[0][key] for key in options} == options
+    has = {key: value for key, value in opt.param_groups[1].items() if key in RULE_OPTIONS}
+    assert has == {key: RULE_OPTIONS[key] for key in has}
+    assert has.keys() >= RULES[other].keys()
+    its.grad = torch.zeros(3)
+    opt.step()
+    assert (its < 0).all()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import adamprox
 import equations
 import registry
+from adamprox import reference
 from registry import BACKENDS, DTYPES, OPTIMIZERS, params_of, same_bits
 from test_capturable import randn, set_grads
 from test_mathematics import U, points
@@ -274,3 +275,38 @@ def test_rules_without_them_refuse_them_by_name(optimizer, option):
     [(key, value)] = option.items()
     with pytest.raises(ValueError, match=f"Invalid {key}: .*has no such option"):
         cls([{"params": [param], key: value}])
+
+
+@both_optimizers
+@every_backend
+def test_ends_beyond_the_largest_number_of_the_dtype(optimizer, backend):
+    """The box has the numbers that the dtype has in it."""
+    cls, largest = OPTIMIZERS[optimizer].cls, torch.finfo(torch.float16).max
+    for bounds, value, expected in (
+        ((None, 1e6), largest, largest),
+        ((-1e6, None), -largest, -largest),
+        ((-1e6, 1e6), 2.0, 2.0),
+    ):
+        param = nn.Parameter(torch.full((3,), value, dtype=torch.float16))
+        opt = cls([param], lr=1e3, weight_decay=0.0, bounds=bounds, backend=backend)
+        param.grad = torch.full_like(param, -value / abs(value))  # away from zero
+        opt.step()
+        assert (param.abs() <= largest).all()
+        assert abs(value) < largest or (param == expected).all()
+
+
+@pytest.mark.parametrize("bounds", [(1e5, 2e5), (1e5, None), (None, -1e5)], ids=str)
+def test_a_box_beyond_the_largest_number_is_refused(bounds):
+    param = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    param.grad = torch.ones_like(param)
+    opt = adamprox.AdamProx([param], bounds=bounds)
+    with pytest.raises(RuntimeError, match=r"between them is no number of dtype=torch\.float16"):
+        opt.step()
+    assert (param == 1).all()
+
+
+def test_ends_are_rounded_as_the_equations_say():
+    largest = torch.finfo(torch.bfloat16).max
+    assert reference.round_inwards((-1e39, 1e39), torch.bfloat16) == (-largest, largest)
+    assert reference.round_inwards((1e39, math.inf), torch.bfloat16) == (math.inf, math.inf)
+    assert reference.round_inwards((-1e39, 1e300), torch.float64) == (-1e39, 1e300)

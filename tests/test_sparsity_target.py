@@ -622,3 +622,43 @@ def test_its_page_quotes_its_records_which_keep_what_is_promised():
         for method in bench.METHODS:
             if "SparsityTarget" in method:
                 assert accuracy(method, "0.8") > dense - 0.02
+
+
+def test_a_strength_that_other_rules_share_is_theirs():
+    model = network()
+    strength = torch.tensor(0.1)
+    hidden, bias, last, _ = model.parameters()
+    groups = [{"params": [hidden, last]}, {"params": [bias], "decay": "decoupled"}]
+    opt = adamprox.AdamProxL1(groups, lr=1e-2, weight_decay=strength)
+    assert opt.param_groups[0]["weight_decay"] is opt.param_groups[1]["weight_decay"]
+    target = adamprox.SparsityTarget(opt, 0.5, steps=40)
+    train(model, opt, range(100))
+    assert target.held
+    assert opt.param_groups[0]["weight_decay"] == 0
+    assert opt.param_groups[1]["weight_decay"] is strength
+    assert strength.item() == pytest.approx(0.1)
+
+
+def test_steps_that_cannot_be_counted_are_warned_of():
+    """Params that share memory are stepped one after the other, without notes."""
+    memory = torch.ones(40)
+    params = [nn.Parameter(memory[:30]), nn.Parameter(memory[20:])]
+    opt = adamprox.AdamProxL1(params, lr=1e-2, weight_decay=0.1)
+    adamprox.SparsityTarget(opt, 0.5, steps=20, every=1)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    for _ in range(19):
+        opt.step()
+    with pytest.warns(UserWarning, match="could count no zeros in 20 steps: do params share mem"):
+        opt.step()
+
+
+def test_a_held_target_is_made_before_its_checkpoint_is_loaded():
+    model = network()
+    opt = l1(model)
+    adamprox.SparsityTarget(opt, 0.5, steps=40)
+    train(model, opt, range(100))
+    other = l1(network())
+    other.load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match="Make the target before a checkpoint of a held one is lo"):
+        adamprox.SparsityTarget(other, 0.5, steps=40)

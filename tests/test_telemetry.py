@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import adamprox
 from adamprox import backends
@@ -563,3 +563,15 @@ def test_a_checkpoint_does_not_know():
     before = copy.deepcopy(opt.state_dict())
     opt.track_updates()
     assert str(opt.state_dict()) == str(before)
+
+
+def test_tensors_of_one_name_have_an_entry_each():
+    """Of two networks, say, whose names torch does not compare."""
+    networks = [nn.Linear(3, 2), nn.Linear(4, 2)]
+    opt = adamprox.AdamW([{"params": network.named_parameters()} for network in networks])
+    opt.track_updates(per="tensor")
+    for param in (param for network in networks for param in network.parameters()):
+        param.grad = torch.ones_like(param)
+    opt.step()
+    stats = [(stats.name, stats.numel) for stats in opt.update_stats()]
+    assert stats == [("weight", 6), ("bias", 2), ("weight", 8), ("bias", 2)]

@@ -137,7 +137,11 @@ def round_up(x, dtype):
     unit = ((of_unit + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
     as_it_is = (dtype == 1) | (exponent == 1024)  # float64; infinite, or NaN
     unit = tl.where(as_it_is, 1.0, unit)
-    return tl.where(as_it_is, x, tl.ceil(divide(x, unit)) * unit)
+    up = tl.ceil(divide(x, unit)) * unit
+    largest = tl.where(dtype == 0, 3.4028234663852886e38, 3.3895313892515355e38)
+    largest = tl.where(dtype == 3, 65504.0, largest)
+    up = tl.where(up > largest, float("inf"), tl.where(up < -largest, -largest, up))
+    return tl.where(as_it_is, x, up)
 
 
 # csrc/math/recipes.h

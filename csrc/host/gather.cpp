@@ -207,7 +207,12 @@ void Gather::resolve() {
     const GroupValues& v = groups_[m.group];
     RowValues values{v.h, entry.row.rule, m.group, v.has_tensors};
     // Without decay: a soft threshold of zero leaves z as it is, to the bit.
-    if (is_deferred(m)) values.h.number[kWeightDecay] = 0;
+    if (is_deferred(m)) {
+      double* number = values.h.number;
+      number[kWeightDecay] = number[kL2] = 0;
+      number[kLow] = -INFINITY;
+      number[kHigh] = INFINITY;
+    }
     t.add(entry, static_cast<int>(i), values);
     t.deferred |= is_deferred(m);
     t.recipes |= (device.gpu ? recipes_on_gpu_ : recipes_on_cpu_) &&
@@ -261,7 +266,8 @@ bool Gather::resolve(Member& m, Entry& entry, Device& device) {
     if (p.strides[0] * p.sizes[0] != p.numel()) report(m, "block");
     row.block = static_cast<int64_t>(number[kBlock]) * (row.numel / p.sizes[0]);
   }
-  const bool empty = round_up(number[kLow], p.dtype) > -round_up(-number[kHigh], p.dtype);
+  const double low = round_up(number[kLow], p.dtype), high = -round_up(-number[kHigh], p.dtype);
+  const bool empty = low > high || low == INFINITY || high == -INFINITY;
   if (has_bounds(row.rule) && empty) report(m, "bounds");
   if (abi_.read(m.step.handle(), t) && t.numel() == 1 && !t.complex && size_of(t.dtype) >= 4) {
     entry.count = {t.data, t.dtype == DType::kFloat64, t.device};

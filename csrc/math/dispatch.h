@@ -16,7 +16,7 @@ HOST_DEVICE constexpr DType compute_type(DType type) {
   return type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
-// The least number of that type that is not below x.
+// The least number of that type that is not below x; infinity is one.
 HOST_DEVICE double round_up(double x, DType type) {
   using std::ceil;
   const int digits = type == DType::kFloat32 ? 24 : type == DType::kBFloat16 ? 8 : 11;
@@ -25,7 +25,11 @@ HOST_DEVICE double round_up(double x, DType type) {
   if (type == DType::kFloat64 || exponent == 1024) return x;  // infinite, or NaN
   const int of_unit = (exponent > least_exponent ? exponent : least_exponent) - (digits - 1);
   const auto unit = bit_cast<double>(static_cast<uint64_t>(of_unit + 1023) << 52);
-  return ceil(x / unit) * unit;
+  const double up = ceil(x / unit) * unit;
+  const double largest = type == DType::kFloat32    ? 0x1.fffffep+127
+                         : type == DType::kBFloat16 ? 0x1.fep+127
+                                                    : 65504.0;
+  return up > largest ? INFINITY : up < -largest ? -largest : up;
 }
 
 template <typename T>

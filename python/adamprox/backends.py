@@ -13,7 +13,7 @@ from torch import Tensor, get_num_threads
 from torch.cuda import is_initialized
 
 from . import _C, reference, telemetry
-from .hyperparameters import FOLLOWERS
+from .hyperparameters import FOLLOWERS, RULES
 
 
 class Backend(Protocol):
@@ -48,7 +48,7 @@ class ReferenceBackend:
         for (index, deferred), rows in groupby(table.rows(), lambda r: (r.group, r.deferred)):
             values, members = groups[index], []
             if deferred:  # z first: a soft threshold of zero leaves it, to the bit
-                values = {**values, "decay": "prox_l1", "weight_decay": 0.0}
+                values = {**values, **RULES["prox_l1"], "decay": "prox_l1", "weight_decay": 0.0}
             for row in rows:
                 states = {k: s for k, s in row.states.items() if not deferred or k not in FOLLOWERS}
                 scalars = reference.step_scalars(values, row.step, table.loss_scale)

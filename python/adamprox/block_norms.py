@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -295,8 +294,10 @@ def shrink(members: Sequence[Member]) -> None:
     for (groups, device), of_mesh in by_mesh.items():
         if groups:
             _exchange(of_mesh, groups, device)
-    for _, of_group in groupby(parts, lambda part: id(part.group)):
-        own = list(of_group)
+    of_groups: dict[int, list[_Part]] = {}  # whose params may be on several devices
+    for part in parts:
+        of_groups.setdefault(id(part.group), []).append(part)
+    for own in of_groups.values():
         if own[0].together:
             sums = reference.tree_sum(torch.cat([part.sums.cpu() for part in own]))[None]
             numels = torch.tensor([float(sum(part.total for part in own))], dtype=torch.float64)

@@ -67,8 +67,8 @@ def load(
 
 def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     """Adds what a group saved by torch's classes, or by an older edition, does not have."""
-    for key, value in {**DEFAULTS, "decay": defaults["decay"]}.items():
-        group.setdefault(key, defaults.get(key, value))
+    for key in (*DEFAULTS, "decay"):
+        group.setdefault(key, defaults[key])
     group["decoupled_weight_decay"] = group["decay"] != "coupled"
     if group["decay_by"] == "schedule":
         group.setdefault("initial_lr", float(group["lr"]))
@@ -139,6 +139,8 @@ def _completed_groups(
         if _rule_of(saved) in (None, own["decay"]):
             # weight_decay is torch's too: a saved group without it is refused.
             settings = {k: v for k, v in settings.items() if k not in saved and k != "weight_decay"}
+            if "decay_by" not in saved:
+                settings["decay_by"] = "lr"  # torch's, which its weight_decay is meant for
         else:
             others.append(index)
         # What only ours have stays, where the checkpoint is torch's.

@@ -79,7 +79,7 @@ def traced_step(optimizer: Stepped, closure: Callable[[], float] | None) -> floa
     index = 0
     for group in groups:
         # Read here, so that another graph is made when a state comes or goes.
-        of_group = [s.key for s in STATES if s.needs is None or is_on(group.get(s.needs))]
+        of_group = [s.key for s in STATES if s.needs is None or is_on(group, s.needs)]
         for param in group["params"]:
             if param.grad is not None:
                 params.append(param)

@@ -40,14 +40,16 @@ COUNT = "step"  # beside them: how many steps the param has made, one number
 FOLLOWERS = tuple(state.key for state in STATES if state.type == "compute")
 
 
-def is_on(value: Any) -> bool:
-    """Whether a value of a group asks for the state that needs it: 0 is a number."""
-    return value is not None and value is not False
+def is_on(group: Group, key: str) -> bool:
+    """Whether a value of a group asks for the state that needs it."""
+    value = group.get(key)
+    # 0 is an ema_decay, and no amsgrad.
+    return value is not None and value is not False if key == "ema_decay" else bool(value)
 
 
 def states_of(group: Group) -> Iterator[State]:
     """The states that params of this group have."""
-    return (s for s in STATES if s.needs is None or is_on(group.get(s.needs)))
+    return (s for s in STATES if s.needs is None or is_on(group, s.needs))
 
 
 Bounds = tuple[float | Tensor | None, float | Tensor | None] | None
@@ -124,9 +126,9 @@ ARGUMENTS = """
         decay_by: what the decay strength ``s`` follows. ``"lr"``: ``s = lr * weight_decay``, as in
             torch (default). ``"schedule"``: ``s = lr / initial_lr * weight_decay``, the paper's
             ``eta_t * lambda``. ``initial_lr`` is the param group's, which torch's schedulers write,
-            or else the lr at construction. The same decay needs ``initial_lr`` times the
-            ``weight_decay`` that it takes by ``"lr"``. It has no effect on coupled decay (Adam),
-            which goes into the gradient as it is.
+            or else the lr at construction; a group that changes to this later needs one. The same
+            decay needs ``initial_lr`` times the ``weight_decay`` that it takes by ``"lr"``. It has
+            no effect on coupled decay (Adam), which goes into the gradient as it is.
         ema_decay: keeps a moving average of each param, ``ema += (1 - ema_decay) * (param - ema)``
             of the new param, in the same pass: state ``"ema"``, float32 for 16-bit params. It
             starts as the param, without bias correction; see :meth:`ema_weights`. In [0, 1]; None,

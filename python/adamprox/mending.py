@@ -6,6 +6,7 @@ Nothing is written before everything has been checked, so an error leaves every 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +18,7 @@ from . import _C
 from .freed_grad import FreedGrad
 from .hyperparameters import COUNT, SIXTEEN_BITS, STATES, states_of
 from .sharding import is_distributed, local_of, why_not
-from .stand_ins import StandIns, count_dtype, make_states
+from .stand_ins import StandIns, count_dtype, make_states, range_of
 from .tensors import dispatches, is_transformed
 
 _DTYPES = (
@@ -65,6 +66,18 @@ def mend(
                 param.mend()
 
 
+def refuse_overlaps(
+    optimizer: Optimizer,
+    groups: Sequence[dict[str, Any]],
+    findings: Sequence[_C.Finding],
+    stand_ins: StandIns,
+) -> None:
+    """Raises a RuntimeError for a param that shares memory with its own states."""
+    for finding in findings:
+        if finding.key == "overlap":
+            _Param(optimizer, groups[finding.group], finding, stand_ins).refuse_overlap()
+
+
 def _without_freed_grads(findings: Sequence[_C.Finding]) -> Sequence[_C.Finding]:
     """A param whose step was taken in backward has nothing to mend: its grad is None now."""
     freed = {id(f.param) for f in findings if isinstance(f.param.grad, FreedGrad)}
@@ -108,8 +121,7 @@ class _Param:
             self._check_tensor("param")
             self._check_tensor("grad")
         elif self.key == "overlap":
-            if "grad" in self.stand_ins.by_id.get(id(self.param), {}):
-                self.refuse(f"the param and the states of {self.name} share memory")
+            self.refuse_overlap()
             self.key = "grad"  # which may be amid what is written: it is copied before
         elif self.key == "bounds":
             self.refuse(
@@ -125,6 +137,13 @@ class _Param:
             self._check_tensor("param")
             if not self.is_missing():
                 self._check_tensor(self.key)
+
+    def refuse_overlap(self) -> None:
+        """Raises a RuntimeError if what a step writes of it shares memory."""
+        tensors = [self.tensor(key) for key in ("param", *(s.key for s in states_of(self.group)))]
+        ranges = sorted(range_of(local_of(t)) for t in tensors if isinstance(t, Tensor))
+        if any(first[1] > second[0] for first, second in pairwise(ranges)):
+            self.refuse(f"the param and the states of {self.name} share memory")
 
     def mend(self) -> None:
         """Makes it, lays it out anew, or copies it."""

@@ -97,9 +97,11 @@ class _FusedAdam(Stepped):
         if isinstance(param_group, dict):
             # Options are those of the constructor for groups of the class's own rule.
             rule = param_group.get("decay", self.decay)
-            defaults = self.defaults if rule == self.decay else {**self.defaults, **DEFAULTS}
             own = RULES.get(rule, {})
-            options = {key: defaults.get(key, neutral) for key, neutral in own.items()}
+            options = {
+                key: self.defaults.get(key, neutral) if rule == self.decay else neutral
+                for key, neutral in own.items()
+            }
             group = {**self.defaults, **options, **param_group}
             if len(param_group) > 1:  # else all values are the defaults, which have been checked
                 refuse_misspelled(param_group)

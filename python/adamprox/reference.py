@@ -9,6 +9,7 @@ It is one file, however long, so that the whole specification is read in one pla
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -91,14 +92,15 @@ def decay_constants(rule: str, group: Mapping[str, Any], root: float) -> tuple[f
 
 
 def round_up(x: float, dtype: torch.dtype) -> float:
-    """The least number of that dtype that is not below ``x``."""
+    """The least number of that dtype that is not below ``x``; infinity is one."""
     if dtype == torch.float64 or not math.isfinite(x) or x == 0:
         return x
     digits = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}[dtype]
     least_exponent = -14 if dtype == torch.float16 else -126
     exponent = max(math.frexp(x)[1] - 1, least_exponent)
     unit = 2.0 ** (exponent - (digits - 1))
-    return math.ceil(x / unit) * unit
+    up, largest = math.ceil(x / unit) * unit, torch.finfo(dtype).max
+    return math.inf if up > largest else max(up, -largest)
 
 
 def round_inwards(bounds: Sequence[float], dtype: torch.dtype) -> tuple[float, float]:
@@ -232,7 +234,7 @@ def block_numel(param: Tensor, block: str | int) -> int:
     which the whole param is a part.
     """
     reals = param.numel() * (2 if param.is_complex() else 1)
-    rows = block if isinstance(block, int) else 1 if block == "row" else 0
+    rows = (block == "row") if isinstance(block, str) else operator.index(block)
     if param.dim() == 0 or not 0 < rows < param.shape[0]:
         return reals
     return rows * (reals // param.shape[0])

@@ -27,6 +27,7 @@ GAIN = 0.4  # how fast the strength's logarithm grows, for each step and each un
 AHEAD = 40  # steps: the share that is compared is the one that is expected so much later
 MOST_GROWTH = 0.03  # of the logarithm, for each step
 LEAST_GROWTH = 0.006  # the same once the ramp is over
+MOST_UNCOUNTED = 20  # steps in a row that were to be counted
 LARGEST_STRENGTH = 10.0  # of a weight: Adam's update is seldom longer than 1, times lr
 
 
@@ -43,8 +44,9 @@ class SparsityTarget:
     of https://arxiv.org/abs/1710.01878, with the share p that is asked for. Once it reaches p, it
     is held: ``weight_decay`` becomes 0, and the zeros are frozen as by :func:`freeze_zeros`, so the
     training that follows is fine-tuning. If there are too many, those with the largest updates are
-    let go. Where ``steps`` did not suffice, the strength is raised until the share is reached. That
-    takes a learning rate that can move weights to zero: a schedule should not end before.
+    let go; of equally large ones all stay. Where ``steps`` did not suffice, the strength is raised
+    until the share is reached. That takes a learning rate that can move weights to zero: a schedule
+    should not end before.
 
     With an l1 penalty single weights are counted, with an l2 penalty the blocks whose norms it
     takes; both only of params that require grad. A tensor's zero blocks are counted as its zeros
@@ -53,11 +55,13 @@ class SparsityTarget:
 
     Every ``every``-th step counts its zeros while it updates the params (see ``track_updates``),
     and only then is a GPU waited for. A step that a ``GradScaler`` skips counts as a step, but
-    changes no strength. Replays of a CUDA graph are not seen. It warns where the largest strength
+    changes no strength. Replays of a CUDA graph are not seen, and neither are steps of params that
+    share memory. It warns where none of many steps could be counted, where the largest strength
     is not enough, and if it is left as a context before the share is reached.
 
     Args:
-        optimizer: one of this package's. A ``weight_decay`` that is a tensor is changed in place.
+        optimizer: one of this package's. A ``weight_decay`` that is a tensor is changed in
+            place; one that groups without a penalty have, too, is copied before.
         sparsity: the share p, between 0 and 1.
         steps: about how many steps it may take to get there, an int, 1 or more.
         every: for how many steps the strength stays the same, an int, 1 or more.
@@ -90,6 +94,9 @@ class SparsityTarget:
                 f"Invalid sparsity: {sparsity!r}, no number of the {blocks} blocks is that share: "
                 "block='row' makes more of them"
             )
+        for group in _apart(optimizer.param_groups, self._weight_decays):
+            group["weight_decay"] = group["weight_decay"].clone()
+        self._uncounted = 0  # steps that were to be counted, one after the other
         engine.target = self
 
     @property
@@ -137,7 +144,10 @@ class SparsityTarget:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on where another one was saved: load the model first, then the optimizer, then this.
+        """Goes on where another one was saved.
+
+        Make the target first, as a held one has left no ``weight_decay`` to start from. Then load
+        the model, the optimizer, and this.
 
         If its zeros were held, those of the loaded params are frozen.
 
@@ -176,6 +186,13 @@ class SparsityTarget:
         """
         members = self._members()
         counts = self._count(tracker, members)
+        self._uncounted = 0 if counts else self._uncounted + 1
+        if self._uncounted == MOST_UNCOUNTED:
+            warnings.warn(
+                f"{self!r} could count no zeros in {MOST_UNCOUNTED} steps: do params share memory, "
+                "or does a GradScaler skip all steps?",
+                stacklevel=2,
+            )
         if not counts:
             return
         blocks = sum(member.blocks for member in members)
@@ -299,7 +316,8 @@ def _weight_decays(optimizer: Optimizer) -> dict[int, float]:
     if not result:
         raise ValueError(
             "Invalid optimizer: no param group has decay='prox_l1' or 'prox_l2', as AdamProxL1 and "
-            "AdamProxL2 have, and a weight_decay above 0 to start from"
+            "AdamProxL2 have, and a weight_decay above 0 to start from. Make the target before a "
+            "checkpoint of a held one is loaded"
         )
     for g in result:
         group = optimizer.param_groups[g]
@@ -312,6 +330,17 @@ def _weight_decays(optimizer: Optimizer) -> dict[int, float]:
             if param.is_complex():
                 raise ValueError(f"Invalid optimizer: param_groups[{g}]['params'][{i}] is complex")
     return result
+
+
+def _apart(groups: Sequence[dict[str, Any]], own: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Those of one's own whose ``weight_decay`` is a tensor that other groups have, too."""
+    of_others = {id(group["weight_decay"]) for g, group in enumerate(groups) if g not in own}
+    of_own = (groups[g] for g in own)
+    return [
+        group
+        for group in of_own
+        if isinstance(group["weight_decay"], Tensor) and id(group["weight_decay"]) in of_others
+    ]
 
 
 class _Member(NamedTuple):

@@ -52,14 +52,14 @@ class StandIns:
 
     def overlap(self, tables: Iterable[_C.Table]) -> bool:
         """Whether what is written back may share memory with any other tensor of the step."""
-        ranges = [(*_range_of(original), True) for original, _ in self._copies]
+        ranges = [(*range_of(original), True) for original, _ in self._copies]
         tables = list(tables)
         if not ranges or sum(table.num_rows for table in tables) == 1:
             return False
         for table in tables:
             for row in table.rows():
                 tensors = (row.param, row.grad, *row.states.values())
-                ranges += [(*_range_of(tensor), False) for tensor in tensors]
+                ranges += [(*range_of(tensor), False) for tensor in tensors]
         end, original = 0, False  # of the range that reaches furthest
         for first, last, is_original in sorted(ranges):
             if first < end and (original or is_original):
@@ -75,7 +75,7 @@ class StandIns:
             original.copy_(copy)
 
 
-def _range_of(tensor: Tensor) -> tuple[int, int]:
+def range_of(tensor: Tensor) -> tuple[int, int]:
     """The bytes from its first element to its last."""
     if tensor.numel() == 0:
         return 0, 0

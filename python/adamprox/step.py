@@ -6,6 +6,7 @@ runs between them; a backend that Python drives is begun, run, and taken back if
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 from . import _C, backends, reference
 from .hyperparameters import is_one_block
 from .loss_scaling import LossScaling
-from .mending import mend
+from .mending import mend, refuse_overlaps
 from .stand_ins import Given, StandIns
 from .zeros import ZeroWatch
 
@@ -48,6 +49,7 @@ class Engine:
         self.handle: int | None = None  # of compiled.py
         self.blocked: str | None = None  # why no step may be taken now
         self.frozen: FrozenZeros | None = None
+        self.captured: list[FrozenZeros] = []  # whose masks CUDA graphs read
         _engines.add(self)
 
     def renew(self) -> None:
@@ -133,6 +135,8 @@ def take_step(
                 with Uninterrupted():
                     _take_step(optimizer, optimizer._param_groups, scaling, given, tracker)
                     engine.frozen.keep(optimizer, given)
+                    if backends.capturing():
+                        engine.captured.append(engine.frozen)
         finally:
             engine.gather.release()
         if tracker is not None and readers:
@@ -167,34 +171,44 @@ def _take_step(
             break
         later = {(f.group, f.index) for f in findings if f.key == "overlap"}
         if 0 < len(later) < sum(table.num_rows for table in gather.tables()):
-            _refuse_divided_norms(optimizer, groups, {g for g, _ in later})
+            with _forgetting(optimizer, stand_ins):
+                refuse_overlaps(optimizer, groups, findings, stand_ins or StandIns({}))
+                _refuse_divided_norms(optimizer, groups, {g for g, _ in later})
             with Uninterrupted():
                 for part in _divided(groups, later):
                     _take_step(optimizer, part, scaling, given, None)
             return
         stand_ins = stand_ins or StandIns({})
         threads = 0  # what is copied is written back
-        try:
+        with _forgetting(optimizer, stand_ins):
             mend(optimizer, groups, findings, stand_ins, capturing)
-        except BaseException:
-            stand_ins.forget_states(optimizer)
-            raise
     else:
-        if stand_ins is not None:
-            stand_ins.forget_states(optimizer)
-        raise RuntimeError(
-            f"{type(optimizer).__name__}: {findings[0].key} of "
-            f"param_groups[{findings[0].group}]['params'][{findings[0].index}] cannot be used; "
-            "nothing was updated"
-        )
+        with _forgetting(optimizer, stand_ins):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: {findings[0].key} of "
+                f"param_groups[{findings[0].group}]['params'][{findings[0].index}] cannot be used; "
+                "nothing was updated"
+            )
     tables = gather.tables()
     if stand_ins is not None and stand_ins.overlap(tables):
-        _refuse_divided_norms(optimizer, groups, range(len(groups)))
+        with _forgetting(optimizer, stand_ins):
+            _refuse_divided_norms(optimizer, groups, range(len(groups)))
         with Uninterrupted():
             for one in _one_by_one(groups):
                 _take_step(optimizer, one, scaling, given, None)
         return
     _run(optimizer, tables, groups, scaling, stand_ins, tracker, capturing)
+
+
+@contextlib.contextmanager
+def _forgetting(optimizer: Stepped, stand_ins: StandIns | None) -> Iterator[None]:
+    """If a step is refused in it, the states that were made for the step are forgotten."""
+    try:
+        yield
+    except BaseException:
+        if stand_ins is not None:
+            stand_ins.forget_states(optimizer)
+        raise
 
 
 def _divided(groups: Groups, later: Container[tuple[int, int]]) -> tuple[Groups, Groups]:
@@ -241,12 +255,8 @@ def _run(
     capturing: bool,
 ) -> None:
     """The step that has been read, table by table."""
-    try:
+    with _forgetting(optimizer, stand_ins):
         plan = _plan(optimizer, tables, groups, scaling, tracker, capturing)
-    except BaseException:
-        if stand_ins is not None:
-            stand_ins.forget_states(optimizer)
-        raise
     if plan is None:
         return
     chosen, deferred = plan
@@ -284,6 +294,7 @@ def _plan(
     deferred = [
         row for table in tables if table.has_deferred for row in table.rows() if row.deferred
     ]
+    deferred.sort(key=lambda row: (row.group, row.position))  # whatever their devices
     for row in deferred:
         from .block_norms import why_not
 
@@ -332,16 +343,18 @@ class Uninterrupted:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._restore()
-        for number, frame in self._waiting:
-            self._handlers[number](number, frame)
+        with contextlib.ExitStack() as handled:  # all of them, whatever one of them raises
+            for number, frame in reversed(self._waiting):
+                handled.callback(self._handlers[number], number, frame)
+            handled.callback(self._restore)
 
     def _wait(self, number: int, frame: Any) -> None:
         self._waiting.append((number, frame))
 
     def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        # SIGINT's is the last one, since it may raise as soon as it is back.
+        for number in sorted(self._handlers, key=lambda number: number == signal.SIGINT):
+            signal.signal(number, self._handlers[number])
 
 
 def _check_capture(optimizer: Stepped) -> None:

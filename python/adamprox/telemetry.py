@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PER = ("group", "tensor")
 
-# csrc/telemetry.h's Record: the step and two sums of squares in double, then 32 counts of 32 bits.
+# csrc/math/telemetry.h's Record: the step, two sums of squares in double, 32 counts of 32 bits.
 RECORD_WORDS = 19
 STEP, PARAM_SQUARES, UPDATE_SQUARES, COUNTS = range(4)  # where they begin
 
@@ -169,7 +169,7 @@ class _TensorNotes(NamedTuple):
         doubles = _doubles(records)
         counts = _counts(records).sum(0, dtype=torch.int64)
         return _TensorNotes(
-            int(doubles[0, STEP]), numel, counts, _tree_sums(doubles[:, STEP + 1 :])
+            int(doubles[0, STEP]), numel, counts, reference.tree_sum(doubles[:, STEP + 1 :].T)
         )
 
 
@@ -235,16 +235,16 @@ class Tracker:
 
     def stats(self) -> list[UpdateStats]:
         """Waits for the step, if it is on a GPU."""
-        members: dict[str, list[_TensorNotes]] = {}
+        members: dict[tuple[int, ...], list[_TensorNotes]] = {}
         for _, tensors, records in self._noted:
             on_host = records.cpu()
             for group, index, first, chunks, numel in tensors:
                 of_tensor = on_host[first : first + chunks]
                 # Nothing is noted of a tensor without elements, nor of a step that was skipped.
                 if of_tensor.any():
-                    name = self._name(group, index)
-                    members.setdefault(name, []).append(_TensorNotes.of(of_tensor, numel))
-        return [_merged(name, parts) for name, parts in members.items()]
+                    place = (group,) if self.per == "group" else (group, index)
+                    members.setdefault(place, []).append(_TensorNotes.of(of_tensor, numel))
+        return [_merged(self._name(*place), parts) for place, parts in members.items()]
 
     def zeros(self) -> Iterator[ZeroCount]:
         """What the step has left zero of each tensor; waits for it, if it is on a GPU."""
@@ -270,8 +270,8 @@ class Tracker:
                 arrivals.append(torch.cuda.current_stream(noted.records.device).record_event())
         return copy, lambda: all(arrival.query() for arrival in arrivals)
 
-    def _name(self, group: int, index: int) -> str:
-        return f"group {group}" if self.per == "group" else self._tensor_name(group, index)
+    def _name(self, group: int, index: int | None = None) -> str:
+        return f"group {group}" if index is None else self._tensor_name(group, index)
 
     def _tensor_name(self, group: int, index: int) -> str:
         names = self._names[group]
@@ -327,14 +327,9 @@ def _counts(records: Tensor) -> Tensor:
     return records.view(torch.int32)[:, 2 * COUNTS :]
 
 
-def _tree_sums(squares: Tensor) -> Tensor:
-    """Of the columns of float64 values."""
-    return torch.stack([reference.tree_sum(column) for column in squares.unbind(1)])
-
-
 def _merged(name: str, parts: Sequence[_TensorNotes]) -> UpdateStats:
     counts = torch.stack([part.counts for part in parts]).sum(0)
-    squares = _tree_sums(torch.stack([part.squares for part in parts]))
+    squares = reference.tree_sum(torch.stack([part.squares for part in parts]).T)
     param_norm, update_norm = reference.sqrt(squares)
     zeros, nans, infs = counts[reference.BINS :]
     return UpdateStats(
