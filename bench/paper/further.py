@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .training import Cell
 
 # What sparsifies: an optimizer with what is special in its cells, and the shares asked for.
-SHARES = (0.5, 0.8, 0.9, 0.95)
+SHARES = (0.5, 0.8, 0.95)
 NEARLY_NOTHING = 0.001
 ROW_SHARES = (0.1, 0.25, 0.5)  # whole rows matter more than as many single weights
 SPARSIFIERS: dict[str, tuple[Row, tuple[float, ...]]] = {

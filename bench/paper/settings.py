@@ -221,7 +221,7 @@ def study(path: Path) -> Settings:
         scaled_network="ResNet-20",
         taylor_networks=("ResNet-20",),
         section5_network="ResNet-20",
-        mechanism_networks=("ResNet-20", "ResNet-56"),
+        mechanism_networks=("ResNet-56", "ResNet-110"),
         histogram_networks=HISTOGRAM_NETWORKS,
         histogram_epochs=10,
         sgd_network="ResNet-110",
