@@ -3,20 +3,25 @@
 import os
 import shutil
 import sys
+import sysconfig
 
 from setuptools import setup
 
 COMPILERS = ("c++", "g++", "clang++")
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
-# Those that CMake looks for. Its own error would be followed by a long traceback.
-missing = not os.environ.get("CXX") and not any(map(shutil.which, COMPILERS))
-if missing and BUILDS & set(sys.argv):
-    sys.exit(
-        "adamprox is compiled, and no C++ compiler was found. Please install one (on Debian and "
-        "Ubuntu: apt install g++), or set CXX to its path."
-    )
+# The build would take the compiler that Python was built by, whether it is there or not. CMake's
+# own error of it would be followed by a long traceback.
+named = os.environ.get("CXX") or "CMAKE_CXX_COMPILER" in os.environ.get("CMAKE_ARGS", "")
+if not named and BUILDS & set(sys.argv):
+    pythons = (sysconfig.get_config_var("CXX") or "").split()[:1]
+    found = next(filter(shutil.which, (*pythons, *COMPILERS)), None)
+    if found is None:
+        sys.exit(
+            "adamprox is compiled, and no C++ compiler was found. Please install one (on Debian "
+            "and Ubuntu: apt install g++), or set CXX to its path."
+        )
+    if found not in pythons:
+        os.environ["CXX"] = found
 
-setup(
-    cmake_source_dir=".", cmake_args=[f"-DADAMPROX_CUDA={os.environ.get('ADAMPROX_CUDA', 'AUTO')}"]
-)
+setup(cmake_source_dir=".")

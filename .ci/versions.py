@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,11 +17,15 @@ Row = dict[str, str]
 def interpreter(version: str) -> str | None:
     """The newest one of that version: beside the other ones of pyenv, or on the path."""
     beside = Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/python")
-    names = sorted(beside, key=lambda path: int(path.parts[-3].split(".")[2]), reverse=True)
-    for name in (*map(str, names), f"python{version}"):
-        if shutil.which(name):
-            return name
-    return None
+    names = sorted(beside, key=lambda path: _numbers(path.parts[-3]), reverse=True)
+    found = (shutil.which(name) for name in (*map(str, names), f"python{version}"))
+    return next(filter(None, found), None)
+
+
+def _numbers(version: str) -> list[int]:
+    """Of a version, with those of a prerelease: 2.15.0rc1 is before 2.15.0."""
+    release, *last = re.split("[a-z]+", version)
+    return [*map(int, release.split(".")), *(map(int, filter(None, last)) if last else [1000])]
 
 
 def _origin() -> Row:
@@ -37,7 +42,7 @@ def keep(file: Path, row: Row, keys: tuple[str, ...]) -> None:
     """Puts a row into the table in order of its keys, instead of the old one with the same keys."""
 
     def key(of: Row) -> list[list[int]]:
-        return [[int(part) for part in of[name].split(".")] for name in keys]
+        return [_numbers(of[name]) for name in keys]
 
     rows = list(csv.DictReader(file.open(newline=""))) if file.exists() else []
     rows = sorted([*(old for old in rows if key(old) != key(row)), row], key=key)

@@ -30,12 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(providers.SHORT),
         help="which to time, or all (default: a short selection; see --list)")  # fmt: skip
     add("--backends", nargs="+", choices=list(backends.BACKENDS), default=[], metavar="BACKEND",
-        help="what runs ours (default: ADAMPROX_BACKEND, or the best that can run)")  # fmt: skip
+        help="what runs ours in steps and sizes (default: ADAMPROX_BACKEND, or the best that can "
+        "run)")  # fmt: skip
     add("--parts", nargs="+", choices=suite.PARTS, default=list(suite.PARTS), metavar="PART",
         help="what to do, see below (default: everything)")  # fmt: skip
     add("--device", type=usable_device, default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32",
-        help="of params, grads and states, or params_states (default: %(default)s)")  # fmt: skip
+        help="of params, grads and states of steps and sizes, or params_states (default: "
+        "%(default)s)")  # fmt: skip
     add("--threads", type=positive(int), default=torch.get_num_threads(),
         help="of the CPU (default: PyTorch's, here %(default)s)")  # fmt: skip
     add("--seconds", type=positive(float), default=5.0,
@@ -82,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     try:
         backends.requested(None)
+        providers.default_backend(device)
     except (RuntimeError, ValueError) as error:
         fail("bench", str(error))
     if args.list:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -95,9 +97,20 @@ def check_memory(model: Model, count: int, device: torch.device, dtypes: DTypes)
         )
 
 
-def available_bytes(device: torch.device) -> int:
+def available_bytes(device: torch.device) -> float:
     """Memory that can be had without driving anything out."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps is no one else's, but counts as used
         return torch.cuda.mem_get_info(device)[0]
     with open("/proc/meminfo") as file:
-        return next(1024 * int(line.split()[1]) for line in file if "MemAvailable" in line)
+        host = next(1024 * int(line.split()[1]) for line in file if "MemAvailable" in line)
+    return min(host, _left_to_container())
+
+
+def _left_to_container(folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """What a container's limit leaves; infinite where there is none."""
+    try:
+        limit, used = ((folder / f"memory.{name}").read_text() for name in ("max", "current"))
+        return math.inf if limit.strip() == "max" else int(limit) - int(used)
+    except (OSError, ValueError):
+        return math.inf

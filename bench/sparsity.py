@@ -20,13 +20,13 @@ from torch.nn.utils import prune
 from torch.optim.lr_scheduler import LambdaLR
 
 import adamprox
-from adamprox.command_line import fail, need, positive
-from adamprox.demo import BATCH_SIZE, LEARNING_RATE, Images, load_images
+from adamprox.command_line import check_folder, fail, need, positive
+from adamprox.demo import BATCH_SIZE, LEARNING_RATE, Images, load_images, steps_per_epoch
 
 from . import records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch.optim import Optimizer
 
@@ -83,7 +83,7 @@ class Training:
         after_step: Callable[[], object] = lambda: None,
     ) -> None:
         """The learning rate is constant, or ends at zero, by half a cosine."""
-        total = epochs * self.steps_per_epoch
+        total = max(1, epochs * self.steps_per_epoch)
         schedule = LambdaLR(
             optimizer, lambda step: 1.0 if constant else (1 + math.cos(math.pi * step / total)) / 2
         )
@@ -107,11 +107,6 @@ class Training:
         """Of the weights, without the biases."""
         weights = [param for param in self.model.parameters() if param.dim() > 1]
         return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-
-
-def steps_per_epoch(images: Images) -> int:
-    """The last batch is smaller."""
-    return -(-len(images.train) // BATCH_SIZE)
 
 
 def dense(training: Training, asked: float) -> None:
@@ -206,8 +201,8 @@ METHODS: dict[str, Callable[[Training, float], None]] = {
 }
 
 
-def measure(seeds: Sequence[int], epochs: int) -> list[records.Row]:
-    """A row for each network, method, share and seed."""
+def measure(seeds: Sequence[int], epochs: int) -> Iterator[records.Row]:
+    """A row for each network, method, share and seed, as soon as it is there."""
     from tqdm import tqdm
 
     images = load_images(torch.device("cpu"))
@@ -220,27 +215,23 @@ def measure(seeds: Sequence[int], epochs: int) -> list[records.Row]:
         for seed in seeds
     ]
     total = len(cells) * epochs * steps_per_epoch(images)
-    rows = []
     with tqdm(total=total, unit="step", disable=None, leave=False) as progress:
         for network, method, asked, seed in cells:
             progress.set_description(f"{network}, {method}, {asked:.0%}")
             start = time.process_time()
             training = Training(network, seed, epochs, images, progress.update)
             METHODS[method](training, asked)
-            rows.append(
-                {
-                    "network": network,
-                    "method": method,
-                    "asked": asked,
-                    "seed": seed,
-                    "epochs": epochs,
-                    "accuracy": round(training.accuracy(), 4),
-                    "sparsity": round(training.sparsity(), 5),
-                    "cpu_seconds": round(time.process_time() - start, 2),
-                    **about,
-                }
-            )
-    return rows
+            yield {
+                "network": network,
+                "method": method,
+                "asked": asked,
+                "seed": seed,
+                "epochs": epochs,
+                "accuracy": round(training.accuracy(), 4),
+                "sparsity": round(training.sparsity(), 5),
+                "cpu_seconds": round(time.process_time() - start, 2),
+                **about,
+            }
 
 
 def markdown(rows: Iterable[records.Row]) -> str:
@@ -279,12 +270,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     need("demo", ("sklearn", "tqdm"))
     torch.set_num_threads(1)
-    rows = measure(range(args.seeds), args.epochs)
-    print(markdown(rows))
+    rows: list[records.Row] = []
+    check_folder("bench", "--out", args.out)
     try:
-        records.append(args.out / "sparsity.csv", rows)
+        for row in measure(range(args.seeds), args.epochs):
+            records.append(args.out / "sparsity.csv", [row])
+            rows.append(row)
+    except KeyboardInterrupt:
+        fail("bench", f"interrupted; {len(rows)} trainings are in {args.out / 'sparsity.csv'}")
     except (OSError, ValueError) as error:
         fail("bench", f"argument --out: {error}")
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -103,13 +104,21 @@ def _rows(
     return rows
 
 
-def add_extra_bytes(rows: Sequence[Row], providers: Sequence[Provider]) -> None:
-    """Measures the memory that the steps of these rows take, on a CPU, once the model is gone."""
+def add_extra_bytes(rows: Sequence[Row], providers: Sequence[Provider]) -> str | None:
+    """Measures the memory that the steps of these rows take, on a CPU, once the model is gone.
+
+    Returns:
+        why it could not be measured, if so.
+    """
     choices = {provider.name: provider.choice for provider in providers}
     for row in rows:
-        row["extra_bytes"] = peak_extra_bytes_of(
-            row["model"], choices[row["name"]], row["backend"], row["dtype"]
-        )
+        try:
+            row["extra_bytes"] = peak_extra_bytes_of(
+                row["model"], choices[row["name"]], row["backend"], row["dtype"]
+            )
+        except subprocess.CalledProcessError as error:  # it has told why
+            return f"{row['name']}: its process ended with {error.returncode}"
+    return None
 
 
 def _about(contender: Contender) -> Row:

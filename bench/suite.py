@@ -89,7 +89,9 @@ def measure(
                 continue
             results.skipped.update(without)
             if job.rows is results.steps and "memory" in parts and device.type == "cpu":
-                add_extra_bytes([row for row in rows if row["elements"] >= LARGE], providers)
+                large = [row for row in rows if row["elements"] >= LARGE]
+                if problem := add_extra_bytes(large, providers):
+                    results.skipped[f"extra memory of {job.name}"] = problem
             add(job.rows, rows)
         if "memory" in parts:
             bar.set_description_str("memory", refresh=False)

@@ -95,6 +95,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = ADAMPROX_COMPILER;
   m.attr("cuda_architectures") = ADAMPROX_CUDA_ARCHITECTURES;
   m.attr("cuda_problem") = ADAMPROX_CUDA_PROBLEM;  // why it was not built, or ""
+#if defined(ADAMPROX_WITH_CUDA)
+  m.def("cuda_device_problem", &cuda_device_problem);
+#endif
   m.attr("torch_abi") = TorchAbi::get().fast() ? "fast" : "slow";
   m.attr("layout") = describe_layout();
   m.attr("states") = describe_states();

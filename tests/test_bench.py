@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import adamprox
 from adamprox.__main__ import main
 from adamprox.bench import contenders, cost, records, timing
+from adamprox.bench import steps as bench_steps
 from adamprox.bench.captured import capture_steps
 from adamprox.bench.cold import ColdStart
 from adamprox.bench.end_to_end import NETWORKS
@@ -556,3 +558,25 @@ def test_a_site_without_a_build_is_named(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode != 0
     assert f"{tmp_path} has no adamprox" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "left"),
+    [("1000\n", "300\n", 700), ("max\n", "300\n", math.inf), (None, "300\n", math.inf)],
+)
+def test_a_containers_limit_counts(limit, used, left, tmp_path):
+    (tmp_path / "memory.current").write_text(used)
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(limit)
+    assert contenders._left_to_container(tmp_path) == left
+
+
+def test_rows_stay_where_their_memory_cannot_be_measured(monkeypatch):
+    def fails(*_):
+        raise subprocess.CalledProcessError(-9, ["python"])
+
+    monkeypatch.setattr(bench_steps, "peak_extra_bytes_of", fails)
+    rows = [{"name": "AdamW", "model": "GPT-2 small", "backend": "cpu", "dtype": "float32"}]
+    chosen, _ = providers(["AdamW"], torch.device("cpu"), ["cpu"])
+    assert bench_steps.add_extra_bytes(rows, chosen) == "AdamW: its process ended with -9"
+    assert "extra_bytes" not in rows[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import inspect
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adamprox import backends
+from adamprox import _C, backends
 from adamprox.hyperparameters import RULES
 from registry import LAYOUTS, OPTIMIZERS, OPTIONS, assert_same_bits, bits, same_bits
 
@@ -1220,3 +1221,22 @@ def test_autograd_sees_the_write(optimizer):
     opt.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_gpu_that_the_cuda_backend_was_not_built_for_is_tritons(monkeypatch):
+    monkeypatch.setattr(_C, "cuda_architectures", "90-real")
+    monkeypatch.setattr(_C, "cuda_device_problem", lambda: "no kernel image", raising=False)
+    for name, value in (("is_available", True), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    backends._problem_of.cache_clear()
+    try:
+        assert backends.BACKENDS["cuda"].why_not() is None  # no device is asked
+        reason = backends.BACKENDS["cuda"].why_not("cuda")
+        assert reason == "no kernel image (built for 90-real)"
+        monkeypatch.setitem(backends.BACKENDS, "triton", Recorder())
+        assert backends.select(None, "cuda") is backends.BACKENDS["triton"]
+        with pytest.raises(RuntimeError, match="backend='cuda' cannot run: no kernel image"):
+            backends.select("cuda", "cuda")
+    finally:
+        backends._problem_of.cache_clear()

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,6 +24,7 @@ from adamprox.bench import tables as bench_tables
 from adamprox.bench.models import MODELS
 from adamprox.bench.paper import store, training
 from adamprox.bench.paper import tables as paper_tables
+from adamprox.command_line import is_stream, write_whole
 from adamprox.tables import table
 
 DEMO = {
@@ -304,3 +307,59 @@ def test_a_missing_compiler_is_named(tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith("adamprox is compiled, and no C++ compiler was found.")
     assert len(result.stderr.splitlines()) == 1
+
+
+def setup_of(monkeypatch, tmp_path, compilers, pythons="g++", **variables):
+    """What setup.py makes of these compilers on the path, where Python was built by ``pythons``."""
+    setuptools = pytest.importorskip("setuptools")
+    for name in compilers:
+        (tmp_path / name).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CXX", "CMAKE_ARGS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
+    monkeypatch.setattr(sysconfig, "get_config_var", {"CXX": pythons}.get)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    runpy.run_path(str(Path(__file__).parents[1] / "setup.py"))
+    return os.environ.get("CXX")
+
+
+@pytest.mark.parametrize(
+    ("compilers", "expected"),
+    [
+        (["g++"], None),
+        (["clang++"], "clang++"),
+        (["c++", "clang++"], "c++"),
+        (["g++", "c++"], None),
+    ],
+)
+def test_the_build_takes_a_compiler_that_is_there(compilers, expected, monkeypatch, tmp_path):
+    assert setup_of(monkeypatch, tmp_path, compilers, "g++ -pthread") == expected
+
+
+def test_a_compiler_that_is_named_is_not_looked_for(monkeypatch, tmp_path):
+    named = "-DCMAKE_CXX_COMPILER=/opt/g++-12"
+    assert setup_of(monkeypatch, tmp_path, [], CMAKE_ARGS=named) is None
+    assert setup_of(monkeypatch, tmp_path, [], CXX="icpx") == "icpx"
+
+
+def test_a_file_is_replaced_and_a_stream_written_to(tmp_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("old")
+    link.symlink_to(file)
+    write_whole(link, "new")
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_whole(pipe, "text")
+        assert os.read(reader, 10) == b"text"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert is_stream(Path("/dev/stdout"))
+    assert not is_stream(tmp_path / "new")

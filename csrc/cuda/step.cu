@@ -59,6 +59,14 @@ void step_on_cuda(const TensorTable& table, const CudaStep& step) {
                   table.num_packed, table.num_of_blocks, launch);
 }
 
+std::string cuda_device_problem() {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, prepare_kernel);
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();  // which no later call shall tell
+  return cudaGetErrorString(status);
+}
+
 int64_t cuda_inline_payload() { return kInlinePayload; }
 
 }  // namespace adamprox

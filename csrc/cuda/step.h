@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include "../table.h"
 
@@ -18,6 +19,9 @@ struct CudaStep {
 };
 
 void step_on_cuda(const TensorTable& table, const CudaStep& step);
+
+// Why the current device, or its driver, cannot run these kernels; empty if they can.
+std::string cuda_device_problem();
 
 // The bytes of payload that ride in the kernel's parameters.
 int64_t cuda_inline_payload();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -78,6 +79,13 @@ class CpuBackend:
         table.step_cpu(get_num_threads())
 
 
+@functools.cache
+def _problem_of(device: int) -> str:
+    """Why a GPU or its driver cannot run what was built; empty if it can."""
+    with torch.cuda.device(device):
+        return _C.cuda_device_problem()
+
+
 class CudaBackend:
     """CUDA C++ on NVIDIA GPUs, on the current stream.
 
@@ -95,7 +103,11 @@ class CudaBackend:
             return "it is for NVIDIA GPUs; AMD's have backend='triton'"
         if not torch.cuda.is_available():
             return "torch sees no GPU"
-        return _only_on("cuda", device_type)
+        if reason := _only_on("cuda", device_type):
+            return reason
+        # A device is asked when there are tensors on one, so that no context is made before.
+        problem = _problem_of(torch.cuda.current_device()) if device_type else ""
+        return f"{problem} (built for {_C.cuda_architectures})" if problem else None
 
     def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
         device = torch.device(*table.device)

@@ -68,8 +68,21 @@ def check_folder(command: str, argument: str, folder: Path) -> None:
         fail(command, f"argument {argument}: cannot write to {folder}: {error.strerror}")
 
 
+def is_stream(file: Path) -> bool:
+    """Whether it is a device or a pipe, which cannot be replaced."""
+    return "/dev" in map(str, file.absolute().parents) or (file.exists() and not file.is_file())
+
+
 def write_whole(file: Path, text: str) -> None:
-    """Replaces a file, which is the old one or the new one at any time."""
+    """Replaces a file, which is the old one or the new one at any time.
+
+    What is no file of a disk (/dev/stdout, a pipe) is written to.
+    """
+    if is_stream(file):
+        with file.open("w", newline="") as opened:
+            opened.write(text)
+        return
+    file = file.resolve()  # what a link leads to
     new = file.with_name(file.name + ".new")
     try:
         with new.open("w", newline="") as opened:

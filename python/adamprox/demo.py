@@ -22,6 +22,7 @@ from . import backends, optimizers
 from .command_line import (
     check_folder,
     fail,
+    is_stream,
     need,
     positive,
     progress_bar,
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, ValueError) as error:
         fail("demo", str(error))
     file = Path(args.json) if args.json not in (None, "-") else None
-    if file is not None:
+    if file is not None and not is_stream(file):
         if not file.absolute().parent.is_dir():
             fail("demo", f"argument --json: no such directory: {file.absolute().parent}")
         check_folder("demo", "--json", file.absolute().parent)
@@ -135,11 +136,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         for row in compare(args.epochs, args.seed, args.device, backend):
             rows.append(row)
-            if file is not None:
+            if file is not None and not is_stream(file):
                 write_whole(file, json.dumps(rows, indent=2) + "\n")
     except (KeyboardInterrupt, OSError) as error:
         _print(rows, as_json=args.json == "-")
         fail("demo", f"{str(error) or 'interrupted'}; {len(rows)} optimizers had finished")
+    if file is not None and is_stream(file):
+        write_whole(file, json.dumps(rows, indent=2) + "\n")
     _print(rows, as_json=args.json == "-")
     return 0
 
@@ -148,7 +151,7 @@ def compare(epochs: int, seed: int, device: torch.device, backend: str) -> Itera
     """Trains with each optimizer; a row of results for each, torch's AdamW first."""
     images = load_images(device)
     contenders = _contenders(backend)
-    total = len(contenders) * epochs * _steps_per_epoch(images)
+    total = len(contenders) * epochs * steps_per_epoch(images)
     first: Row = {}
     with progress_bar(total, unit="step") as progress:
         for contender in contenders:
@@ -157,7 +160,7 @@ def compare(epochs: int, seed: int, device: torch.device, backend: str) -> Itera
             model = ResNet(LAYERS, channels_in=1).to(device)
             optimizer = contender.make(model)
             if contender.sparsity is not None:
-                steps = max(1, epochs * _steps_per_epoch(images) // 2)
+                steps = max(1, epochs * steps_per_epoch(images) // 2)
                 SparsityTarget(optimizer, contender.sparsity, steps)
             result = train(model, optimizer, images, epochs, seed, progress.update)
             about: Row = {
@@ -248,7 +251,7 @@ def train(
             torch.cuda.synchronize(device)
 
     order = torch.Generator().manual_seed(seed)
-    schedule = CosineAnnealingLR(optimizer, epochs * _steps_per_epoch(images))
+    schedule = CosineAnnealingLR(optimizer, epochs * steps_per_epoch(images))
     count = len(images.train)
     times = []
     for _ in range(epochs):
@@ -280,7 +283,8 @@ def train(
     }
 
 
-def _steps_per_epoch(images: Images) -> int:
+def steps_per_epoch(images: Images) -> int:
+    """The last batch is smaller."""
     return -(-len(images.train) // BATCH_SIZE)
 
 

@@ -118,7 +118,7 @@ ARGUMENTS = """
         maximize: ascend (default: False).
         foreach, fused: accepted for torch.optim.AdamW's sake; every step is fused. With
             ``fused=True`` a GradScaler leaves unscaling and skipping to the step, as torch's does:
-            that saves a pass over the grads and the wait for a GPU.
+            that saves the wait for a GPU.
         capturable: step counts, and hyper-parameters that are tensors on a GPU, are read there. So
             a step can be captured into a CUDA graph, and its replays follow what is written into
             them, with the bits of the host. Step once before the capture (default: False).

@@ -42,8 +42,9 @@ def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
     may get several: ``optimizer.step()`` takes its step, and a warning says so.
 
     Each backward is a step, so gradients cannot be accumulated over several. Nor can they be
-    clipped or unscaled before the first param moves: both fail, in the first iteration. An
-    error in one param's step leaves that param as it was, and others may have been stepped.
+    clipped or unscaled before the first param moves: both fail, in the first iteration. But
+    clipping of DTensors finds no gradients, and does nothing. An error in one param's step leaves
+    that param as it was, and others may have been stepped.
 
     Args:
         model: its params take their steps in backward, as far as the optimizer has them.

@@ -57,6 +57,8 @@ def collect() -> dict[str, Any]:
 
 def _backend(backend: Backend) -> dict[str, Any]:
     reason = backend.why_not()
+    if reason is None and backend is BACKENDS["cuda"]:
+        reason = backend.why_not("cuda")  # asks the device, too
     return {"usable": reason is None, "reason": reason}
 
 
