@@ -69,9 +69,8 @@ size_t prepared_size(const Table& t) {
 }
 
 #if defined(ADAMPROX_WITH_CUDA)
-// Addresses on the device: of what metadata() gave; of a payload that is too long to be passed inline
-// or stays there for a graph's replays, else 0; and of prepared_size bytes. Then the step is launched,
-// on a stream of torch's.
+// Addresses on the device: of what metadata() gave; of a payload that is too long to be passed
+// inline, else 0; and of prepared_size bytes. Then the step is launched, on a stream of torch's.
 void launch_cuda(Table& t, uintptr_t stream, uintptr_t metadata, uintptr_t payload,
                  uintptr_t prepared) {
   const std::string bytes = payload == 0 ? t.payload() : std::string();
@@ -142,10 +141,11 @@ PYBIND11_MODULE(_C, m) {
       .def("begin", [](Table& t) { t.gather.begin(t); })
       .def("undo", &Table::undo)
       .def("payload", [](const Table& t) { return py::bytes(t.payload()); })
+      .def_property_readonly("payload_size", &Table::payload_size)
 #if defined(ADAMPROX_WITH_CUDA)
       .def_property_readonly(
           "payload_is_inline",
-          [](const Table& t) { return t.payload().size() <= size_t(cuda_inline_payload()); })
+          [](const Table& t) { return t.payload_size() <= size_t(cuda_inline_payload()); })
       .def("launch_cuda", &launch_cuda, py::arg("stream"), py::arg("metadata"), py::arg("payload"),
            py::arg("prepared"), py::call_guard<py::gil_scoped_release>())
 #endif

@@ -217,8 +217,17 @@ int32_t DeviceTable::scalars_of(int value, double step, DType dtype) {
   return static_cast<int32_t>(all.size() - 1);
 }
 
+size_t DeviceTable::payload_size() const {
+  const auto size = [](const auto& values) { return values.size() * sizeof(values[0]); };
+  const size_t made = size(table.scalars),
+               made_there =
+                   sizeof(table.head) + size(table.group_recipes) + size(table.scalars_recipes);
+  return size(table.grads) + (recipes ? made_there : made);
+}
+
 std::string DeviceTable::payload() const {
   std::string bytes;
+  bytes.reserve(payload_size());
   append_bytes(bytes, table.grads);
   if (recipes) {
     bytes.append(reinterpret_cast<const char*>(&table.head), sizeof(table.head));

@@ -76,6 +76,7 @@ class DeviceTable {
   // What changes at each step: the grads' pointers, void*[num_rows], and then Scalars[], or RecipesHead,
   // GroupRecipe[] and ScalarsRecipe[].
   std::string payload() const;
+  size_t payload_size() const;
   // What seldom changes: TensorRow[num_rows], Chunk[num_chunks], and a Workspace.
   std::string metadata() const;
   bool metadata_is_uploaded() const;  // as it is now, if note_upload() has been told of it

@@ -93,8 +93,6 @@ struct TensorTable {
   std::vector<double> sums;   // the CPU's, of the squares of each chunk, and then of each block
   Record* records = nullptr;  // one a chunk, where a tracked step is noted; null: it is not
 
-  bool has_recipes() const { return !scalars_recipes.empty(); }
-
   void lay_out_chunks() {
     chunks.clear();
     const auto add = [this](auto wanted) {

@@ -356,3 +356,15 @@ def test_a_number_of_rows_may_be_numpys(backend):
         opt.step()
         results.append(param.detach())
     assert same_bits(*results)
+
+
+@every_backend
+@pytest.mark.parametrize("block", ["row", 2, "tensor", "group"])
+def test_rows_without_elements(block, backend):
+    empty, param = nn.Parameter(torch.empty(5, 0)), nn.Parameter(torch.ones(4, 3))
+    opt = adamprox.AdamProxL2([empty, param], lr=0.1, block=block, backend=backend)
+    for each in (empty, param):
+        each.grad = torch.ones_like(each)
+    opt.step()
+    assert (param < 1).all()
+    assert opt.state[empty]["step"] == 1

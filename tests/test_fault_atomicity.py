@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adamprox
+from adamprox import step
 from adamprox.backends import BACKENDS
 from adamprox.step import Uninterrupted
 from faults import (
@@ -149,12 +150,17 @@ def test_a_step_that_is_refused_has_done_nothing_to_others(case):
     refused(spoil, NAME, amsgrad=True)
 
 
-def test_a_first_step_that_no_backend_can_take_makes_no_states(monkeypatch):
-    param = nn.Parameter(randn(3))
-    param.grad = randn(3)
-    opt = adamprox.AdamW([param])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_first_step_that_no_backend_can_take_makes_no_states(shared, monkeypatch):
+    params = [nn.Parameter(randn(3)) for _ in range(2)]
+    if shared:
+        params[1].data = params[0].data
+    for param in params:
+        param.grad = randn(3)
+    opt = adamprox.AdamW(params)
     monkeypatch.setattr(BACKENDS["cpu"], "why_not", lambda _=None: "it is out of order")
     monkeypatch.setattr(BACKENDS["cpu"], "at_once", False)
+    opt._backend = "cpu"
     with pytest.raises(RuntimeError, match="out of order"):
         opt.step()
     assert not opt.state
@@ -397,3 +403,45 @@ def test_ctrl_c_that_waits_is_not_in_the_way_of_other_signals(case):
         signal.signal = own
     assert restored[-1] == waiting
     assert signal.SIGUSR1 in restored
+
+
+@pytest.mark.parametrize(
+    ("fails", "expected"),
+    [
+        (None, "begin B, begin C, ready A, ready B, ready C, run A, run B, run C"),
+        ("ready C", "begin B, begin C, ready A, ready B, ready C, undo A, undo B, undo C"),
+        ("run B", "begin B, begin C, ready A, ready B, ready C, run A, run B, undo B, undo C"),
+    ],
+)
+def test_no_table_is_written_to_before_all_are_ready(fails, expected):
+    """C's device has no memory left, say. What C++ begins and runs at once comes first."""
+    log = []
+
+    def note(event):
+        log.append(event)
+        if event == fails:
+            raise MemoryError("no memory left")
+
+    class Table:
+        def __init__(self, name):
+            self.name = name
+
+        def begin(self):
+            note(f"begin {self.name}")
+
+        def undo(self):
+            note(f"undo {self.name}")
+
+    class Backend:
+        def __init__(self, at_once):
+            self.at_once = at_once
+
+        def step(self, table, groups):
+            note(f"ready {table.name}")
+            yield
+            note(f"run {table.name}")
+
+    tables, chosen = [Table(name) for name in "BAC"], [Backend(each == "A") for each in "BAC"]
+    with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+        step._run_tables(tables, chosen, [])
+    assert ", ".join(log) == expected

@@ -200,6 +200,7 @@ class Recorder:
         return self.reasons.get(device_type)
 
     def step(self, table, groups):
+        yield
         self.calls += 1
 
 
@@ -238,7 +239,7 @@ class Failing(Recorder):
     """A backend that writes nothing, and raises."""
 
     def step(self, table, groups):
-        super().step(table, groups)
+        yield from super().step(table, groups)
         raise MemoryError("no memory left")
 
 

@@ -310,3 +310,30 @@ def test_ends_are_rounded_as_the_equations_say():
     assert reference.round_inwards((-1e39, 1e39), torch.bfloat16) == (-largest, largest)
     assert reference.round_inwards((1e39, math.inf), torch.bfloat16) == (math.inf, math.inf)
     assert reference.round_inwards((-1e39, 1e300), torch.float64) == (-1e39, 1e300)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_an_end_that_is_rounded_to_zero_keeps_its_sign(dtype, backend):
+    param = nn.Parameter(torch.tensor([-0.5, 0.5], dtype=dtype))
+    opt = adamprox.AdamProx([param], bounds=(-1e-50, 1e-50), backend=backend)
+    param.grad = torch.zeros_like(param)
+    opt.step()
+    assert same_bits(param.detach(), torch.tensor([-0.0, 0.0], dtype=dtype))
+
+
+@every_backend
+def test_of_ends_in_the_wrong_order_the_high_one_counts(backend):
+    """Where they are tensors that only the step reads. The host refuses them."""
+    ends = torch.tensor(0.75), torch.tensor(0.25)
+    param = nn.Parameter(torch.tensor([0.0, 0.5, 1.0]))
+    values = {"lr": torch.tensor(0.125), "weight_decay": 0.0, "capturable": True}
+    opt = adamprox.AdamProx([param], bounds=(None, None), backend=backend, **values)
+    opt.param_groups[0]["bounds"] = ends
+    param.grad = torch.zeros_like(param)
+    if backend in ("cpu", "reference"):
+        with pytest.raises(RuntimeError, match="between them is no number"):
+            opt.step()
+    else:
+        opt.step()
+        assert param.tolist() == [0.25] * 3

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import adamprox
-from adamprox import backends
+from adamprox import backends, telemetry
 from adamprox.reference import BINS, CHUNK_SIZE, TILE_SIZE
 from registry import (
     BACKENDS,
@@ -575,3 +575,15 @@ def test_tensors_of_one_name_have_an_entry_each():
     opt.step()
     stats = [(stats.name, stats.numel) for stats in opt.update_stats()]
     assert stats == [("weight", 6), ("bias", 2), ("weight", 8), ("bias", 2)]
+
+
+def test_a_count_that_32_bits_cannot_have_is_in_several_records(monkeypatch):
+    param = torch.nn.Parameter(torch.zeros(3 * CHUNK_SIZE))
+    opt = adamprox.AdamW([param], backend="reference")
+    opt.track_updates()
+    param.grad = torch.zeros_like(param)
+    param.grad[:5] = 1
+    monkeypatch.setattr(telemetry, "LARGEST_COUNT", CHUNK_SIZE)
+    opt.step()
+    [stats] = opt.update_stats()
+    assert stats.zeros == stats.bins[0] == 3 * CHUNK_SIZE - 5

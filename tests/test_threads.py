@@ -132,6 +132,7 @@ class Calling:
         return None
 
     def step(self, table, groups):
+        yield
         self.inside += 1
         self.most = max(self.most, self.inside)
         try:

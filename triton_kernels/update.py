@@ -117,7 +117,8 @@ def couple(grad, param, k, RULE: tl.constexpr):
 
 @triton.jit
 def clamp(x, k):
-    return tl.where(x < k[2], k[2], tl.where(x > k[3], k[3], x))  # a NaN stays a NaN
+    x = tl.where(x < k[2], k[2], x)  # a NaN stays a NaN
+    return tl.where(x > k[3], k[3], x)
 
 
 @triton.jit

@@ -82,7 +82,7 @@ __device__ __forceinline__ void update_span(Team team, const LaunchArgs& args,
   });
 }
 
-// Not inlined: each rule has the registers to itself. The loops of ten rules in one function spilled.
+// Not inlined: each rule has the registers to itself. The loops of all rules in one function spilled.
 template <typename Rule>
 __device__ __noinline__ void update_piece(Team team, const LaunchArgs& args, int32_t index,
                                           int first, int most) {

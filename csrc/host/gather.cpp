@@ -261,14 +261,15 @@ bool Gather::resolve(Member& m, Entry& entry, Device& device) {
   const double* number = groups_[m.group].h.number;
   row.block = row.numel;
   if (has_blocks(row.rule) && number[kBlock] == kGroupBlock) entry.norm = m.group;
-  if (has_blocks(row.rule) && p.dim > 0 && 0 < number[kBlock] && number[kBlock] < p.sizes[0]) {
+  const bool has_rows = row.numel > 0 && p.dim > 0 && 0 < number[kBlock];
+  if (has_blocks(row.rule) && has_rows && number[kBlock] < p.sizes[0]) {
     // Rows that are no ranges of memory are copied to where they are.
     if (p.strides[0] * p.sizes[0] != p.numel()) report(m, "block");
     row.block = static_cast<int64_t>(number[kBlock]) * (row.numel / p.sizes[0]);
   }
   const double low = round_up(number[kLow], p.dtype), high = -round_up(-number[kHigh], p.dtype);
   const bool empty = low > high || low == INFINITY || high == -INFINITY;
-  if (has_bounds(row.rule) && empty) report(m, "bounds");
+  if (has_bounds(groups_[m.group].rule) && empty) report(m, "bounds");
   if (abi_.read(m.step.handle(), t) && t.numel() == 1 && !t.complex && size_of(t.dtype) >= 4) {
     entry.count = {t.data, t.dtype == DType::kFloat64, t.device};
   }
@@ -296,7 +297,9 @@ void Gather::make_recipes(HeldTable& t) {
     const GroupValues& v = groups_[values.group];
     GroupRecipe recipe{};
     for (int n = 0; n < kNumbers; ++n) {
-      const bool own = n != kWeightDecay || values.rule == v.rule;  // it is 0 where it is deferred
+      // Where the decay is deferred, its own numbers are neutral: see resolve().
+      const bool of_decay = n == kWeightDecay || n == kL2 || n == kLow || n == kHigh;
+      const bool own = !of_decay || values.rule == v.rule;
       recipe.number[n] = value_of(t.device, own ? v.tensors[n].ptr() : nullptr, values.h.number[n]);
     }
     for (int f = 0; f < kFlags; ++f) recipe.flag[f] = values.h.flag[f];

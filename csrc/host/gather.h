@@ -3,7 +3,7 @@
 //   collect   walks lists and dicts, and holds all that it finds; nothing is read through an address
 //             before, since Python code may run in between (a tensor subclass, a number's __float__)
 //   settle    finds local tensors of DTensors, and what is no ordinary tensor
-//   resolve   reads addresses; no Python code runs from here to the update
+//   resolve   reads addresses; on a CPU no Python code runs from here to the update
 //
 // gather.cpp is one file, however long, so that this order can be checked by reading it.
 #pragma once

@@ -15,6 +15,7 @@ from torch.cuda import is_initialized
 
 from . import _C, reference, telemetry
 from .hyperparameters import FOLLOWERS, RULES
+from .tensors import Row
 
 
 class Backend(Protocol):
@@ -23,13 +24,20 @@ class Backend(Protocol):
     follows_recipes: bool
     """Whether it makes scalars where the tensors are; if not, the host reads what they need."""
     at_once: bool
-    """Whether ``step`` begins the table's step itself, in the call of C++ that runs it."""
+    """Whether ``step`` begins the table's step itself, in the call of C++ that runs it: last."""
 
     def why_not(self, device_type: str | None = None) -> str | None:
         """Why it cannot run (on that type of device), or None if it can."""
 
-    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
-        """One step; ``groups`` are the optimizer's param groups, which the rows refer to."""
+    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+        """One step; ``groups`` are the optimizer's param groups, which the rows refer to.
+
+        It yields once, when all is ready and nothing is written yet.
+        """
+
+
+_RowNotes = tuple[Row, reference.Scalars, float]
+"""What telemetry notes of a row: its scalars, and alpha."""
 
 
 class ReferenceBackend:
@@ -40,12 +48,20 @@ class ReferenceBackend:
     def why_not(self, device_type: str | None = None) -> str | None:
         return None
 
-    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
+    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
         with torch.inference_mode(False):
-            self._step(table, groups)
+            writes, notes = self._computed(table, groups)
+        yield
+        with torch.inference_mode(False):
+            reference.write(writes)
+            if table.records is not None:
+                self._note(table, notes)
 
-    def _step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
-        writes, notes = [], []
+    def _computed(
+        self, table: _C.Table, groups: Sequence[Mapping[str, Any]]
+    ) -> tuple[reference.Writes, list[_RowNotes]]:
+        writes: reference.Writes = []
+        notes: list[_RowNotes] = []
         for (index, deferred), rows in groupby(table.rows(), lambda r: (r.group, r.deferred)):
             values, members = groups[index], []
             if deferred:  # z first: a soft threshold of zero leaves it, to the bit
@@ -56,9 +72,9 @@ class ReferenceBackend:
                 members.append(reference.Member(row.param, row.grad, states, scalars))
                 notes.append((row, scalars, reference.alpha(values)))
             writes += reference.step(values, members)
-        reference.write(writes)
-        if table.records is None:
-            return
+        return writes, notes
+
+    def _note(self, table: _C.Table, notes: Sequence[_RowNotes]) -> None:
         for row, scalars, alpha in notes:
             squares = row.states.get("max_exp_avg_sq", row.states["exp_avg_sq"])
             update = reference.noted_update(row.states["exp_avg"], squares, scalars)
@@ -75,7 +91,8 @@ class CpuBackend:
     def why_not(self, device_type: str | None = None) -> str | None:
         return _only_on("cpu", device_type)
 
-    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
+    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+        yield
         table.step_cpu(get_num_threads())
 
 
@@ -109,7 +126,7 @@ class CudaBackend:
         problem = _problem_of(torch.cuda.current_device()) if device_type else ""
         return f"{problem} (built for {_C.cuda_architectures})" if problem else None
 
-    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
+    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
         device = torch.device(*table.device)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
@@ -120,6 +137,8 @@ class CudaBackend:
             prepared = torch.empty(table.prepared_size, dtype=torch.uint8, device=device)
             if capturing():
                 table.keep((payload, prepared))
+        yield
+        with torch.cuda.device(device):
             table.launch_cuda(
                 stream,
                 metadata.data_ptr(),
@@ -145,15 +164,18 @@ class TritonBackend:
             return "torch sees no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1)"
         return _only_on("cuda", device_type)
 
-    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
+    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
         with _triton_device(table):
             from .triton_kernels.fused_adam import fused_adam  # type: ignore[import-not-found, unused-ignore]
 
             on_gpu = table.device[0] == "cuda"
             stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
+            metadata, payload = _metadata(table, stream), _upload(table, table.payload())
+        yield
+        with _triton_device(table):
             fused_adam(
-                _metadata(table, stream),
-                _upload(table, table.payload()),
+                metadata,
+                payload,
                 table.num_rows,
                 table.num_scalars if table.has_recipes else 0,
                 table.num_chunks,

@@ -186,12 +186,17 @@ class _Part:
         return Shares(total, tuple(clipped), self.column)  # type: ignore[arg-type]
 
     def _own_sums(self) -> Tensor:
-        if self.count == 0:
-            return torch.zeros(0, dtype=torch.float64, device=self.z.device)
-        back = self.count * self.piece - self.front - len(self.values)
-        values = torch.nn.functional.pad(self.values.to(torch.float64), (self.front, back))
-        values = values.view(self.count, self.piece)
-        return reference.tree_sum(values * values)
+        """Of blocks that other ranks have ranges of, too, zeros: they are learnt."""
+        sums = torch.zeros(self.count, dtype=torch.float64, device=self.z.device)
+        own = [i for i in range(self.count) if self.first + i not in self.shares]
+        if own:
+            ends = [own[0] * self.piece, (own[-1] + 1) * self.piece]
+            begin, end = (min(max(e - self.front, 0), len(self.values)) for e in ends)
+            front, back = begin + self.front - ends[0], ends[1] - self.front - end
+            values = self.values[begin:end].to(torch.float64)
+            values = torch.nn.functional.pad(values, (front, back)).view(len(own), self.piece)
+            sums[own[0] : own[-1] + 1] = reference.tree_sum(values * values)
+        return sums
 
     def known(self, block: int, nodes: Sequence[Node]) -> list[Tensor]:
         """The sums of this rank's nodes of a block of ``shares``."""
@@ -219,8 +224,11 @@ class _Part:
         strength = reference.decay_strength(self.group)
         by_size = self.group.get("block_scaling") == "sqrt"
         k = reference.shrinkages(sums, numels, strength, by_size)
-        k = k.expand(self.count).repeat_interleave(self.piece)
-        reference.shrink_values(self.values, k[self.front : self.front + len(self.values)])
+        if self.count > 1:
+            ends = torch.arange(self.count + 1, device=k.device) * self.piece - self.front
+            lengths = ends.clamp(0, len(self.values)).diff()
+            k = k.expand(self.count).repeat_interleave(lengths, output_size=len(self.values))
+        reference.shrink_values(self.values, k)
         if self.values.data_ptr() != self.z.data_ptr():
             self.z.copy_(self.values.view(self.z.shape))
 

@@ -99,7 +99,7 @@ def round_up(x: float, dtype: torch.dtype) -> float:
     least_exponent = -14 if dtype == torch.float16 else -126
     exponent = max(math.frexp(x)[1] - 1, least_exponent)
     unit = 2.0 ** (exponent - (digits - 1))
-    up, largest = math.ceil(x / unit) * unit, torch.finfo(dtype).max
+    up, largest = math.copysign(math.ceil(x / unit) * unit, x), torch.finfo(dtype).max
     return math.inf if up > largest else max(up, -largest)
 
 
@@ -196,8 +196,9 @@ def soft_threshold(z: Tensor, threshold: Tensor) -> Tensor:
 
 
 def clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The prox of the box's indicator, its projection; a NaN stays a NaN."""
-    return torch.where(x < low, low, torch.where(x > high, high, x))
+    """The prox of the box's indicator, its projection; a NaN stays a NaN. Of no box, ``high``."""
+    x = torch.where(x < low, low, x)
+    return torch.where(x > high, high, x)
 
 
 def apply_decay(

@@ -174,9 +174,7 @@ def _take_step(
             with _forgetting(optimizer, stand_ins):
                 refuse_overlaps(optimizer, groups, findings, stand_ins or StandIns({}))
                 _refuse_divided_norms(optimizer, groups, {g for g, _ in later})
-            with Uninterrupted():
-                for part in _divided(groups, later):
-                    _take_step(optimizer, part, scaling, given, None)
+            _take_in_turns(optimizer, _divided(groups, later), stand_ins, scaling, given)
             return
         stand_ins = stand_ins or StandIns({})
         threads = 0  # what is copied is written back
@@ -193,11 +191,24 @@ def _take_step(
     if stand_ins is not None and stand_ins.overlap(tables):
         with _forgetting(optimizer, stand_ins):
             _refuse_divided_norms(optimizer, groups, range(len(groups)))
-        with Uninterrupted():
-            for one in _one_by_one(groups):
-                _take_step(optimizer, one, scaling, given, None)
+        _take_in_turns(optimizer, _one_by_one(groups), stand_ins, scaling, given)
         return
     _run(optimizer, tables, groups, scaling, stand_ins, tracker, capturing)
+
+
+def _take_in_turns(
+    optimizer: Stepped,
+    parts: Iterable[Groups],
+    stand_ins: StandIns | None,
+    scaling: LossScaling | None,
+    given: Given | None,
+) -> None:
+    """Steps of some of the params each, one after the other."""
+    with Uninterrupted():
+        for index, part in enumerate(parts):
+            # Once the first part has been stepped, its states stay.
+            with _forgetting(optimizer, None if index else stand_ins):
+                _take_step(optimizer, part, scaling, given, None)
 
 
 @contextlib.contextmanager
@@ -261,14 +272,7 @@ def _run(
         return
     chosen, deferred = plan
     with Uninterrupted():
-        for table, backend in zip(tables, chosen, strict=True):
-            try:
-                if not backend.at_once:
-                    table.begin()
-                backend.step(table, groups)
-            except BaseException:
-                table.undo()
-                raise
+        _run_tables(tables, chosen, groups)
         if deferred:
             from .block_norms import Member, shrink
 
@@ -279,6 +283,27 @@ def _run(
                 tracker.note_params(tables)
         if stand_ins is not None:
             stand_ins.write_back()
+
+
+def _run_tables(
+    tables: Sequence[_C.Table], chosen: Sequence[backends.Backend], groups: Groups
+) -> None:
+    """Begins all of them before one is written to; an error takes back what was not run."""
+    left = sorted(zip(tables, chosen, strict=True), key=lambda pair: not pair[1].at_once)
+    try:
+        for table, backend in left:
+            if not backend.at_once:
+                table.begin()
+        steps = [backend.step(table, groups) for table, backend in left]
+        for step in steps:
+            next(step)
+        for step in steps:
+            next(step, None)
+            del left[0]
+    except BaseException:
+        for table, _ in left:
+            table.undo()
+        raise
 
 
 def _plan(
@@ -314,6 +339,9 @@ def _plan(
         return None
     if scaling is not None and not scaling.apply(tables):
         return None
+    if capturing:  # a graph reads the tensors among them
+        values = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        tables[0].keep((values, scaling))
     if tracker is not None:
         tracker.begin(tables, groups, capturing)
     return chosen, deferred

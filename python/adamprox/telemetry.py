@@ -19,6 +19,7 @@ PER = ("group", "tensor")
 
 # csrc/math/telemetry.h's Record: the step, two sums of squares in double, 32 counts of 32 bits.
 RECORD_WORDS = 19
+LARGEST_COUNT = 2**31 - 1
 STEP, PARAM_SQUARES, UPDATE_SQUARES, COUNTS = range(4)  # where they begin
 
 
@@ -298,16 +299,24 @@ def write_update(notes: reference.UpdateNotes, table: _C.Table, row: Row) -> Non
     records = _records_of(table, row).zero_()
     _doubles(records)[:1, STEP] = row.step
     _doubles(records)[:1, UPDATE_SQUARES] = notes.squares
-    _counts(records)[:1, : reference.BINS] = torch.tensor(notes.bins)
+    _write_counts(_counts(records)[:, : reference.BINS], notes.bins)
 
 
 def write_param(notes: reference.ParamNotes, table: _C.Table, row: Row) -> None:
     """The same of the new param, beside what is there of the update."""
     records = _records_of(table, row)
     _doubles(records)[:, PARAM_SQUARES] = 0
-    _counts(records)[:, reference.BINS :] = 0
     _doubles(records)[:1, PARAM_SQUARES] = notes.squares
-    _counts(records)[:1, reference.BINS :] = torch.tensor(notes[1:])
+    _write_counts(_counts(records)[:, reference.BINS :], notes[1:])
+
+
+def _write_counts(records: Tensor, counts: Sequence[int]) -> None:
+    """Into 32 bits each: what the first record cannot have is in the next ones."""
+    records.zero_()
+    left = torch.tensor(counts)
+    for record in records[: -(-int(left.max()) // LARGEST_COUNT)]:
+        record.copy_(left.clamp(max=LARGEST_COUNT))
+        left = (left - LARGEST_COUNT).clamp(min=0)
 
 
 def _records_of(table: _C.Table, row: Row) -> Tensor:

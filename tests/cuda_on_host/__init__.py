@@ -3,7 +3,7 @@
 import ctypes
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class CudaOnHostBackend:
     def why_not(self, device_type: str | None = None) -> str | None:
         return None if device_type in (None, "cpu") else "it runs on cpu tensors"
 
-    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> None:
+    def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
         if table.uploaded is None or not table.metadata_is_uploaded:
             table.uploaded = torch.frombuffer(bytearray(table.metadata()), dtype=torch.uint8)
             table.note_upload()
@@ -88,6 +88,7 @@ class CudaOnHostBackend:
             resident=self.resident,
             seed=self.seed,
         )
+        yield
         self._last = step, metadata, payload, prepared, table.records
         self._launch(step)
         self.launches += ["prepare"] * step.prepare_launches
