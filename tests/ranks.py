@@ -39,6 +39,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import adamprox
 from adamprox import block_norms
@@ -335,13 +337,47 @@ def case_blocks_with_options_of_another_rule(world: int, name: str) -> None:
     options = {"decay": "prox_l2", "block": "tensor", "block_scaling": "none", "weight_decay": 9.0}
     twin = Twin(net, "AdamProxL2", **{key: options[key] for key in ("block", "weight_decay")})
     net = fsdp(net, init_device_mesh("cpu", (world,)))
-    optimizer = make(name, net.parameters(), l2=3.0, bounds=(0.0, 0.25))
+    l2, low = torch.tensor(3.0), torch.tensor(0.0)
+    optimizer = make(name, net.parameters(), l2=l2, bounds=(low, 0.25), capturable=True)
     optimizer.param_groups[0].update(options)
     for step in range(2):
         backward(net, step)
         twin.step(net)
         optimizer.step()
         twin.check(net, optimizer)
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many bytes the largest tensor has that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor) and not isinstance(each, DTensor):
+                self.bytes = max(self.bytes, each.numel() * each.itemsize)
+        return result
+
+
+def case_norms_take_memory_for_their_part(world: int, name: str) -> None:
+    """Not for the whole of a param, of which a rank may have a thousandth."""
+    if name != "AdamProxL2":
+        return
+    rows = 40_000 * world + 1
+    for block in ("tensor", "group", rows // 2):
+        net = nn.Sequential(nn.Linear(1, rows, bias=False))
+        net = fsdp(net, init_device_mesh("cpu", (world,)))
+        optimizer = make(name, net.parameters(), block=block)
+        set_grads(net, 0)
+        optimizer.step()
+        set_grads(net, 1)
+        with LargestTensor() as largest:
+            optimizer.step()
+        own = net[0].weight.to_local().numel()
+        assert largest.bytes <= 2 * 8 * (own + 1), (block, largest.bytes, own)
 
 
 def case_blocks_of_columns(world: int, name: str) -> None:

@@ -192,9 +192,11 @@ class _Part:
         if own:
             ends = [own[0] * self.piece, (own[-1] + 1) * self.piece]
             begin, end = (min(max(e - self.front, 0), len(self.values)) for e in ends)
-            front, back = begin + self.front - ends[0], ends[1] - self.front - end
             values = self.values[begin:end].to(torch.float64)
-            values = torch.nn.functional.pad(values, (front, back)).view(len(own), self.piece)
+            front, back = begin + self.front - ends[0], ends[1] - self.front - end
+            # Zeros behind the only one would change no sum.
+            values = torch.nn.functional.pad(values, (front, back if len(own) > 1 else 0))
+            values = values.view(len(own), -1)
             sums[own[0] : own[-1] + 1] = reference.tree_sum(values * values)
         return sums
 
