@@ -125,8 +125,13 @@ def test_info_tells_of_the_gpus(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a fine GPU")
     monkeypatch.setattr(info, "_driver_version", lambda: "580.1")
+    monkeypatch.setattr(_C, "cuda_architectures", "90-real")
+    monkeypatch.setattr(backends, "device_problem", lambda: "no kernel image")
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["info"]) == 0
-    assert "a fine GPU, compute capability 9.0, driver 580.1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no kernel image (built for 90-real)" in out
+    assert "a fine GPU, compute capability 9.0, driver 580.1" in out
 
 
 def test_instruction_set_is_what_this_cpu_has():

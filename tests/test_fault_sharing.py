@@ -43,12 +43,17 @@ def test_threads_that_share_an_optimizer_wait_for_each_other(case):
 
     def change(index: int, time: int) -> None:
         if case == "grads come and go":
-            for param in params_of(opt)[10 * index : 10 * index + 10]:
-                param.grad = None if time % 2 else torch.ones_like(param)
+            # A grad must not be replaced amid a step of another thread: torch frees it at once.
+            with opt._engine.lock:
+                come_and_go(index, time)
         elif case == "others change it" and index == 0:
             opt.load_state_dict(opt.state_dict())
             opt.param_groups[0]["lr"] = torch.tensor(1e-2)
             copy.deepcopy(opt)
+
+    def come_and_go(index: int, time: int) -> None:
+        for param in params_of(opt)[10 * index : 10 * index + 10]:
+            param.grad = None if time % 2 else torch.ones_like(param)
 
     def work(index: int) -> None:
         for time in range(30):

@@ -307,7 +307,7 @@ def test_the_scale_of_errors_has_two_ends(best, low):
 def check_heatmap(axes):
     assert (axes.get_xlabel(), axes.get_ylabel()) == (r"$\alpha$", r"$\lambda$")
     best = torch.tensor(axes.images[0].get_array().filled(math.inf)).min().item()
-    assert f"best: {best:.1f} %" in axes.get_title()
+    assert f"chosen: {best:.1f} %" in axes.get_title()
     (frame,) = axes.patches
     (x0, y0), (x1, y1) = frame.get_bbox().get_points()
     assert axes.images[0].get_array()[round((y0 + y1) / 2), round((x0 + x1) / 2)] == best

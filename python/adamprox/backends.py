@@ -96,9 +96,13 @@ class CpuBackend:
         table.step_cpu(get_num_threads())
 
 
+def device_problem() -> str:
+    """Why the current GPU, or its driver, cannot run what was built; empty if it can."""
+    return _problem_of(torch.cuda.current_device())
+
+
 @functools.cache
 def _problem_of(device: int) -> str:
-    """Why a GPU or its driver cannot run what was built; empty if it can."""
     with torch.cuda.device(device):
         return _C.cuda_device_problem()
 
@@ -123,7 +127,7 @@ class CudaBackend:
         if reason := _only_on("cuda", device_type):
             return reason
         # A device is asked when there are tensors on one, so that no context is made before.
-        problem = _problem_of(torch.cuda.current_device()) if device_type else ""
+        problem = device_problem() if device_type else ""
         return f"{problem} (built for {_C.cuda_architectures})" if problem else None
 
     def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
