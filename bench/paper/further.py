@@ -78,7 +78,8 @@ def mechanism(lab: Lab) -> None:
         results = {
             control: [lab.store[cell] for cell in cells] for control, cells in controls.items()
         }
-        pictures.pace(place, {name: results[name] for name in ("Adam-l2", "AdamW")}, network)
+        pair = {"Adam": results["Adam-l2"], "AdamW": results["AdamW"]}
+        pictures.pace(place, pair, network)
         for control, those in results.items():
             cell = controls[control][0]
             partner = "AdamW, Fixup" if control.endswith("Fixup") else "AdamW"

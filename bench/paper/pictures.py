@@ -149,9 +149,9 @@ def _over_seeds(
 
 def pace(axes: Axes, results: Mapping[str, Sequence[Result]], title: str) -> None:
     """The median magnitude of each tensor's updates at the end, a line a seed."""
-    for index, (name, runs) in enumerate(results.items()):
+    for name, runs in results.items():
         for run in runs:
-            style = {**plots.series(index, len(run.pace)), "label": name}
+            style = {**plots.series(SERIES.index(name), len(run.pace)), "label": name_of(name)}
             axes.plot(range(1, len(run.pace) + 1), run.pace, **style)
     axes.set_xlabel("tensor, the first layer's first")
     axes.set_ylabel(r"median of $\log_2$ |update| / $\alpha$")
