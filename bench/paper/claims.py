@@ -144,7 +144,7 @@ def scale_freeness_carries_it(rows: Rows) -> tuple[str, str]:
     of = {(r["network"], r["control"]): r for r in rows}
     for network in dict.fromkeys(r["network"] for r in rows):
         adam, shrunk = of[network, "Adam-l2"], of[network, "Adam-l2, shrunk as AdamW"]
-        told.append(f"{network} {_gain(adam)}, then {_gain(shrunk)}")
+        told.append(f"{network} {_gain(adam)}, {_gain(shrunk)} over a shrunk one")
         if above_zero(adam) == SHOWN:
             left = between(shrunk, 0.0, inf)
             half = float(adam["gain"]) / 2
