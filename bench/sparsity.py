@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import adamprox
 from adamprox.command_line import check_folder, fail, need, positive
 from adamprox.demo import BATCH_SIZE, LEARNING_RATE, Images, load_images, steps_per_epoch
+from adamprox.sparsity_target import cubic_ramp
 
 from . import records
 
@@ -157,7 +158,7 @@ def magnitude_by_and_by(training: Training, asked: float) -> None:
     def after_step() -> None:
         step = next(steps)
         if step % training.steps_per_epoch == 0:
-            _prune_to(layers, asked * (1 - (1 - min(step / ramp, 1.0)) ** 3))
+            _prune_to(layers, asked * cubic_ramp(step, ramp))
 
     training.fit(training.adamw(), training.pruning, constant=True, after_step=after_step)
     training.fit(training.adamw(), training.fine_tuning)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import adamprox
 from adamprox import backends, reference
 from registry import (
     BACKENDS,
@@ -308,3 +309,13 @@ def test_a_capture_of_what_the_host_steps_is_refused(monkeypatch):
     with pytest.raises(RuntimeError, match="cannot be captured"):
         opt.step()
     assert all(map(torch.equal, before, params_of(opt)))
+
+
+def test_a_capture_in_which_no_param_has_a_grad(monkeypatch):
+    """There is nothing to step, and nothing that a graph reads."""
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = adamprox.AdamW([param], capturable=True)
+    monkeypatch.setattr(backends, "capturing", lambda: True)
+    opt.step()
+    assert (param == 1).all()
+    assert not opt.state

@@ -389,9 +389,11 @@ def test_ctrl_c_that_waits_is_not_in_the_way_of_other_signals(case):
         signal.raise_signal(signal.SIGUSR1)
         assert not handled
     assert handled == ["SIGUSR1"]
-    restored = []
+    restored, leaving = [], False
 
     def restore(number, handler):
+        if leaving and not restored:
+            signal.raise_signal(signal.SIGUSR1)  # before any handler is back
         restored.append(number)
         return own(number, handler)
 
@@ -399,9 +401,11 @@ def test_ctrl_c_that_waits_is_not_in_the_way_of_other_signals(case):
     try:
         with Uninterrupted():
             restored.clear()
+            leaving = True
     finally:
         signal.signal = own
     assert restored[-1] == waiting
+    assert handled == ["SIGUSR1"] * 2
     assert signal.SIGUSR1 in restored
 
 

@@ -1055,6 +1055,7 @@ def of_spreads(adam, adamw):
 NONE, GOOD, BAD = (0.001, -0.002, 0.004), (0.05, 0.03, 0.07), (-0.05, -0.07, -0.03)
 NOISE, FAR = (0.02, -0.03, 0.07), (0.05, 0.001, 0.1)
 ONE_SEED = (0.02, math.nan, math.nan)
+DECAYS, NO_DECAY = ({"optimizer": "AdamProxL2", "lambda": text} for text in "10")
 
 
 @pytest.mark.parametrize(
@@ -1080,33 +1081,13 @@ ONE_SEED = (0.02, math.nan, math.nan)
         ("dispersed_with_depth", of_spreads((2, 3, 5), (2, 2, 3)), "shown"),
         ("dispersed_with_depth", of_spreads((2, 3, 5), (2, 2, 4)), "in part"),
         ("dispersed_with_depth", of_spreads((5, 3, 2), (2, 2, 4)), "contrary"),
-        ("no_decay_with_bn", with_values(rows_of(GOOD), optimizer="", **{"lambda": "0"}), "shown"),
-        (
-            "no_decay_with_bn",
-            with_values(rows_of(GOOD), optimizer="", **{"lambda": "1"}),
-            "contrary",
-        ),
-        ("no_decay_with_bn", with_values(rows_of(NONE), optimizer="", **{"lambda": "1"}), "shown"),
-        (
-            "no_decay_with_bn",
-            with_values(rows_of(NOISE), optimizer="", **{"lambda": "1"}),
-            "undecided",
-        ),
-        (
-            "l2_on_a_par",
-            with_values(rows_of(BAD), optimizer="AdamProxL2", **{"lambda": "1"}),
-            "shown",
-        ),
-        (
-            "l2_on_a_par",
-            with_values(rows_of(GOOD), optimizer="AdamProxL2", **{"lambda": "1"}),
-            "contrary",
-        ),
-        (
-            "l2_on_a_par",
-            with_values(rows_of(NONE), optimizer="AdamProxL2", **{"lambda": "0"}),
-            "undecided",
-        ),
+        ("no_decay_with_bn", with_values(rows_of(GOOD), **NO_DECAY), "shown"),
+        ("no_decay_with_bn", with_values(rows_of(GOOD), **DECAYS), "contrary"),
+        ("no_decay_with_bn", with_values(rows_of(NONE), **DECAYS), "shown"),
+        ("no_decay_with_bn", with_values(rows_of(NOISE), **DECAYS), "undecided"),
+        ("l2_on_a_par", with_values(rows_of(BAD), **DECAYS), "shown"),
+        ("l2_on_a_par", with_values(rows_of(GOOD), **DECAYS), "contrary"),
+        ("l2_on_a_par", with_values(rows_of(NONE), **NO_DECAY), "undecided"),
         ("scale_freeness_carries_it", of_mechanism(GOOD, FAR), "shown"),
         ("scale_freeness_carries_it", of_mechanism(GOOD, NONE), "contrary"),
         ("scale_freeness_carries_it", of_mechanism(GOOD, NOISE), "undecided"),

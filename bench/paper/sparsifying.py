@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import adamprox
+from adamprox.sparsity_target import cubic_ramp
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +41,7 @@ def begin(model: nn.Module, optimizer: Optimizer, sparsity: float, steps: int) -
         step += 1
         if step <= ramp and (step % EVERY == 0 or step == ramp):
             frozen.remove()
-            zero_smallest(model, sparsity * (1 - (1 - step / ramp) ** 3))
+            zero_smallest(model, sparsity * cubic_ramp(step, ramp))
             frozen = adamprox.freeze_zeros(optimizer)
 
     optimizer.register_step_post_hook(prune)

@@ -245,7 +245,7 @@ class SparsityTarget:
         groups = self._optimizer.param_groups
         if not any(float(groups[g]["lr"]) > 0 for g in self._weight_decays):
             return  # no strength would do anything
-        ramp = 1 - (1 - min(self._step / self._steps, 1.0)) ** 3
+        ramp = cubic_ramp(self._step, self._steps)
         expected = self._share + AHEAD / self._every * (self._share - before)
         # At 95 % a point is more than at 50 %.
         missing = (self._sparsity * ramp - expected) / (1 - 0.9 * self._sparsity)
@@ -300,6 +300,11 @@ class SparsityTarget:
         self._frozen = self._engine.frozen = FrozenZeros(self._engine, masks)
         self._set_weight_decays(0.0)
         return True
+
+
+def cubic_ramp(step: int, steps: int) -> float:
+    """``1 - (1 - t / T)^3``: how far a share is led after t of T steps, and 1 from then on."""
+    return 1 - (1 - min(step / steps, 1.0)) ** 3
 
 
 def _is_share(value: Any) -> bool:

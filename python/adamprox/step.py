@@ -339,9 +339,9 @@ def _plan(
         return None
     if scaling is not None and not scaling.apply(tables):
         return None
-    if capturing:  # a graph reads the tensors among them
-        values = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        tables[0].keep((values, scaling))
+    for table in tables if capturing else ():  # a graph reads the tensors among them
+        table.keep([{k: v for k, v in group.items() if k != "params"} for group in groups])
+        table.keep(scaling)
     if tracker is not None:
         tracker.begin(tables, groups, capturing)
     return chosen, deferred
@@ -371,10 +371,12 @@ class Uninterrupted:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with contextlib.ExitStack() as handled:  # all of them, whatever one of them raises
-            for number, frame in reversed(self._waiting):
-                handled.callback(self._handlers[number], number, frame)
-            handled.callback(self._restore)
+        try:
+            self._restore()
+        finally:  # all that wait are handled, whatever one of the handlers raises
+            with contextlib.ExitStack() as handled:
+                for number, frame in reversed(self._waiting):
+                    handled.callback(self._handlers[number], number, frame)
 
     def _wait(self, number: int, frame: Any) -> None:
         self._waiting.append((number, frame))
