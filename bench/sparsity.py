@@ -253,7 +253,7 @@ def markdown(rows: Iterable[records.Row]) -> str:
         ]
         lines.append(" | ".join((f"| {network}", method, *cells)) + " |")
     farthest = max(abs(row["sparsity"] - row["asked"]) for row in rows)
-    return "\n".join([*lines, "", f"Shares are at most {100 * farthest:.2f} points off."])
+    return "\n".join([*lines, "", f"No share is more than {100 * farthest:.2f} points off."])
 
 
 def _span(shares: Sequence[float]) -> str:
