@@ -1,6 +1,7 @@
 """The compiled part is CMake's; everything else is declared in pyproject.toml."""
 
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -12,7 +13,8 @@ BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "ins
 
 # The build would take the compiler that Python was built by, whether it is there or not. CMake's
 # own error of it would be followed by a long traceback.
-named = os.environ.get("CXX") or "CMAKE_CXX_COMPILER" in os.environ.get("CMAKE_ARGS", "")
+arguments = os.environ.get("CMAKE_ARGS", "")
+named = os.environ.get("CXX") or re.search(r"CMAKE_CXX_COMPILER\b", arguments)
 if not named and BUILDS & set(sys.argv):
     pythons = (sysconfig.get_config_var("CXX") or "").split()[:1]
     found = next(filter(shutil.which, (*pythons, *COMPILERS)), None)

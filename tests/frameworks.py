@@ -1,7 +1,8 @@
 """Trains in a framework, as its example does: ``frameworks.py EXAMPLE FOLDER``.
 
-Runs the example as a user does, then its ``train`` as below; ``FOLDER/runs.pt`` has the loss curves
-and the params of each run. One process for all of it, as importing takes longer than training.
+Runs the example as a user does, then its ``train`` as below; ``FOLDER/runs.pt`` has the loss curve,
+the params and the number of steps of each run. One process for all of it, as importing takes longer
+than training.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import adamprox
 
@@ -55,7 +57,7 @@ def import_torchvision() -> None:
         importlib.import_module("torchvision")
 
 
-def in_framework(example: str, folder: Path) -> dict[str, tuple[list[float], dict[str, Any]]]:
+def in_framework(example: str, folder: Path) -> dict[str, tuple[list[float], dict[str, Any], int]]:
     framework = FRAMEWORKS[example]
     train = runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")["train"]
     runs = {}
@@ -72,8 +74,11 @@ def in_framework(example: str, folder: Path) -> dict[str, tuple[list[float], dic
             checkpoint = str(folder / resumed / checkpoint)
         where = folder / (resumed or name)
         where.mkdir(exist_ok=True)
+        steps: list[object] = []
+        counter = register_optimizer_step_post_hook(lambda *_: steps.append(None))
         losses, model = train(optimizer, str(where), checkpoint, **arguments)
-        runs[name] = losses, model.state_dict()
+        counter.remove()
+        runs[name] = losses, model.state_dict(), len(steps)
 
     run("AdamW", adamprox.AdamW)
     run("AdamW resumed", adamprox.AdamW, "AdamW")

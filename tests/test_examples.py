@@ -48,7 +48,7 @@ def test_it_learns(example):
     _, printed, runs = example
     before, after = map(float, re.search(r"loss before: (\S+), after: (\S+)", printed).groups())
     assert after < 0.6 * before
-    for losses, _ in runs.values():
+    for losses, *_ in runs.values():
         assert losses[-1] < losses[0]
 
 
@@ -64,7 +64,9 @@ def test_the_loss_curve_of_torch(example):
 
 def test_a_checkpoint_of_torch_goes_on(example):
     name, _, runs = example
-    ours, theirs = (curve(runs[key][0]) for key in ("torch resumed with AdamW", "torch"))
+    resumed, whole = runs["torch resumed with AdamW"], runs["torch"]
+    assert 0 < resumed[2] < whole[2]
+    ours, theirs = curve(resumed[0]), curve(whole[0])
     tolerance = FRAMEWORKS[name].tolerance
     torch.testing.assert_close(ours, theirs[-len(ours) :], rtol=tolerance, atol=0)
 
@@ -72,7 +74,9 @@ def test_a_checkpoint_of_torch_goes_on(example):
 @pytest.mark.parametrize("run", ["AdamW", "bf16"])
 def test_resuming_has_the_bits_of_not_stopping(example, run):
     _, _, runs = example
-    (losses, params), (resumed_losses, resumed) = runs[run], runs[f"{run} resumed"]
+    losses, params, steps = runs[run]
+    resumed_losses, resumed, steps_left = runs[f"{run} resumed"]
+    assert 0 < steps_left < steps
     assert losses[-len(resumed_losses) :] == resumed_losses
     assert params.keys() == resumed.keys()
     for key in params:

@@ -630,4 +630,4 @@ def test_whatever_is_done_a_step_has_the_references_bits_or_both_refuse(backend,
             machine = hypothesis.seed(int(seed) + counts["actions"])(machine)
         run_state_machine_as_test(machine, settings=settings)
     with capsys.disabled():
-        print("\n{actions} actions, {steps} of them steps, {refused} refused".format(**counts))
+        print("\n{actions} actions, {steps} of them steps, {refused} refused".format_map(counts))

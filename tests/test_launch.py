@@ -96,6 +96,7 @@ def test_blocks_need_not_run_at_the_same_time(cuda, blocks, resident):
 def test_blocks_wait_for_one_another_in_any_dtype(cuda, dtype):
     cuda.blocks = cuda.resident = 4
     steps_of_l2(cuda, dtype)
+    assert cuda.sleeps > 0
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -285,7 +285,7 @@ def test_an_estimate_is_of_all_steps(monkeypatch):
 
 
 def test_info_tells_what_was_built(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "10000")
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     facts = info.collect()
@@ -301,7 +301,7 @@ def test_info_tells_what_was_built(capsys, monkeypatch):
 def test_a_missing_compiler_is_named(tmp_path):
     pytest.importorskip("setuptools")
     script = Path(__file__).parents[1] / "setup.py"
-    environment = {**os.environ, "PATH": str(tmp_path), "CXX": ""}
+    environment = {**os.environ, "PATH": str(tmp_path), "CXX": "", "CMAKE_ARGS": ""}
     build = [sys.executable, script, "bdist_wheel"]
     result = subprocess.run(build, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 1
@@ -316,7 +316,8 @@ def setup_of(monkeypatch, tmp_path, compilers, pythons="g++", **variables):
         (tmp_path / name).touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CXX", "CMAKE_ARGS"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what setup.py sets is taken back
+        monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
@@ -340,9 +341,11 @@ def test_the_build_takes_a_compiler_that_is_there(compilers, expected, monkeypat
 
 
 def test_a_compiler_that_is_named_is_not_looked_for(monkeypatch, tmp_path):
-    named = "-DCMAKE_CXX_COMPILER=/opt/g++-12"
-    assert setup_of(monkeypatch, tmp_path, [], CMAKE_ARGS=named) is None
+    for named in ("-DCMAKE_CXX_COMPILER=/opt/g++-12", "-D CMAKE_CXX_COMPILER:PATH=/opt/g++-12"):
+        assert setup_of(monkeypatch, tmp_path, [], CMAKE_ARGS=named) is None
     assert setup_of(monkeypatch, tmp_path, [], CXX="icpx") == "icpx"
+    launcher = "-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"
+    assert setup_of(monkeypatch, tmp_path, ["clang++"], CMAKE_ARGS=launcher) == "clang++"
 
 
 def test_a_file_is_replaced_and_a_stream_written_to(tmp_path):

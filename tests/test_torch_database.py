@@ -318,10 +318,9 @@ def test_a_deep_copy_has_all_public_attributes(optimizer, kwargs):
 # Errors.
 
 
-@pytest.mark.parametrize(("flag", "reason", "message"), [(f, *e) for f, e in EXCLUDED.items()])
+@pytest.mark.parametrize(("flag", "message"), [(f, e[1]) for f, e in EXCLUDED.items()])
 @every_optimizer
-def test_what_is_excluded_is_refused(optimizer, flag, reason, message):
-    assert reason
+def test_what_is_excluded_is_refused(optimizer, flag, message):
     for _, each in inputs_on(info_of(optimizer), "cpu"):
         with pytest.raises(RuntimeError, match=message):
             make(optimizer, make_params(), {**each.kwargs, flag: True})
