@@ -18,7 +18,7 @@ export ADAMPROX_COMMIT=${ADAMPROX_COMMIT:-$(git describe --always --dirty)}
 part() { # part NAME SECONDS COMMAND...
   local name=$1 limit=$2 start=$SECONDS
   shift 2
-  if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
+  if timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1; then
     echo "== $name: $((SECONDS - start)) s" >&2
   else
     echo "== $name: failed after $((SECONDS - start)) s" >&2
@@ -44,7 +44,7 @@ provenance() {
 
 gpu_tests() {
   local workers=()
-  "$python" -c 'import xdist' 2>/dev/null && workers=(-n auto --maxprocesses 12)
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n auto --maxprocesses 12 --dist worksteal)
   "$python" -m pytest $(grep -l 'mark\.gpu' tests/test_*.py) -q -p no:cacheprovider -p no:benchmark -m gpu \
     --maxfail=40 --tb=short "${workers[@]}"
 }
@@ -74,15 +74,16 @@ benchmark() {
 export PYTHONPATH=$out/.site${PYTHONPATH:+:$PYTHONPATH}
 export -f build provenance gpu_tests sanitize benchmark
 export out python
-part provenance 30 bash -c provenance
-part build 150 bash -c build
-part tests 280 bash -c gpu_tests &
+part provenance 20 bash -c provenance
+part build 130 bash -c build
+part tests 250 bash -c gpu_tests &
 for tool in memcheck racecheck synccheck; do
-  part $tool 280 bash -c "sanitize $tool" &
+  part $tool 250 bash -c "sanitize $tool" &
 done
 wait
 part benchmark 140 bash -c benchmark
 rm -rf "$out/.site"
 tail -n 5 "$out/tests.log" >&2
+tail -n +1 "$out"/*.log >"$out/logs.txt" && rm "$out"/*.log  # few files, for who copies them
 echo "failed: $(tr '\n' ' ' <"$out/failed" 2>/dev/null || echo none); records in $out"
 [ ! -s "$out/failed" ]

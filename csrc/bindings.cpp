@@ -141,7 +141,6 @@ PYBIND11_MODULE(_C, m) {
       .def("begin", [](Table& t) { t.gather.begin(t); })
       .def("undo", &Table::undo)
       .def("payload", [](const Table& t) { return py::bytes(t.payload()); })
-      .def_property_readonly("payload_size", &Table::payload_size)
 #if defined(ADAMPROX_WITH_CUDA)
       .def_property_readonly(
           "payload_is_inline",
@@ -153,7 +152,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Gather, std::shared_ptr<Gather>>(m, "Gather")
       .def(py::init<>())
       .def("read", &Gather::read)
-      .def_readonly("findings", &Gather::findings)
+      // Copies, since the next read() clears what is there.
+      .def_property_readonly("findings", [](const Gather& g) { return g.findings; })
       .def("tables", &tables)
       .def("groups", &Gather::groups)
       .def("release", &Gather::release)

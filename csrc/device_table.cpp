@@ -170,12 +170,12 @@ void DeviceTable::number_slots() {
 }
 
 void DeviceTable::begin() {
-  begun_ = true;
   launched = false;
   table.scalars.clear();
   made_for_.clear();
   table.scalars.reserve(counts.size());  // so that nothing fails once a count is written
   made_for_.reserve(counts.size());
+  begun_ = true;
   for (size_t i = 0; i < counts.size(); ++i) {
     StepCount& count = counts[i];
     if (recipes) {

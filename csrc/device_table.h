@@ -81,14 +81,14 @@ class DeviceTable {
   std::string metadata() const;
   bool metadata_is_uploaded() const;  // as it is now, if note_upload() has been told of it
   void note_upload() { uploaded_rows_ = table.rows; }
-  // The distinct (param's dtype, moments' dtype, rule, which states are there as bits, size of several
-  // blocks) of the rows. The last is 0 where there is one; else 1 plus log2 of the next power of two, of
-  // blocks above kTileSize that of its double.
+  // The distinct (param's dtype, moments' dtype, rule, which states are there as bits, size of blocks) of
+  // the rows. The last is 0 for a row of one block. Else it is 1 + log2 of the block's size, rounded up to
+  // a power of two. All sizes above kTileSize count as 2 * kTileSize.
   std::set<std::tuple<int, int, int, int, int>> variants() const;
 
   const Device device;
   TensorTable table;
-  std::vector<int> members;  // one a row, as is
+  std::vector<int> members;  // one a row, as are the two that follow
   std::vector<StepCount> counts;
   std::vector<int> norms;
   std::vector<RowValues> values;  // rows that follow one another share theirs

@@ -28,13 +28,14 @@ struct TensorRow {
   DType state_dtype;      // of the moments
   Decay rule;
   uint8_t aligned;  // 1: all pointers are multiples of 16 bytes, grad's included
-  // Rows that are one block together: which of them it is, the first one's number, and how many they are;
-  // 0: the row has blocks of its own.
+  // Of rows that are one block together: this one's number among all such rows of the table, that of the
+  // block's first row, and how many rows the block has. num_slots is 0 if the row has blocks of its own.
   int32_t slot, first_slot, num_slots;
 };
 static_assert(sizeof(TensorRow) == 8 * (6 + kStates), "Triton reads it as words");
 
-// Either several blocks, or a part of one: then one of `parts` chunks, of which `first` is the first.
+// Either a part of a block, which is one of its `parts` chunks, of which `first` is the first; or several
+// blocks, and `parts` is 0.
 struct Chunk {
   int64_t begin;  // within the tensor
   int32_t row, count, first, parts;

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -323,6 +324,8 @@ def case_blocks(world: int, name: str) -> None:
                     net[0].bias.grad = None
                 twin.step(net)
                 with pytest.MonkeyPatch.context() as patch:
+                    if step == 1:  # a block is more than what is copied at a time
+                        patch.setattr(block_norms, "AT_ONCE", 16)
                     if options["block"] == "row":  # no rank needs another one
                         patch.setattr(block_norms, "shrink", None)
                     optimizer.step()
@@ -409,6 +412,90 @@ def case_partial_params_are_refused(world: int, name: str) -> None:
     with pytest.raises(RuntimeError, match=r"Partial.*nothing was updated"):
         make(name, [param]).step()
     assert torch.equal(share, torch.ones(3))
+
+
+def case_plain_states_are_refused(world: int, name: str) -> None:
+    """Those of a whole checkpoint, say."""
+    net = fsdp(model(), init_device_mesh("cpu", (world,)))
+    optimizer = make(name, net.parameters())
+    backward(net, 0)
+    optimizer.step()
+    param = net[0].weight
+    state = optimizer.state[param]
+    state["exp_avg"] = state["exp_avg"].full_tensor()
+    before = param.full_tensor()
+    message = r"exp_avg of .* is a plain tensor of shape .* and the param a DTensor"
+    with pytest.raises(RuntimeError, match=f"{message}.*nothing was updated"):
+        optimizer.step()
+    assert torch.equal(param.full_tensor(), before)
+
+
+def case_a_param_of_the_first_rank_alone(world: int, name: str) -> None:
+    """On the others nothing is to be done, beside a param of all."""
+    mesh = DeviceMesh("cpu", [0])
+    everywhere = init_device_mesh("cpu", (world,))
+    values = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    params = [nn.Parameter(distribute_tensor(values, m, (Shard(0),))) for m in (mesh, everywhere)]
+    twin = nn.Parameter(values.clone())
+    optimizers = make(name, params), make(name, [twin])
+    for p in (*params, twin):
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(params[1].full_tensor(), twin)
+    if dist.get_rank() == 0:
+        assert torch.equal(params[0].to_local(), twin)
+
+
+def case_compiled_steps(world: int, name: str) -> None:
+    net = model()
+    twin = Twin(net, name)
+    optimizer = make(name, fsdp(net, init_device_mesh("cpu", (world,))).parameters())
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for number in range(2):
+        backward(net, number)
+        twin.step(net)
+        step()
+        twin.check(net, optimizer)
+
+
+def case_a_zero_part_is_no_zero_tensor(world: int, name: str) -> None:
+    """A rank whose rows are zero does not warn of the whole."""
+    if name != "AdamProxL1":
+        return
+    net = fsdp(nn.Sequential(nn.Linear(3, world, bias=False)), init_device_mesh("cpu", (world,)))
+    with torch.no_grad():
+        net[0].weight.to_local().fill_(0.0 if dist.get_rank() else 1.0)
+    optimizer = make(name, net.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(40):
+            net[0].weight.grad = torch.zeros_like(net[0].weight)
+            optimizer.step()
+
+
+def case_steps_in_backward(world: int, name: str) -> None:
+    """The twin has the grads that were there before each step, as ranks average by rounding."""
+    net = model()
+    twin = Twin(net, name)
+    fsdp(net, init_device_mesh("cpu", (world,)))
+    optimizer = make(name, net.parameters())
+    grads: dict[Tensor, Tensor] = {}
+
+    def note(param: Tensor) -> None:
+        assert param.grad is not None
+        grads[param] = param.grad.clone()
+
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(note)
+    with adamprox.step_in_backward(net, optimizer):
+        for step in range(STEPS):
+            net(batch(step, 7)).square().mean().backward()
+            for p, q in zip(net.parameters(), twin.net.parameters(), strict=True):
+                assert p.grad is None
+                q.grad = whole(grads[p]).detach()
+            twin.optimizer.step()
+            twin.check(net, optimizer)
 
 
 def case_skipped_and_frozen(world: int, name: str) -> None:

@@ -274,6 +274,9 @@ def test_what_is_misspelled_or_another_rules_is_told():
     param = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=r"Invalid key of a param group: 'blok', .*'block'"):
         adamprox.AdamProxL2([{"params": [param], "blok": "row"}])
+    for key in ("weight_decays", "lrs", "blocks"):
+        with pytest.raises(ValueError, match=f"Invalid key.*: '{key}', did you mean"):
+            adamprox.AdamProxL2([{"params": [param], key: 0.3}])
     own = {"lr_scale": 0.5, "weight_decay_mult": 1.0}  # the user's
     adamprox.AdamProxL2([{"params": [param], **own}])
     with pytest.raises(TypeError, match=r"unexpected.*'block', which is an option of.*'prox_l2'"):

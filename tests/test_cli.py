@@ -112,7 +112,7 @@ def test_info_tells_which_backend_is_asked_for(capsys, monkeypatch):
     ],
 )
 def test_info_tells_whether_the_backend_asked_for_can_run(name, text, capsys, monkeypatch):
-    monkeypatch.setattr(backends.BACKENDS["cuda"], "why_not", lambda device_type=None: "no GPU")
+    monkeypatch.setattr(backends.BACKENDS["cuda"], "why_not", lambda *_: "no GPU")
     monkeypatch.setenv("ADAMPROX_BACKEND", name)
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["info"]) == 0
@@ -127,7 +127,7 @@ def test_info_tells_of_the_gpus(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a fine GPU")
     monkeypatch.setattr(info, "_driver_version", lambda: "580.1")
     monkeypatch.setattr(_C, "cuda_architectures", "90-real")
-    monkeypatch.setattr(backends, "device_problem", lambda: "no kernel image")
+    monkeypatch.setattr(backends, "device_problem", lambda index: "no kernel image")
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["info"]) == 0
     out = capsys.readouterr().out

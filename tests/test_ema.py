@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import threading
 import warnings
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import adamprox
 import registry
+from adamprox import backends
 from ranks import whole
 from registry import BACKENDS, DTYPES, LAYOUTS, OPTIMIZERS, Option, params_of, same_bits
 from test_capturable import randn, set_grads
@@ -289,3 +291,41 @@ def of_two_ranks(rank: int, folder) -> None:
 
 def test_shards_have_the_average_of_the_whole(tmp_path):
     torch.multiprocessing.start_processes(of_two_ranks, (tmp_path,), nprocs=2, start_method="spawn")
+
+
+def test_averages_wait_for_a_step_of_another_thread(monkeypatch):
+    """And a step that waits for the lock meanwhile is refused, rather than lost."""
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = adamprox.AdamW([param], ema_decay=0.5, backend="reference")
+    param.grad = torch.ones(3)
+    opt.step()
+    reached, go_on = threading.Event(), threading.Event()
+    backend = backends.BACKENDS["reference"]
+    plain = backend.step
+
+    def step(table, groups):
+        steps = plain(table, groups)
+        yield next(steps)
+        reached.set()
+        assert go_on.wait(20)
+        yield from steps
+
+    monkeypatch.setattr(backend, "step", step)
+    stepping = threading.Thread(target=opt.step)
+    stepping.start()
+    assert reached.wait(20)
+    within = []
+
+    def evaluate():
+        with opt.ema_weights():
+            within.append(torch.equal(param, opt.state[param]["ema"]))
+
+    evaluating = threading.Thread(target=evaluate)
+    evaluating.start()
+    evaluating.join(0.1)
+    assert within == []
+    go_on.set()
+    for thread in (stepping, evaluating):
+        thread.join(20)
+    assert within == [True]
+    assert not torch.equal(param, opt.state[param]["ema"])

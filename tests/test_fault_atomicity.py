@@ -158,7 +158,7 @@ def test_a_first_step_that_no_backend_can_take_makes_no_states(shared, monkeypat
     for param in params:
         param.grad = randn(3)
     opt = adamprox.AdamW(params)
-    monkeypatch.setattr(BACKENDS["cpu"], "why_not", lambda _=None: "it is out of order")
+    monkeypatch.setattr(BACKENDS["cpu"], "why_not", lambda *_: "it is out of order")
     monkeypatch.setattr(BACKENDS["cpu"], "at_once", False)
     opt._backend = "cpu"
     with pytest.raises(RuntimeError, match="out of order"):

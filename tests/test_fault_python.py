@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adamprox
+from adamprox import _C
 from faults import (
     ERRORS,
     Acting,
@@ -29,6 +30,7 @@ from faults import (
     set_grads,
     snapshot,
 )
+from registry import assert_same_bits
 
 
 class Fresh(list):
@@ -264,3 +266,93 @@ def test_python_code_amid_a_step_does_no_harm(case):
     assert problem is None or all(map(torch.equal, params, before)), problem
     tensors = [*params, *(v for s in opt.state.values() for v in s.values())]
     assert all(abs(t.detach()).max() < 100 for t in tensors if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("decay_by", "Schedule", "Invalid decay_by: 'Schedule', expected 'lr' or 'schedule'"),
+        ("metric", "Adam", "Invalid metric: 'Adam', expected 'identity' or 'adam'"),
+        ("block_scaling", "SQRT", "Invalid block_scaling: 'SQRT', expected 'none' or 'sqrt'"),
+        ("decay_by", "schedule", "decay_by='schedule' needs 'initial_lr' in the param group"),
+        ("params", {1}, "Invalid params: expected a list or a tuple"),
+        ("block", "rows", "Invalid block: 'rows', expected 'tensor', 'row', 'group' or"),
+    ],
+)
+def test_a_value_that_is_set_later_is_refused_by_name(key, value, match):
+    opt = ready()
+    before = snapshot(opt)
+    old = dict(opt.param_groups[0])
+    opt.param_groups[0][key] = value
+    with pytest.raises((ValueError, TypeError), match=match):
+        opt.step()
+    opt.param_groups[0].clear()
+    opt.param_groups[0].update(old)
+    assert snapshot(opt) == before
+    opt.step()
+
+
+def test_a_block_of_more_rows_than_a_float_can_tell_is_the_whole_tensor():
+    opt, twin = (ready(optimizer="AdamProxL2", block=block) for block in (10**400, "tensor"))
+    opt.step()
+    twin.step()
+    assert_same_bits(opt, twin)
+
+
+@pytest.mark.parametrize("key", ["betas", "block"])
+def test_an_interrupt_amid_a_value_is_passed_on(key):
+    class Interrupting:
+        def __iter__(self):
+            raise KeyboardInterrupt
+
+        __index__ = __iter__
+
+    opt = ready(optimizer="AdamProxL2")
+    opt.param_groups[0][key] = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+
+
+def test_findings_may_be_kept():
+    gather = _C.Gather()
+    opt = ready(steps=0)
+    arguments = (opt.param_groups, opt.state, {}, False, False, False, 0)
+    gather.read(*arguments)
+    findings = gather.findings
+    assert findings
+    keys = [finding.key for finding in findings]
+    gather.release()
+    for param in params_of(opt):
+        param.grad = None
+    gather.read(*arguments)
+    assert [finding.key for finding in findings] == keys
+
+
+def test_a_refused_step_leaves_the_versions_of_params():
+    opt = ready(capturable=True, backend="triton")
+    opt.param_groups[0]["lr"] = torch.tensor([1.0, 2.0])
+    versions = [param._version for param in params_of(opt)]
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        opt.step()
+    assert [param._version for param in params_of(opt)] == versions
+
+
+def test_a_state_that_the_group_does_not_use_is_no_beginning():
+    opt = ready(steps=0)
+    param = params_of(opt)[0]
+    opt.state[param]["ema"] = torch.zeros_like(param)
+    opt.step()
+    assert opt.state[param]["step"] == 1
+
+
+def test_hooks_of_a_subclass_with_a_step_of_its_own_are_called_once():
+    class Mine(adamprox.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    opt, calls = Mine(new_params((3,))), []
+    set_grads(opt, 0)
+    opt.register_step_pre_hook(lambda *_: calls.append("before"))
+    opt.register_step_post_hook(lambda *_: calls.append("after"))
+    opt.step()
+    assert calls == ["before", "after"]

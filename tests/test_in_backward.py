@@ -557,3 +557,16 @@ def test_the_peak_of_gradient_memory_falls(capsys):
         print(f"{plain:,} bytes, with step_in_backward by {in_backward:,}")
     assert plain > 0.9 * LAYERS * LAYER_BYTES
     assert in_backward < 4 * LAYER_BYTES
+
+
+def test_a_param_that_takes_no_hook_leaves_none_behind():
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(3)) for _ in range(2)])
+    with torch.inference_mode():
+        frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    model.append(frozen)
+    opt = adamprox.AdamW(list(model)[:2], lr=0.1)
+    with pytest.raises(RuntimeError, match="nference"):
+        adamprox.step_in_backward(model, opt)
+    sum(p.sum() for p in list(model)[:2]).backward()
+    assert all(torch.equal(p.grad, torch.ones(3)) for p in list(model)[:2])
+    assert all(torch.equal(p, torch.ones(3)) for p in model)

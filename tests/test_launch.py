@@ -5,6 +5,7 @@ The blocks of CUDA may run in any order, any number of them at a time.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -158,6 +159,42 @@ def triton_launches(monkeypatch):
     for name in ("prepare", "update", "slot", "shrink"):
         monkeypatch.setattr(kernels, f"{name}_kernel", Counted(name))
     return launches
+
+
+def test_triton_compiles_all_kernels_before_one_is_launched(triton_launches, monkeypatch):
+    """As on a GPU, where a compilation may fail; each kernel once for what it is called with."""
+    kernels = sys.modules["adamprox.triton_kernels.fused_adam"]
+    monkeypatch.setattr(kernels, "INTERPRETED", type(kernels.INTERPRETED)(False))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    compiled, loaded = [], []
+
+    class Loaded:
+        def __getitem__(self, grid):
+            loaded.append(grid)
+
+    def warmup(self, *args, grid, **options):
+        if self.name == "shrink":
+            assert triton_launches == []
+            if broken:
+                raise MemoryError("no place for a kernel")
+        compiled.append(self.name)
+        return Loaded()
+
+    for name in ("prepare", "update", "slot", "shrink"):
+        kernel = getattr(kernels, f"{name}_kernel")
+        monkeypatch.setattr(type(kernel), "warmup", warmup, raising=False)
+        kernel.__name__ = f"{name} of this test"
+    broken = True
+    with pytest.raises(MemoryError):
+        step_of_400_tensors("AdamProxL2", "triton")
+    assert (compiled, triton_launches) == (["update"], [])
+    broken = False
+    for times in (1, 2):
+        triton_launches.clear()
+        step_of_400_tensors("AdamProxL2", "triton")
+        assert compiled == ["update", "shrink"]
+        assert loaded == [(400, 1, 1)] * 2
+        assert len(triton_launches) == 2, times
 
 
 @pytest.mark.parametrize("tracked", [False, True], ids=["untracked", "tracked"])

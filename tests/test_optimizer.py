@@ -196,7 +196,7 @@ class Recorder:
     def __init__(self, why_not: dict[str | None, str] | None = None):
         self.reasons, self.calls = why_not or {}, 0
 
-    def why_not(self, device_type=None):
+    def why_not(self, device_type=None, index=None):
         return self.reasons.get(device_type)
 
     def step(self, table, groups):
@@ -1232,18 +1232,30 @@ def test_autograd_sees_the_write(optimizer):
 
 def test_a_gpu_that_the_cuda_backend_was_not_built_for_is_tritons(monkeypatch):
     monkeypatch.setattr(_C, "cuda_architectures", "90-real")
-    monkeypatch.setattr(_C, "cuda_device_problem", lambda: "no kernel image", raising=False)
+    current = []  # devices, the innermost one last
+    problems = {0: "no kernel image", 1: "", 2: "out of memory"}
+    problem = lambda: problems[current[-1]]  # noqa: E731
+    monkeypatch.setattr(_C, "cuda_device_problem", problem, raising=False)
     for name, value in (("is_available", True), ("current_device", 0)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    backends._problem_of.cache_clear()
-    try:
-        assert backends.BACKENDS["cuda"].why_not() is None  # no device is asked
-        reason = backends.BACKENDS["cuda"].why_not("cuda")
-        assert reason == "no kernel image (built for 90-real)"
-        monkeypatch.setitem(backends.BACKENDS, "triton", Recorder())
-        assert backends.select(None, "cuda") is backends.BACKENDS["triton"]
-        with pytest.raises(RuntimeError, match="backend='cuda' cannot run: no kernel image"):
-            backends.select("cuda", "cuda")
-    finally:
-        backends._problem_of.cache_clear()
+    monkeypatch.setattr(backends, "_problems", {})
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    cuda, triton = backends.BACKENDS["cuda"], Recorder()
+    monkeypatch.setitem(backends.BACKENDS, "triton", triton)
+    assert cuda.why_not() is None  # no device is asked
+    for index in (None, 0):
+        assert cuda.why_not("cuda", index) == "no kernel image (built for 90-real)"
+        assert backends.select(None, "cuda", index) is triton
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run: no kernel image"):
+        backends.select("cuda", "cuda")
+    assert backends.select(None, "cuda", 1) is cuda
+    assert backends.select(None, "cuda", 2) is triton
+    problems[2] = ""  # memory was freed
+    assert backends.select(None, "cuda", 2) is cuda

@@ -671,3 +671,50 @@ def test_a_held_target_is_made_before_its_checkpoint_is_loaded():
     other.load_state_dict(opt.state_dict())
     with pytest.raises(ValueError, match="Make the target before a checkpoint of a held one is lo"):
         adamprox.SparsityTarget(other, 0.5, steps=40)
+
+
+def test_a_shorter_last_block_counts():
+    """Of two blocks in each of four layers, 64 rows and 36, five are wanted."""
+    model = nn.Sequential(*(nn.Linear(100, 100, bias=False) for _ in range(4)))
+    opt = adamprox.AdamProxL2(model.parameters(), lr=1e-2, weight_decay=1.0, block=64)
+    target = adamprox.SparsityTarget(opt, 0.6, steps=5)
+    members = target._members()
+    assert [member.blocks for member in members] == [2] * 4
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    with torch.no_grad():
+        for param in list(model.parameters())[:3]:
+            param.zero_()
+    for _ in range(5):
+        opt.step()
+    assert target.held
+    assert target.share == 6 / 8  # all of them: none has a longer update than another
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_target_does_not_keep_its_optimizer_alive(held):
+    model = network()
+    opt = l1(model)
+    target = adamprox.SparsityTarget(opt, 0.8, steps=10)
+    if held:
+        target._hold({}, fewer=True)
+    reference = weakref.ref(opt)
+    gc.disable()
+    try:
+        del opt
+        assert reference() is None
+    finally:
+        gc.enable()
+    with pytest.raises(RuntimeError, match="the optimizer of this SparsityTarget exists no more"):
+        target.load_state_dict(target.state_dict())
+
+
+def test_a_state_dict_that_lacks_a_key_is_refused_by_name():
+    model = network()
+    target = adamprox.SparsityTarget(l1(model), 0.8, steps=10)
+    saved = target.state_dict()
+    del saved["factor"]
+    before = target.state_dict()
+    with pytest.raises(ValueError, match="Invalid state_dict: it has no 'factor'"):
+        target.load_state_dict(saved)
+    assert target.state_dict() == before

@@ -128,7 +128,7 @@ class Calling:
     def __init__(self, call):
         self.call, self.inside, self.most = call, 0, 0
 
-    def why_not(self, device_type=None):
+    def why_not(self, device_type=None, index=None):
         return None
 
     def step(self, table, groups):

@@ -8,7 +8,7 @@ functions, so it is one file, however long.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -61,6 +61,7 @@ from .telemetry import (
     write_step,
 )
 from .update import (
+    INTERPRETED,
     SCALAR_OFFSETS,
     finish,
     has_blocks,
@@ -243,7 +244,8 @@ def update_chunk(row, grad, begin, count, scalars, sum_out, record, VARIANT: tl.
         tl.store(sum_out, tree_sum(sums))
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+# Where the sums begin depends on how many chunks there are.
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["sums"])
 def update_kernel(metadata, payload, prepared, sums, records, num_rows, VARIANTS: tl.constexpr):
     chunk = tl.program_id(0)
     index, row, begin, count = read_chunk(metadata, prepared, num_rows, chunk)
@@ -270,7 +272,7 @@ def sum_of_range(sums, count):
     return tree_sum(tops)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_chunks"])
+@triton.jit(do_not_specialize=["num_rows", "num_chunks"], do_not_specialize_on_alignment=["sums"])
 def slot_kernel(metadata, sums, num_rows, num_chunks):
     """Where tensors are one block together: the sum of each, behind those of chunks."""
     row = metadata + tl.program_id(0) * ROW
@@ -345,7 +347,10 @@ def finish_chunk(tensors, args, aligned, count, record):
             write(record, params, PARAM_SQUARES, BINS, COUNTS)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_chunks", "first_chunk"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_chunks", "first_chunk"],
+    do_not_specialize_on_alignment=["sums"],
+)
 def shrink_kernel(
     metadata,
     payload,
@@ -377,7 +382,39 @@ def shrink_kernel(
             shrink_chunk(row, begin, count, scalars, sums, first, parts, numel, record, VARIANTS[i])
 
 
-def fused_adam(
+class Launch(NamedTuple):
+    """A kernel, how many programs of it, and their arguments."""
+
+    kernel: Any
+    programs: int
+    args: tuple[Any, ...]
+
+    def run(self) -> None:
+        """On the current device and stream."""
+        self.kernel[self.programs,](*self.args, **OPTIONS)
+
+
+_ready: set[tuple[Any, ...]] = set()
+
+
+def ready(launch: Launch) -> None:
+    """Compiles a launch's kernel and loads it on the current device, if that was not done before.
+
+    So that the launch itself cannot fail by that, when others may have written already.
+    """
+    if INTERPRETED.value:
+        return
+    # What Triton compiles a kernel for: each VARIANTS, and whether an argument is there.
+    kind = tuple(arg if isinstance(arg, tuple) else type(arg) for arg in launch.args)
+    key = launch.kernel.__name__, torch.cuda.current_device(), kind
+    if key not in _ready:
+        compiled = launch.kernel.warmup(*launch.args, grid=(launch.programs,), **OPTIONS)
+        if compiled is not None:
+            _ = compiled[launch.programs, 1, 1]  # which loads it
+        _ready.add(key)
+
+
+def launches_of(
     metadata: Tensor,
     payload: Tensor,
     num_rows: int,
@@ -387,36 +424,36 @@ def fused_adam(
     num_slots: int,
     variants: Iterable[tuple[int, int, int, int, int]],
     records: Tensor | None,
-) -> None:
-    """One step on the current device and stream, of what ``adamprox._C.Table`` says.
+) -> list[Launch]:
+    """Those of one step, of what ``adamprox._C.Table`` says. Nothing is written yet.
 
     With recipes, a small launch before it makes the scalars. With ``num_slots`` tensors that are
     a block with others, a small one after it adds up their sums. Only the ``variants`` (of param's
     and state's dtype, rule, states that are there, and size of blocks) are compiled; each row finds
     its own at run time. ``records`` is where a tracked step is noted.
     """
+    launches = []
     prepared = sums = None
     if num_recipes > 0:
         prepared = payload.new_empty(1 + num_recipes * SCALARS.value)
-        grid = (triton.cdiv(num_recipes, VECTOR.value),)
-        prepare_kernel[grid](payload, prepared, num_rows, num_recipes, **OPTIONS)
+        args: tuple[Any, ...] = payload, prepared, num_rows, num_recipes
+        launches.append(Launch(prepare_kernel, triton.cdiv(num_recipes, VECTOR.value), args))
     if num_chunks == 0:
-        return
+        return launches
     if num_of_blocks > 0:  # behind the chunks and the Workspace's ticket
         first = num_rows * ROW.value + num_chunks * CHUNK.value + 1
         sums = metadata[first : first + num_chunks + num_slots].view(torch.float64)
     packed = {v[0] | v[1] << 8 | v[2] << 16 | v[3] << 24 for v in variants}
     args = metadata, payload, prepared, sums, records, num_rows
-    update_kernel[num_chunks,](*args, tuple(sorted(packed)), **OPTIONS)
+    launches.append(Launch(update_kernel, num_chunks, (*args, tuple(sorted(packed)))))
     if num_slots > 0:
-        slot_kernel[num_rows,](metadata, sums, num_rows, num_chunks, **OPTIONS)
+        launches.append(Launch(slot_kernel, num_rows, (metadata, sums, num_rows, num_chunks)))
     if num_of_blocks > 0:
         shrunk = {
             (v[0] | v[3] << 24) & SECOND_SWEEP.value | v[4] << 8
             for v in variants
             if has_blocks(RULES.value[v[2]])
         }
-        first_chunk = num_chunks - num_of_blocks
-        shrink_kernel[num_of_blocks,](
-            *args, num_chunks, first_chunk, tuple(sorted(shrunk)), **OPTIONS
-        )
+        of_blocks = num_chunks, num_chunks - num_of_blocks, tuple(sorted(shrunk))
+        launches.append(Launch(shrink_kernel, num_of_blocks, (*args, *of_blocks)))
+    return launches

@@ -29,9 +29,10 @@ HOST_DEVICE void call_with_element(int64_t i, const F& f, const Streams&... stre
 
 // A strip is a turn of a loop. Memory is prefetched so many elements ahead, since the hardware's own
 // prefetching ends with each page: that is 5 to 10 % of a step in memory, and hides what else there is to
-// compute. 128 to 768 elements are alike; requests in bursts of several strips do nothing. One stream
-// alone, out of memory, needs more ahead, so that as many bytes are on their way. It is the second level
-// of the caches that is asked to have them: the first has fewer requests, which the loop itself needs.
+// compute. 128 to 768 elements ahead take the same time. Bursts of requests gain nothing. One stream alone,
+// out of memory, needs more ahead, so that as many bytes are on their way (one of float16 was not tried).
+// It is the second level of the caches that is asked to have them: the first has fewer requests, which
+// the loop itself needs.
 constexpr int kStripSize = 16, kPrefetchAhead = 256, kPrefetchAheadAlone = 1280;
 
 template <typename Stream>

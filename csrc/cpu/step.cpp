@@ -66,7 +66,9 @@ class Step {
   void run() const {
     const auto all = static_cast<int64_t>(table_.chunks.size());
     const int64_t elementwise = all - table_.num_of_blocks;
-    share_out(elementwise, table_.numel, [&](int64_t chunk) {
+    int64_t numel_of_elementwise = 0;
+    for (int64_t i = 0; i < elementwise; ++i) numel_of_elementwise += table_.chunks[i].count;
+    share_out(elementwise, numel_of_elementwise, [&](int64_t chunk) {
       update_chunk(chunk);
       finish_chunk(chunk);
     });

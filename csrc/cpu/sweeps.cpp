@@ -1,6 +1,6 @@
 // Compiled for AVX-512, AVX2 and the baseline, with ADAMPROX_SWEEPS as the name. So nothing here may be
-// shared with another file by the linker, which would take the one of either: what is included is always
-// inlined, and the rest is in the anonymous namespace.
+// shared with another file: the linker keeps one of two functions of the same name. What is included is
+// always inlined, and the rest is in the anonymous namespace.
 #include "sweeps.h"
 
 #include <algorithm>
@@ -193,13 +193,15 @@ const Sweeps ADAMPROX_SWEEPS = {
           using Param = TypeOf<decltype(param)>;
           using State = TypeOf<decltype(state)>;
           if constexpr (std::is_same_v<Rule, ProxL2>) {
-            return update_and_shrink_span<Param, State>(span, scalars);
-          } else if constexpr (!std::is_void_v<typename Rule::Plain>) {
-            if (Rule::is_plain(scalars.decay)) {
-              return update_span<typename Rule::Plain, Param, State>(span, scalars);
+            update_and_shrink_span<Param, State>(span, scalars);
+          } else {
+            if constexpr (!std::is_void_v<typename Rule::Plain>) {
+              if (Rule::is_plain(scalars.decay)) {
+                return update_span<typename Rule::Plain, Param, State>(span, scalars);
+              }
             }
+            update_span<Rule, Param, State>(span, scalars);
           }
-          update_span<Rule, Param, State>(span, scalars);
         });
       });
     },

@@ -14,11 +14,11 @@ struct Span {  // some elements of one row
   int64_t after;  // how many the same thread is about to work on next
 
   template <typename T>
-  T* at(void* data) const {
+  HOST_DEVICE T* at(void* data) const {
     return static_cast<T*>(data) + begin;
   }
 
-  Span part(int64_t first, int64_t size) const {
+  HOST_DEVICE Span part(int64_t first, int64_t size) const {
     return {row, grad, begin + first, size, after + count - first - size};
   }
 };

@@ -45,18 +45,21 @@ HOST_DEVICE void note_updates(const Span& span, const Scalars& scalars, Record& 
   constexpr int kLanes = 4;  // so that one count need not wait for the one before
   uint32_t counts[kLanes][kBins + 1] = {};
   record.step = scalars.step;
-  record.update_squares = sum_of_squares<T>(span, [&](const Span& block,
-                                                      T* updates) __attribute__((always_inline)) {
-    const auto update = [=](T& result, T& m, T& v) { result = adam_update(m, v, step_size, eps); };
-    for_each_element(block, update, Write<T>{updates},
-                     Read<State>{block.at<State>(row.states[kExpAvg])},
-                     Read<State>{block.at<State>(exp_avg_sq)});
-    uint32_t bins[kBlockSize];
-    for (int i = 0; i < kBlockSize; ++i) {
-      bins[i] = updates[i] == updates[i] ? magnitudes.bin(updates[i]) : kBins;  // no bin has a NaN
-    }
-    for (int64_t i = 0; i < block.count; ++i) ++counts[i % kLanes][bins[i]];
-  });
+  record.update_squares =
+      sum_of_squares<T>(span, [&](const Span& block, T* updates) __attribute__((always_inline)) {
+        const auto update = [=](T& result, T& m, T& v) {
+          result = adam_update(m, adam_denominator(v, eps), step_size);
+        };
+        for_each_element(block, update, Write<T>{updates},
+                         Read<State>{block.at<State>(row.states[kExpAvg])},
+                         Read<State>{block.at<State>(exp_avg_sq)});
+        uint32_t bins[kBlockSize];
+        for (int i = 0; i < kBlockSize; ++i) {
+          bins[i] =
+              updates[i] == updates[i] ? magnitudes.bin(updates[i]) : kBins;  // no bin has a NaN
+        }
+        for (int64_t i = 0; i < block.count; ++i) ++counts[i % kLanes][bins[i]];
+      });
   for (int bin = 0; bin < kBins; ++bin) {
     record.counts[bin] = counts[0][bin] + counts[1][bin] + counts[2][bin] + counts[3][bin];
   }

@@ -47,16 +47,24 @@ void step_on_cuda(const TensorTable& table, const CudaStep& step) {
   if (step.payload == nullptr) {
     std::memcpy(args.inline_payload, step.inline_payload, step.inline_size);
   }
-  const auto launch = [&](void (*kernel)(LaunchArgs), LaunchArgs& args, int64_t blocks) {
-    const auto* function = reinterpret_cast<const void*>(kernel);
-    const size_t shared = args.records != nullptr ? sizeof(ChunkNotes) : 0;
-    blocks = std::min(blocks, resident_blocks(function, shared, step.device));
+  using Kernel = void (*)(LaunchArgs);
+  const size_t shared = args.records != nullptr ? sizeof(ChunkNotes) : 0;
+  const auto resident = [&](Kernel kernel) {
+    return resident_blocks(reinterpret_cast<const void*>(kernel), shared, step.device);
+  };
+  const auto load = [&](Kernel kernel, LaunchArgs&, int64_t) { resident(kernel); };
+  const auto launch = [&](Kernel kernel, LaunchArgs& args, int64_t blocks) {
+    const dim3 grid(static_cast<unsigned>(std::min(blocks, resident(kernel))));
     void* arguments[] = {&args};
-    CHECK(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments,
+    CHECK(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(kThreads), arguments,
                            shared, static_cast<cudaStream_t>(step.stream)));
   };
-  for_each_launch(args, static_cast<int64_t>(table.scalars_recipes.size()), num_chunks,
-                  table.num_packed, table.num_of_blocks, launch);
+  const auto for_each = [&](auto f) {
+    for_each_launch(args, static_cast<int64_t>(table.scalars_recipes.size()), num_chunks,
+                    table.num_packed, table.num_of_blocks, f);
+  };
+  for_each(load);  // all kernels, before the first one writes
+  for_each(launch);
 }
 
 std::string cuda_device_problem() {

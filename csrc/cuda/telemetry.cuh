@@ -56,7 +56,8 @@ __device__ __forceinline__ void note_blocks(const void* values, const void* exp_
       T value = 0;
       if (i < count) {
         value = load(values, i);
-        if (of_updates) value = adam_update(value, load(exp_avg_sq, i), step_size, eps);
+        if (of_updates)
+          value = adam_update(value, adam_denominator(load(exp_avg_sq, i), eps), step_size);
         int c = special_class(value);
         if (of_updates) c = value == value ? static_cast<int>(classes.bin(value)) : -1;
         if (c >= 0) atomicAdd(&notes.counts[c], 1u);

@@ -1,6 +1,6 @@
 // Every assumption about CPython's dicts: param groups, a param's state, and optimizer.state are walked by
-// public functions, and keys compared by address before by value. No Python code runs while a dict is
-// walked.
+// public functions. A key is compared by its address first, then by its value. No Python code runs while
+// a dict is walked.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -51,7 +51,11 @@ class KeyOrder {
     for (Py_ssize_t at = 0; dict != nullptr && PyDict_Next(dict, &at, &key, &value); ++place) {
       if (place == order_.size()) order_.push_back({});
       Entry& entry = order_[place];
-      if (entry.key.ptr() != key) entry = {py::reinterpret_borrow<py::object>(key), find(key)};
+      if (entry.key.ptr() != key) {
+        // Letting go of a string runs no Python code.
+        const bool is_string = PyUnicode_CheckExact(key);
+        entry = {py::reinterpret_borrow<py::object>(is_string ? key : nullptr), find(key)};
+      }
       if (entry.index >= 0) values[entry.index] = value;
     }
     for (const auto& [copy, first] : copies_) values[copy] = values[first];
@@ -61,7 +65,7 @@ class KeyOrder {
 
  private:
   struct Entry {
-    py::object key;  // held: what has its address is the same object
+    py::object key;  // a string, held: what has its address is the same object; or null
     int index;
   };
 

@@ -223,7 +223,7 @@ void Gather::resolve() {
 // Reads the addresses of a member's tensors, or reports what is wrong with them.
 bool Gather::resolve(Member& m, Entry& entry, Device& device) {
   TensorRow& row = entry.row;
-  TensorView p, t;
+  TensorView p{}, t{};
   if (!abi_.read(m.param.handle(), p) || !p.is_dense()) {
     report(m, "param");
     return false;
@@ -276,7 +276,7 @@ bool Gather::resolve(Member& m, Entry& entry, Device& device) {
   return m.usable;
 }
 
-// Numbers that are tensors, where the host makes the scalars. Returns whether Python code may have run.
+// Reads the numbers that are tensors, if the host makes the scalars. Returns whether Python code may have run.
 bool Gather::read_tensors() {
   bool any = false;
   for (const auto& t : tables) {
@@ -333,12 +333,12 @@ void Gather::refresh(HeldTable& t) {
 }
 
 void Gather::begin(HeldTable& t) {
+  if (t.recipes) make_recipes(t);
   for (const int member : t.members) {
     const Member& m = members[member];
     abi_.mark_written(m.param.object);
     if (m.owner != m.param.object) abi_.mark_written(m.owner);
   }
-  if (t.recipes) make_recipes(t);
   if (returned_) refresh(t);
   t.begin();
 }
@@ -346,8 +346,8 @@ void Gather::begin(HeldTable& t) {
 void Gather::step_on_cpu(HeldTable& t, int threads) {
   begin(t);
   std::optional<py::gil_scoped_release> release;
-  constexpr int64_t kBrief =
-      1 << 15;  // a step of fewer elements is over before another thread runs
+  // A step of fewer elements is over before another thread runs.
+  constexpr int64_t kBrief = 1 << 15;
   if (t.table.numel > kBrief) release.emplace();
   const auto start = std::chrono::steady_clock::now();
   adamprox::step_on_cpu(t.table, threads);

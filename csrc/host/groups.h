@@ -65,13 +65,18 @@ class GroupReader {
   void interpret(GroupValues& v) const {
     PyObject* params = required(v, kParamsAt).ptr();
     if (!PyList_Check(params) && !PyTuple_Check(params)) {
-      throw py::type_error("Invalid params: expected a list in each of param_groups");
+      throw py::type_error(
+          "Invalid params: expected a list or a tuple in each of param_groups; nothing was "
+          "updated");
     }
     if (v.lasting) return;
     v.has_tensors = v.on_host = false;
     for (int n = 0; n < kNumbers; ++n) read_number(n, v);
     for (int f = 0; f < kFlags; ++f) v.h.flag[f] = is_on(f, v);
-    if (v.h.flag[kDecayBySchedule]) required(v, kInitialLr);
+    if (v.h.flag[kDecayBySchedule] && !v.held[kInitialLr]) {
+      throw py::value_error(
+          "decay_by='schedule' needs 'initial_lr' in the param group; nothing was updated");
+    }
     v.rule = rule_of(v);  // or it throws
     v.lasting = std::all_of(v.held.begin(), v.held.begin() + kParamsAt, is_constant);
   }
@@ -80,8 +85,7 @@ class GroupReader {
   static double number(const char* key, const py::object& value) {
     const double result = PyFloat_AsDouble(value.ptr());
     if (result != -1.0 || PyErr_Occurred() == nullptr) return result;
-    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
-    PyErr_Clear();
+    clear(PyExc_TypeError);
     throw py::type_error(invalid(key, value) + "a number; nothing was updated");
   }
 
@@ -118,8 +122,8 @@ class GroupReader {
     }
     if (key.item >= 0) {
       const auto pair = py::reinterpret_steal<py::tuple>(PySequence_Tuple(value.ptr()));
+      if (!pair) clear(PyExc_TypeError);
       if (!pair || pair.size() != 2) {
-        PyErr_Clear();
         throw py::type_error(invalid(key.key, value) + "two numbers; nothing was updated");
       }
       value = pair[key.item];
@@ -136,10 +140,13 @@ class GroupReader {
       if (is_text(value, block.name)) return block.rows;
     }
     const auto rows = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
-    PyErr_Clear();
-    const double number = rows && !PyBool_Check(value.ptr()) ? PyLong_AsDouble(rows.ptr()) : 0;
-    PyErr_Clear();
-    if (number >= 1) return number;
+    if (!rows) clear(PyExc_TypeError);
+    if (rows && !PyBool_Check(value.ptr()) && rows >= py::int_(1)) {
+      const double number = PyLong_AsDouble(rows.ptr());
+      if (number != -1.0) return number;
+      clear(PyExc_OverflowError);
+      return INFINITY;  // more than any tensor has
+    }
     throw py::value_error(invalid("block", value) +
                           "'tensor', 'row', 'group' or a number of rows, " +
                           "1 or more; nothing was updated");
@@ -150,7 +157,16 @@ class GroupReader {
     const py::object& value = key.optional ? v.held[kFlagsAt + f] : required(v, kFlagsAt + f);
     if (!value) return false;
     if (key.kind == kNotNone) return !value.is_none() && value.ptr() != Py_False;
-    return key.kind == kText ? is_text(value, key.text) : bool(py::bool_(value));
+    if (key.kind == kTruth) return bool(py::bool_(value));
+    if (is_text(value, key.text) || is_text(value, key.other)) return is_text(value, key.text);
+    throw py::value_error(invalid(key.key, value) + "'" + key.other + "' or '" + key.text +
+                          "'; nothing was updated");
+  }
+
+  // The error that there is, if it is of that kind; any other one goes on.
+  static void clear(PyObject* kind) {
+    if (!PyErr_ExceptionMatches(kind)) throw py::error_already_set();
+    PyErr_Clear();
   }
 
   static bool is_text(const py::object& value, const char* text) {
@@ -160,17 +176,16 @@ class GroupReader {
   // The last rule of that name whose switch, if it has one, is on.
   Decay rule_of(const GroupValues& v) const {
     const py::object& decay = required(v, kDecayAt);
-    int found = -1;
+    for (int r = kRules; r-- > 0;) {
+      if (is_text(decay, kRuleKeys[r].decay) && v.has(kRuleKeys[r].flag)) {
+        return static_cast<Decay>(r);
+      }
+    }
     std::string known;
-    for (int r = 0; r < kRules; ++r) {
-      const RuleKey& key = kRuleKeys[r];
-      if (key.flag == kAlways) known += (r > 0 ? ", " : "") + std::string(key.decay);
-      if (is_text(decay, key.decay) && v.has(key.flag)) found = r;
+    for (const RuleKey& key : kRuleKeys) {
+      if (key.flag == kAlways) known += (known.empty() ? "" : ", ") + std::string(key.decay);
     }
-    if (found < 0) {
-      throw py::value_error(invalid("decay", decay) + "one of " + known + "; nothing was updated");
-    }
-    return static_cast<Decay>(found);
+    throw py::value_error(invalid("decay", decay) + "one of " + known + "; nothing was updated");
   }
 
   KeyOrder keys_{group_keys()};

@@ -37,8 +37,9 @@ void TorchAbi::find_functions() {
   const auto find = [library](auto& function, const char* name) {
     void* symbol = library != nullptr ? dlsym(library, name) : nullptr;
     if (symbol == nullptr) {
-      throw py::import_error(std::string("adamprox needs torch >= 2.10: ") + kLibrary + " has no " +
-                             name);
+      throw py::import_error(
+          std::string("adamprox needs torch >= 2.10: ") + kLibrary +
+          (library != nullptr ? std::string(" has no ") + name : std::string(" is not loaded")));
     }
     std::memcpy(&function, &symbol, sizeof(symbol));
   };

@@ -38,8 +38,8 @@ HOST_DEVICE T adam_denominator(T exp_avg_sq, T eps) {
 }
 
 template <typename T>
-HOST_DEVICE T adam_update(T exp_avg, T exp_avg_sq, T step_size, T eps) {
-  return (step_size * exp_avg) / adam_denominator(exp_avg_sq, eps);
+HOST_DEVICE T adam_update(T exp_avg, T denominator, T step_size) {
+  return (step_size * exp_avg) / denominator;
 }
 
 }  // namespace adamprox

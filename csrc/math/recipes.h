@@ -58,7 +58,7 @@ struct RecipesHead {
   }
 };
 
-// What becomes of it: this and Scalars[].
+// What prepare() makes of the recipes: this and Scalars[].
 struct PreparedHead {
   int64_t skip;
 

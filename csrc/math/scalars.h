@@ -50,8 +50,8 @@ struct BlockName {
 constexpr double kTensorBlock = 0, kGroupBlock = -1;
 constexpr BlockName kBlockNames[] = {{"tensor", kTensorBlock}, {"row", 1}, {"group", kGroupBlock}};
 
-// Its switches. kTruth: on if the value is true; kNotNone: if it is not None; kText: if it is `text`.
-// `optional`: the key may be missing, and the switch is off then.
+// Its switches. kTruth: on if the value is true; kNotNone: if it is not None; kText: if it is `text`, and
+// off if it is `other`. `optional`: the key may be missing, and the switch is off then.
 enum Flag {
   kAmsgrad,
   kMaximize,
@@ -67,14 +67,15 @@ enum FlagKind { kTruth, kNotNone, kText };
 struct FlagKey {
   const char* key;
   FlagKind kind;
-  const char* text;
   bool optional;
+  const char* text;
+  const char* other;
 };
 constexpr FlagKey kFlagKeys[kFlags] = {
-    {"amsgrad", kTruth, nullptr, false},    {"maximize", kTruth, nullptr, false},
-    {"capturable", kTruth, nullptr, false}, {"decay_by", kText, "schedule", false},
-    {"ema_decay", kNotNone, nullptr, true}, {"cautious", kTruth, nullptr, true},
-    {"metric", kText, "adam", true},        {"block_scaling", kText, "sqrt", true},
+    {"amsgrad", kTruth, false, "", ""},          {"maximize", kTruth, false, "", ""},
+    {"capturable", kTruth, false, "", ""},       {"decay_by", kText, false, "schedule", "lr"},
+    {"ema_decay", kNotNone, true, "", ""},       {"cautious", kTruth, true, "", ""},
+    {"metric", kText, true, "adam", "identity"}, {"block_scaling", kText, true, "sqrt", "none"},
 };
 
 // The states of a param, of its shape. Moments have the param's dtype, or float32 for 16-bit params;

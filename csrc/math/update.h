@@ -27,7 +27,7 @@ struct Update {
     update_moment(exp_avg, g, one_minus_beta1);
     update_moment(exp_avg_sq, g * g, one_minus_beta2);
     const T denominator = adam_denominator(running_max(exp_avg_sq, max_exp_avg_sq...), eps);
-    param = Rule::apply(param, step_size * exp_avg / denominator, denominator, decay);
+    param = Rule::apply(param, adam_update(exp_avg, denominator, step_size), denominator, decay);
   }
 };
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -24,10 +23,13 @@ class Backend(Protocol):
     follows_recipes: bool
     """Whether it makes scalars where the tensors are; if not, the host reads what they need."""
     at_once: bool
-    """Whether ``step`` begins the table's step itself, in the call of C++ that runs it: last."""
+    """Whether ``step`` begins the table's step itself, in the call of C++ that runs it.
 
-    def why_not(self, device_type: str | None = None) -> str | None:
-        """Why it cannot run (on that type of device), or None if it can."""
+    The table is begun after all others, and run before them.
+    """
+
+    def why_not(self, device_type: str | None = None, index: int | None = None) -> str | None:
+        """Why it cannot run (on that device; without an index the current one), or None."""
 
     def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
         """One step; ``groups`` are the optimizer's param groups, which the rows refer to.
@@ -45,7 +47,7 @@ class ReferenceBackend:
 
     follows_recipes = at_once = False
 
-    def why_not(self, device_type: str | None = None) -> str | None:
+    def why_not(self, device_type: str | None = None, index: int | None = None) -> str | None:
         return None
 
     def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
@@ -88,7 +90,7 @@ class CpuBackend:
     follows_recipes = False
     at_once = True
 
-    def why_not(self, device_type: str | None = None) -> str | None:
+    def why_not(self, device_type: str | None = None, index: int | None = None) -> str | None:
         return _only_on("cpu", device_type)
 
     def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
@@ -96,15 +98,20 @@ class CpuBackend:
         table.step_cpu(get_num_threads())
 
 
-def device_problem() -> str:
-    """Why the current GPU, or its driver, cannot run what was built; empty if it can."""
-    return _problem_of(torch.cuda.current_device())
+_problems: dict[int, str] = {}
 
 
-@functools.cache
-def _problem_of(device: int) -> str:
-    with torch.cuda.device(device):
-        return _C.cuda_device_problem()
+def device_problem(index: int | None = None) -> str:
+    """Why a GPU (the current one), or its driver, cannot run what was built; empty if it can."""
+    if index is None:
+        index = torch.cuda.current_device()
+    if index in _problems:
+        return _problems[index]
+    with torch.cuda.device(index):
+        problem = _C.cuda_device_problem()
+    if "out of memory" not in problem:  # which may pass
+        _problems[index] = problem
+    return problem
 
 
 class CudaBackend:
@@ -117,7 +124,7 @@ class CudaBackend:
     follows_recipes = True
     at_once = False
 
-    def why_not(self, device_type: str | None = None) -> str | None:
+    def why_not(self, device_type: str | None = None, index: int | None = None) -> str | None:
         if not _C.cuda_architectures:
             return f"adamprox was built without CUDA: {_C.cuda_problem}"
         if torch.version.hip is not None:
@@ -127,7 +134,7 @@ class CudaBackend:
         if reason := _only_on("cuda", device_type):
             return reason
         # A device is asked when there are tensors on one, so that no context is made before.
-        problem = device_problem() if device_type else ""
+        problem = device_problem(index) if device_type else ""
         return f"{problem} (built for {_C.cuda_architectures})" if problem else None
 
     def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
@@ -157,7 +164,7 @@ class TritonBackend:
     follows_recipes = True
     at_once = False
 
-    def why_not(self, device_type: str | None = None) -> str | None:
+    def why_not(self, device_type: str | None = None, index: int | None = None) -> str | None:
         try:
             from .triton_kernels.update import INTERPRETED  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:  # also of numpy, which the interpreter needs
@@ -170,14 +177,12 @@ class TritonBackend:
 
     def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
         with _triton_device(table):
-            from .triton_kernels.fused_adam import fused_adam  # type: ignore[import-not-found, unused-ignore]
+            from .triton_kernels.fused_adam import launches_of, ready  # type: ignore[import-not-found, unused-ignore]
 
             on_gpu = table.device[0] == "cuda"
             stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
             metadata, payload = _metadata(table, stream), _upload(table, table.payload())
-        yield
-        with _triton_device(table):
-            fused_adam(
+            launches = launches_of(
                 metadata,
                 payload,
                 table.num_rows,
@@ -188,6 +193,12 @@ class TritonBackend:
                 table.variants,
                 table.records,
             )
+            for launch in launches:
+                ready(launch)
+        yield
+        with _triton_device(table):
+            for launch in launches:
+                launch.run()
 
 
 BACKENDS: dict[str, Backend] = {
@@ -241,15 +252,15 @@ def recipes_and_threads(name: str | None) -> tuple[bool, bool, int]:
     return recipes, recipes, get_num_threads() if backend.at_once else 0
 
 
-def select(name: str | None, device_type: str) -> Backend:
-    """The backend for tensors on such a device: the one asked for, or else the best that can run.
+def select(name: str | None, device_type: str, index: int | None = None) -> Backend:
+    """The backend for tensors on a device: the one asked for, or else the best that can run.
 
     Raises:
         RuntimeError: none can; the message says why.
     """
     reasons = []
     for candidate in (name,) if name else _DEFAULTS.get(device_type, ()):
-        reason = BACKENDS[candidate].why_not(device_type)
+        reason = BACKENDS[candidate].why_not(device_type, index)
         if reason is None:
             return BACKENDS[candidate]
         reasons.append(f"backend={candidate!r} cannot run: {reason}")

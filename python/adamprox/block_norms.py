@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .sharding import is_distributed, row_ranges, shards_of, split_rows
+from .sharding import is_distributed, is_here, row_ranges, shards_of, split_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -122,14 +122,53 @@ def plan_of(shares: tuple[Shares, ...]) -> Plan:
     return Plan(shares)
 
 
+AT_ONCE = 1 << 22
+"""How many elements are copied at a time: this memory is taken when params are half stepped."""
+
+
+def sums_of_squares(values: Tensor, front: int, piece: int) -> Tensor:
+    """Those of blocks of ``piece`` elements, each by :func:`reference.tree_sum`.
+
+    ``values`` begin ``front`` elements after the first block does, as if after zeros. A slice of a
+    block that is as long as a power of two has a sum of the block's tree.
+    """
+    end = front + len(values)
+
+    def squares(first: int, last: int) -> Tensor:
+        own = values[max(first - front, 0) : max(last - front, 0)].to(torch.float64)
+        before = min(max(front - first, 0), last - first)
+        after = last - first - before - len(own)
+        return torch.nn.functional.pad(own * own, (before, after)) if before or after else own * own
+
+    count = -(-end // piece)
+    if count == 1:  # zeros behind it would change no sum
+        piece = end
+    if piece <= AT_ONCE:
+        some = AT_ONCE // piece * piece
+        whole = [squares(at, min(at + some, count * piece)) for at in range(0, end, some)]
+        return torch.cat([reference.tree_sum(each.view(-1, piece)) for each in whole])
+    return torch.stack(
+        [
+            reference.tree_sum(
+                torch.stack(
+                    [
+                        reference.tree_sum(squares(at, min(at + AT_ONCE, begin + piece, end)))
+                        for at in range(begin, min(begin + piece, end), AT_ONCE)
+                    ]
+                )
+            )
+            for begin in range(0, end, piece)
+        ]
+    )
+
+
 def sums_of_nodes(values: Tensor, begin: int, nodes: Sequence[Node]) -> list[Tensor]:
     """The nodes' sums of squares; ``values`` begin at element ``begin`` of their block."""
-    result = []
-    for level, number in nodes:
-        first = (number << level) - begin
-        squares = values[first : first + (1 << level)].to(torch.float64)
-        result.append(reference.tree_sum(squares * squares))
-    return result
+    firsts = [(node, (node.number << node.level) - begin) for node in nodes]
+    return [
+        sums_of_squares(values[first : first + (1 << node.level)], 0, 1 << node.level)[0]
+        for node, first in firsts
+    ]
 
 
 class _Part:
@@ -190,14 +229,9 @@ class _Part:
         sums = torch.zeros(self.count, dtype=torch.float64, device=self.z.device)
         own = [i for i in range(self.count) if self.first + i not in self.shares]
         if own:
-            ends = [own[0] * self.piece, (own[-1] + 1) * self.piece]
-            begin, end = (min(max(e - self.front, 0), len(self.values)) for e in ends)
-            values = self.values[begin:end].to(torch.float64)
-            front, back = begin + self.front - ends[0], ends[1] - self.front - end
-            # Zeros behind the only one would change no sum.
-            values = torch.nn.functional.pad(values, (front, back if len(own) > 1 else 0))
-            values = values.view(len(own), -1)
-            sums[own[0] : own[-1] + 1] = reference.tree_sum(values * values)
+            begin, end = own[0] * self.piece - self.front, (own[-1] + 1) * self.piece - self.front
+            values = self.values[max(begin, 0) : end]
+            sums[own[0] : own[-1] + 1] = sums_of_squares(values, max(-begin, 0), self.piece)
         return sums
 
     def known(self, block: int, nodes: Sequence[Node]) -> list[Tensor]:
@@ -226,11 +260,16 @@ class _Part:
         strength = reference.decay_strength(self.group)
         by_size = self.group.get("block_scaling") == "sqrt"
         k = reference.shrinkages(sums, numels, strength, by_size)
-        if self.count > 1:
-            ends = torch.arange(self.count + 1, device=k.device) * self.piece - self.front
-            lengths = ends.clamp(0, len(self.values)).diff()
-            k = k.expand(self.count).repeat_interleave(lengths, output_size=len(self.values))
-        reference.shrink_values(self.values, k)
+        for begin in range(0, len(self.values), AT_ONCE):
+            values, of_values = self.values[begin : begin + AT_ONCE], k
+            if self.count > 1:
+                at = begin + self.front
+                first, last = at // self.piece, -(-(at + len(values)) // self.piece)
+                ends = torch.arange(first, last + 1, device=k.device) * self.piece - at
+                lengths = ends.clamp(0, len(values)).diff()
+                of_values = k.expand(self.count)[first:last]
+                of_values = of_values.repeat_interleave(lengths, output_size=len(values))
+            reference.shrink_values(values, of_values)
         if self.values.data_ptr() != self.z.data_ptr():
             self.z.copy_(self.values.view(self.z.shape))
 
@@ -297,7 +336,9 @@ def shrink(members: Sequence[Member]) -> None:
     each block that ranks have ranges of at most ``2 * log2(numel)`` numbers a rank; for each block
     of a param that is dealt out otherwise, a number a rank.
     """
-    parts = [_Part(member) for member in members if member.param.numel() > 0]
+    parts = [
+        _Part(member) for member in members if member.param.numel() > 0 and is_here(member.param)
+    ]
     by_mesh: dict[tuple[tuple[ProcessGroup, ...], torch.device], list[_Part]] = {}
     for part in parts:
         by_mesh.setdefault((part.groups, part.z.device), []).append(part)
@@ -339,10 +380,9 @@ def _exchange(parts: Sequence[_Part], groups: Sequence[ProcessGroup], device: to
         places = torch.tensor(plan.places, device=device)
         of_nodes[places] = torch.stack([s for sums in known for s in sums])
     _all_reduce(buffer[: sum(sizes) + plan.reduced], groups, parts[0].param)
-    roots = plan.complete(of_nodes)
+    roots = iter(plan.complete(of_nodes).unbind())
     for part, table in zip(parts, tables, strict=True):
-        own = {block: root for (p, block), root in zip(blocks, roots, strict=True) if p is part}
-        part.learn(table, own)
+        part.learn(table, {block: next(roots) for block in part.shares})
 
 
 def _all_reduce(buffer: Tensor, groups: Sequence[ProcessGroup], param: Tensor) -> None:

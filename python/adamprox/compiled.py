@@ -14,11 +14,13 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch.optim import Optimizer
 
 from .hyperparameters import STATES, is_on, states_of
 from .loss_scaling import LossScaling
+from .sharding import is_distributed
 from .stand_ins import Given, make_states
 from .step import Stepped, take_step
 
@@ -67,14 +69,22 @@ def _(*args: Any) -> None:
     """It returns nothing."""
 
 
+@_disable_dynamo
+def _untraced_step(optimizer: Stepped) -> None:
+    take_step(optimizer, LossScaling.of(optimizer))
+
+
 def traced_step(optimizer: Stepped, closure: Callable[[], float] | None) -> float | None:
     """``step`` as Dynamo traces it."""
     loss = None
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    comptime(_break_if_hyper_parameters_wait)
     groups = optimizer._param_groups
+    if any(is_distributed(p) for group in groups for p in group["params"]):
+        _untraced_step(optimizer)  # the op does not say how DTensors are dealt out
+        return loss
+    comptime(_break_if_hyper_parameters_wait)
     params, indices, keys = [], [], []
     index = 0
     for group in groups:

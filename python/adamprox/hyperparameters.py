@@ -305,7 +305,7 @@ def refuse_misspelled(keys: Collection[str]) -> None:
     """
     for key in keys:
         meant = [] if key in _KEYS else get_close_matches(str(key), _KEYS, n=1, cutoff=0.8)
-        if meant and meant[0] not in key:  # "weight_decay_mult" is no misspelling
+        if meant and f"_{meant[0]}_" not in f"_{key}_":  # "weight_decay_mult" is no misspelling
             raise ValueError(f"Invalid key of a param group: {key!r}, did you mean {meant[0]!r}?")
 
 

@@ -23,9 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
+from .backends import capturing
 from .freed_grad import FreedGrad
 from .hyperparameters import is_one_block
 from .optimizers import _FusedAdam
+from .sharding import is_distributed, local_of
 from .step import Engine, take_step
 
 
@@ -138,7 +140,11 @@ class _Steps:
             register_module_module_registration_hook(self._module_registered),
         )
         weakref.finalize(optimizer, _remove_all, self._hooks)
-        self._add_modules(model, "")
+        try:
+            self._add_modules(model, "")
+        except BaseException:
+            self.remove()
+            raise
 
     def __len__(self) -> int:
         return sum(step() is not None for step in self._steps)
@@ -174,6 +180,15 @@ class _Steps:
         prefix = self._names.get(module)
         if prefix is not None and child is not None:
             self._add_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _wait_for_grad(param: Tensor) -> None:
+    """Where FSDP2 offloads grads: before torch 2.13 it calls hooks while the grad is on its way."""
+    if is_distributed(param) and param.device_mesh.device_type == "cuda":
+        with torch.no_grad():
+            on_host = local_of(param).device.type == "cpu"
+        if on_host:
+            torch.cuda.current_stream().synchronize()
 
 
 class _ParamStep:
@@ -238,7 +253,10 @@ class _ParamStep:
             _param_groups=[{**group, "params": [param], "param_names": [self._name]}],
             state=defaultdict(dict, {param: state}),
         )
+        _wait_for_grad(param)
         take_step(alone)
+        if capturing():  # a graph reads what the engine has uploaded
+            optimizer._engine.captured.append(self._engine)
         optimizer.state[param] = alone.state[param]
         optimizer._opt_called = True  # type: ignore[attr-defined] # torch's schedulers ask for it
         # Of other kinds of tensors (DTensor) a grad must be one, too.

@@ -249,6 +249,13 @@ class _Param:
             self.refuse(f"{what} is on {tensor.device}, expected a cpu or cuda device")
         if tensor.dtype not in _DTYPES:
             self.refuse(f"{what} has dtype={tensor.dtype}, expected one of {_DTYPES}")
+        own = local_of(param)
+        if is_distributed(param) and not is_distributed(tensor) and tensor.shape != own.shape:
+            self.refuse(
+                f"{what} is a plain tensor of shape {tuple(tensor.shape)}, and the param a "
+                f"DTensor, of which this rank has {tuple(own.shape)}: distribute it, or load it "
+                "by torch.distributed.checkpoint"
+            )
         if tensor.shape != param.shape:
             self.refuse(f"{what} has shape {tuple(tensor.shape)}, expected {tuple(param.shape)}")
         if tensor.device != param.device:

@@ -30,7 +30,7 @@ from .hyperparameters import (
     validate,
 )
 from .loss_scaling import LossScaling
-from .step import Engine, Stepped, take_step
+from .step import Engine, Stepped, Uninterrupted, take_step
 from .telemetry import UpdateStats, checked
 
 Betas = tuple[float | Tensor, float | Tensor]
@@ -214,29 +214,32 @@ class _FusedAdam(Stepped):
             RuntimeError: no param has an average (``ema_decay``), this is in effect already, or a
                 step is taken within.
         """
-        averaged = [
-            (param, self.state[param]["ema"])
-            for group in self.param_groups
-            for param in group["params"]
-            if "ema" in self.state.get(param, {})
-        ]
-        if not averaged:
-            raise RuntimeError("no param has an average yet: set ema_decay, and take a step")
-        if self._engine.blocked is not None:
-            raise RuntimeError("ema_weights() is in effect already")
-        saved = [param.detach().clone() for param, _ in averaged]
-        self._engine.blocked = "the params are their averages, within ema_weights()"
+        with self._engine.lock:  # a step of another thread is over, or begins later
+            averaged = [
+                (param, self.state[param]["ema"])
+                for group in self.param_groups
+                for param in group["params"]
+                if "ema" in self.state.get(param, {})
+            ]
+            if not averaged:
+                raise RuntimeError("no param has an average yet: set ema_decay, and take a step")
+            if self._engine.blocked is not None:
+                raise RuntimeError("ema_weights() is in effect already")
+            saved = [param.detach().clone() for param, _ in averaged]
+            self._engine.blocked = "the params are their averages, within ema_weights()"
         try:
             with torch.no_grad():
                 for param, ema in averaged:
                     param.copy_(ema)
             yield
         finally:
-            self._engine.blocked = None
             with (
+                self._engine.lock,
+                Uninterrupted(),
                 torch.no_grad(),
                 contextlib.ExitStack() as stack,
             ):  # all of them, whatever one raises
+                stack.callback(setattr, self._engine, "blocked", None)
                 for (param, _), before in zip(averaged, saved, strict=True):
                     stack.callback(param.copy_, before)
 
@@ -264,7 +267,9 @@ class _FusedAdam(Stepped):
 
             traced = compiled.observed_traced_step if _has_hooks(self) else compiled.traced_step
             return traced(self, closure)
-        if _profiler_enabled() or _has_hooks(self):  # hooks see no argument where there is none
+        # Hooks see no argument where there is none. Those of a subclass with a step of its own have
+        # been called by torch, around that one.
+        if (_profiler_enabled() or _has_hooks(self)) and type(self).step is _FusedAdam.step:
             return _observed_step(self, *(() if closure is None else (closure,)))
         if closure is not None:
             return _step(self, closure)

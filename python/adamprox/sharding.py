@@ -66,7 +66,7 @@ def summed(counts: Sequence[int], params: Sequence[Tensor]) -> list[int]:
     result = list(counts)
     alike: dict[Any, list[int]] = {}
     for i, param in enumerate(params):
-        if is_distributed(param):
+        if is_distributed(param) and is_here(param):
             alike.setdefault((param.device_mesh, param.placements), []).append(i)
     for (mesh, placements), members in alike.items():
         from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -77,6 +77,11 @@ def summed(counts: Sequence[int], params: Sequence[Tensor]) -> list[int]:
         for i, count in zip(members, whole.tolist(), strict=True):
             result[i] = count
     return result
+
+
+def is_here(param: Tensor) -> bool:
+    """Whether this rank is in the param's mesh, if it has one: others have nothing of it."""
+    return not is_distributed(param) or param.device_mesh.get_coordinate() is not None
 
 
 def shards_of(param: Tensor) -> list[int]:
@@ -115,10 +120,16 @@ def split_rows(rows: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     return ranges
 
 
+@lru_cache(maxsize=1024)
+def _common_divisor(rows: int, sizes: tuple[int, ...]) -> int:
+    """Of where the ranges begin, for each tensor of each step."""
+    return math.gcd(*(first for first, last in split_rows(rows, sizes) if first < last))
+
+
 def rows_of_cuts(param: DTensor) -> int:
     """Blocks of n rows are all whole on one rank if n divides this; -1 if no blocks are."""
-    ranges = row_ranges(param)
-    if ranges is not None:
-        return math.gcd(*(first for first, last in ranges if first < last))
+    if row_ranges(param) is not None:
+        sizes = tuple(param.device_mesh.size(d) for d in shards_of(param))
+        return _common_divisor(param.shape[0], sizes)
     of_rows = all(getattr(param.placements[d], "dim", None) == 0 for d in shards_of(param))
     return 1 if of_rows and param.dim() > 0 else -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -49,9 +50,10 @@ class SparsityTarget:
     should not end before.
 
     With an l1 penalty single weights are counted, with an l2 penalty the blocks whose norms it
-    takes; both only of params that require grad. A tensor's zero blocks are counted as its zeros
-    divided by the size of a block, rounded down: no single weights are zero but by chance. Of a
-    DTensor all ranks' parts are counted. Half of the training is a good number of ``steps``.
+    takes; both only of params that require grad. A tensor's zero blocks are counted as its
+    share of zeros times its number of blocks, rounded down: no single weights are zero but by
+    chance. Of a DTensor all ranks' parts are counted. Half of the training is a good number of
+    ``steps``.
 
     Every ``every``-th step counts its zeros while it updates the params (see ``track_updates``),
     and only then is a GPU waited for. A step that a ``GradScaler`` skips counts as a step, but
@@ -81,7 +83,7 @@ class SparsityTarget:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"Invalid {name}: {value!r}, expected an int, 1 or more")
         self._weight_decays = _weight_decays(optimizer)
-        self._optimizer, self._engine = optimizer, engine
+        self._reference, self._engine = weakref.ref(optimizer), engine
         self._sparsity, self._steps, self._every = float(sparsity), steps, every
         self._tracker = Tracker(every, "tensor")
         self._step, self._share, self._factor = 0, 0.0, 1.0
@@ -98,6 +100,14 @@ class SparsityTarget:
             group["weight_decay"] = group["weight_decay"].clone()
         self._uncounted = 0  # steps that were to be counted, one after the other
         engine.target = self
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        """Which has this, and is not kept alive by it."""
+        optimizer = self._reference()
+        if optimizer is None:
+            raise RuntimeError("the optimizer of this SparsityTarget exists no more")
+        return optimizer
 
     @property
     def held(self) -> bool:
@@ -155,8 +165,11 @@ class SparsityTarget:
             state_dict: what :meth:`state_dict` of the other one has returned.
 
         Raises:
-            ValueError: it was saved for other param groups; nothing was loaded.
+            ValueError: it was saved for other param groups, or lacks a key; nothing was loaded.
         """
+        keys = ("step", "share", "factor", "held", "weight_decays", "zeros")
+        if missing := [key for key in keys if key not in state_dict]:
+            raise ValueError(f"Invalid state_dict: it has no {missing[0]!r}")
         groups = list(state_dict["weight_decays"])
         if groups != list(self._weight_decays):
             raise ValueError(
@@ -196,7 +209,7 @@ class SparsityTarget:
         if not counts:
             return
         blocks = sum(member.blocks for member in members)
-        zeros = sum(self._zeros.get(m.place, 0) // m.size for m in members)
+        zeros = sum(self._zeros.get(m.place, 0) * m.blocks // m.param.numel() for m in members)
         before, self._share = self._share, zeros / blocks
         if zeros < self._wanted(blocks) or not self._hold(given or {}):
             self._adapt(before)

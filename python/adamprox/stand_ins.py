@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _C
-from .hyperparameters import COUNT, SIXTEEN_BITS, STATES, Group, State, states_of
+from .hyperparameters import COUNT, SIXTEEN_BITS, Group, State, states_of
 
 Given = dict[Tensor, dict[str, Tensor | None]]
 """Tensors that the caller has in place of a param's own, by key; a grad that is None: no step."""
@@ -64,7 +64,7 @@ class StandIns:
         for first, last, is_original in sorted(ranges):
             if first < end and (original or is_original):
                 return True
-            original = is_original or (original and first < end)
+            original = is_original
             end = max(end, last)
         return False
 
@@ -111,9 +111,10 @@ def make_states(optimizer: Optimizer, params_and_groups: Iterable[tuple[Tensor, 
 def _missing(optimizer: Optimizer, param: Tensor, group: Group) -> list[State] | None:
     """The states that begin beside older ones; None: there are none at all."""
     state = optimizer.state.get(param)
-    if state is None or not any(key in state for key in (COUNT, *(state.key for state in STATES))):
+    states = list(states_of(group))
+    if state is None or not any(key in state for key in (COUNT, *(s.key for s in states))):
         return None
-    return [s for s in states_of(group) if s.starts == "param" and s.key not in state]
+    return [s for s in states if s.starts == "param" and s.key not in state]
 
 
 def _start(state: State, param: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+import torch
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
@@ -49,7 +50,7 @@ class Engine:
         self.handle: int | None = None  # of compiled.py
         self.blocked: str | None = None  # why no step may be taken now
         self.frozen: FrozenZeros | None = None
-        self.captured: list[FrozenZeros] = []  # whose masks CUDA graphs read
+        self.captured: list[FrozenZeros | Engine] = []  # whose tensors CUDA graphs read
         _engines.add(self)
 
     def renew(self) -> None:
@@ -110,14 +111,14 @@ def take_step(
             the optimizer; nothing was updated.
     """
     engine = optimizer._engine
-    if engine.blocked is not None:
-        raise RuntimeError(f"{type(optimizer).__name__}: {engine.blocked}; nothing was updated")
     if engine.lock._is_owned():
         raise RuntimeError(
             f"{type(optimizer).__name__}.step() was called amid a step of the same optimizer; "
             "nothing was updated"
         )
     with engine.lock:
+        if engine.blocked is not None:
+            raise RuntimeError(f"{type(optimizer).__name__}: {engine.blocked}; nothing was updated")
         engine.steps += 1
         tracker: Tracker | None = None
         readers: Sequence[ZeroWatch | SparsityTarget] = ()
@@ -315,7 +316,7 @@ def _plan(
     capturing: bool,
 ) -> tuple[list[backends.Backend], list[Row]] | None:
     """Each table's backend, and the rows whose decay is deferred; None: no step is to be taken."""
-    chosen = [backends.select(optimizer._backend, table.device[0]) for table in tables]
+    chosen = [backends.select(optimizer._backend, *table.device) for table in tables]
     deferred = [
         row for table in tables if table.has_deferred for row in table.rows() if row.deferred
     ]
@@ -335,6 +336,11 @@ def _plan(
             f"{type(optimizer).__name__}: what the host steps cannot be captured into a CUDA "
             "graph: params on the CPU, or backend='reference'; nothing was updated"
         )
+    if capturing and not all(_is_captured(table.device) for table in tables):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: a CUDA graph steps the params of all devices, and the "
+            "current stream of one of these is not being captured; nothing was updated"
+        )
     if deferred and scaling is not None and not scaling.host_lets_step():
         return None
     if scaling is not None and not scaling.apply(tables):
@@ -345,6 +351,13 @@ def _plan(
     if tracker is not None:
         tracker.begin(tables, groups, capturing)
     return chosen, deferred
+
+
+def _is_captured(device: tuple[str, int]) -> bool:
+    if device[0] != "cuda":
+        return True
+    with torch.cuda.device(device[1]):
+        return backends.capturing()
 
 
 class Uninterrupted:
@@ -382,9 +395,11 @@ class Uninterrupted:
         self._waiting.append((number, frame))
 
     def _restore(self) -> None:
-        # SIGINT's is the last one, since it may raise as soon as it is back.
-        for number in sorted(self._handlers, key=lambda number: number == signal.SIGINT):
-            signal.signal(number, self._handlers[number])
+        # SIGINT's is the last one, since it may raise as soon as it is back. So may others: all are
+        # put back, whatever they raise.
+        with contextlib.ExitStack() as stack:
+            for number in sorted(self._handlers, key=lambda number: number != signal.SIGINT):
+                stack.callback(signal.signal, number, self._handlers[number])
 
 
 def _check_capture(optimizer: Stepped) -> None:

@@ -219,6 +219,8 @@ class Tracker:
                 shape = table.num_chunks, RECORD_WORDS
                 with torch.inference_mode(False):
                     records = torch.zeros(shape, dtype=torch.int64, device=torch.device(*device))
+            if records.is_cuda:  # it may have been made on another stream
+                records.record_stream(torch.cuda.current_stream(records.device))
             if capturing:  # for as long as the graph may write there
                 table.keep(records)
             table.track(records)
@@ -238,6 +240,8 @@ class Tracker:
         """Waits for the step, if it is on a GPU."""
         members: dict[tuple[int, ...], list[_TensorNotes]] = {}
         for _, tensors, records in self._noted:
+            if records.is_cuda:  # whatever stream it was stepped on
+                torch.cuda.synchronize(records.device)
             on_host = records.cpu()
             for group, index, first, chunks, numel in tensors:
                 of_tensor = on_host[first : first + chunks]

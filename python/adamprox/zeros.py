@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .sharding import is_distributed, local_of
+from .sharding import is_distributed, local_of, shards_of
 from .stand_ins import Given
 from .tables import table
 from .telemetry import Tracker, ZeroCount
@@ -181,7 +182,7 @@ class FrozenZeros:
 
     def __init__(self, engine: Engine, zeros: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Of params, and where this rank's part of each is to stay zero."""
-        self._engine = engine
+        self._engine = weakref.ref(engine)  # which has this
         self._zeros = WeakTensorKeyDictionary()
         for param, zero in zeros:
             if zero.any():
@@ -203,8 +204,10 @@ class FrozenZeros:
                     continue
                 own = local_of(param.detach())
                 if own.shape != zero.shape:
+                    names = group.get("param_names")
+                    name = names[i] if names else f"param_groups[{g}]['params'][{i}]"
                     raise RuntimeError(
-                        f"param_groups[{g}]['params'][{i}] has shape {tuple(own.shape)}, and had "
+                        f"{name} has shape {tuple(own.shape)}, and had "
                         f"{tuple(zero.shape)} when its zeros were frozen: remove() the handle; "
                         "nothing was updated"
                     )
@@ -231,8 +234,9 @@ class FrozenZeros:
 
     def remove(self) -> None:
         """Lets the zeros move again."""
-        if self._engine.frozen is self:
-            self._engine.frozen = None
+        engine = self._engine()
+        if engine is not None and engine.frozen is self:
+            engine.frozen = None
 
     def __enter__(self) -> FrozenZeros:
         return self
@@ -288,7 +292,8 @@ class ZeroWatch:
 def _watched(optimizer: Stepped) -> set[tuple[int, int]]:
     """The places of weights, not biases, that a penalty may make zero.
 
-    Where a :class:`SparsityTarget` counts whole tensors, these are to become zero.
+    Where a :class:`SparsityTarget` counts whole tensors, these are to become zero. A rank that has
+    a part of a param does not know the whole, so such params are left out.
     """
     by_target = optimizer._engine.target is not None
     return {
@@ -299,7 +304,7 @@ def _watched(optimizer: Stepped) -> set[tuple[int, int]]:
         and (isinstance(group["weight_decay"], Tensor) or group["weight_decay"] > 0)
         and not (by_target and counts_tensors(group))
         for i, param in enumerate(group["params"])
-        if is_weights(param)
+        if is_weights(param) and not shards_of(param)
     }
 
 

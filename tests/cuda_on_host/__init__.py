@@ -62,7 +62,7 @@ class CudaOnHostBackend:
         self.launches: list[str] = []
         self.sleeps = 0
 
-    def why_not(self, device_type: str | None = None) -> str | None:
+    def why_not(self, device_type: str | None = None, index: int | None = None) -> str | None:
         return None if device_type in (None, "cpu") else "it runs on cpu tensors"
 
     def step(self, table: _C.Table, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
