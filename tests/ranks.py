@@ -542,6 +542,19 @@ def case_zeros_counted_and_frozen(world: int, name: str) -> None:
     assert after.zero_tensors >= 1
 
 
+def case_zeros_of_columns(world: int, name: str) -> None:
+    """Of a param of three dims, of which each rank has uneven parts of all rows."""
+    if name != "AdamW":
+        return
+    values = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(0))
+    values[1] = values[:, 2] = 0
+    mesh = init_device_mesh("cpu", (world,))
+    [found] = adamprox.sparsity(
+        nn.ParameterList([distribute_tensor(values, mesh, (Shard(1),))])
+    ).tensors
+    assert found[3:] == (7 * 3 + 3 * 3, 4, 1)
+
+
 def case_led_to_a_share_of_zeros(world: int, name: str) -> None:
     """All ranks count together, and decide as one process does; and with rows as blocks."""
     if name not in ("AdamProxL1", "AdamProxL2"):

@@ -150,6 +150,27 @@ def test_replays_equal_eager_steps_while_hyper_parameters_change(optimizer, chan
     assert {state["step"].item() for state in captured.state.values()} == {100.0}
 
 
+def test_replays_follow_the_options_of_a_rule(cuda):
+    l2, low, high = (torch.tensor(v, dtype=torch.float64) for v in (0.5, -2.0, 2.0))
+    options = {"l2": l2, "bounds": (low, high)}
+    captured = make("AdamProxL1", "cuda_on_host", (options,), capturable=True)
+    eager = make("AdamProxL1", "reference", ({"l2": 0.5, "bounds": (-2.0, 2.0)},), capturable=False)
+    for step in range(9):
+        for opt in (captured, eager):
+            set_grads(opt, step)
+        l2.fill_(3.0 * (step % 2))
+        for end, number in ((low, -1 / (1 + step)), (high, 1 / (2 + step))):
+            end.fill_(number)
+        eager.param_groups[0].update(l2=l2.item(), bounds=(low.item(), high.item()))
+        if step == 0:
+            captured.step()
+        else:
+            cuda.replay()
+        eager.step()
+        assert_same_bits(captured, eager)
+    assert max(param.detach().max() for param in params_of(captured)) == pytest.approx(0.1)
+
+
 def test_replays_follow_a_scheduler(cuda):
     """torch's schedulers write into a tensor, and step counts stay right when steps are skipped."""
     lr = torch.tensor(0.5, dtype=torch.float64)

@@ -212,11 +212,13 @@ def test_adamw_is_the_first_order_taylor_expansion_of_adamprox():
 # Scale-freeness.
 
 
-def iterates(optimizer: str, scale: Tensor, dtype: torch.dtype, weight_decay: float) -> Tensor:
+def iterates(
+    optimizer: str, scale: Tensor, dtype: torch.dtype, weight_decay: float, **options
+) -> Tensor:
     """Of f with gradient ``scale * (x - target)``, and noise of the same scale."""
     x0, target, *noise = points(102, 64).to(dtype)
     param = torch.nn.Parameter(x0.clone())
-    opt = OPTIMIZERS[optimizer].cls([param], lr=1e-2, eps=0.0, weight_decay=weight_decay)
+    opt = OPTIMIZERS[optimizer].cls([param], lr=1e-2, eps=0.0, weight_decay=weight_decay, **options)
     history = []
     for n in noise:
         param.grad = scale.to(dtype) * (param.detach() - target + n)
@@ -244,6 +246,17 @@ def test_scale_freeness_to_the_bit(optimizer, decays, free, dtype):
     scaled = iterates(optimizer, scale, dtype, weight_decay)
     assert same_bits(plain, scaled) == free
     assert plain[-1].isfinite().all()
+
+
+def test_cautious_decay_is_scale_free_to_the_bit():
+    """It looks at signs alone."""
+    scale = torch.ldexp(torch.ones(64), torch.arange(64) % 41 - 20)
+    arguments = torch.float32, 30.0
+    plain, scaled = (
+        iterates("AdamW", s, *arguments, cautious=True) for s in (torch.ones(64), scale)
+    )
+    assert same_bits(plain, scaled)
+    assert not same_bits(plain, iterates("AdamW", scale, *arguments))
 
 
 # Precision.

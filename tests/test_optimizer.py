@@ -446,6 +446,18 @@ def test_bad_tensor_in_the_first_step_leaves_no_state(optimizer, spoil, match):
 
 
 @every_optimizer
+def test_a_param_of_another_class_is_refused(optimizer):
+    good, bad = nn.Parameter(torch.ones(2)), wrapped(torch.ones(2)).requires_grad_(True)
+    opt = make(optimizer, [good, bad])
+    for param in (good, bad):
+        param.grad = torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"\['params'\]\[1\] is a .*, expected a plain one or"):
+        opt.step()
+    assert torch.equal(good, torch.ones(2))
+    assert not opt.state
+
+
+@every_optimizer
 def test_dtype_that_cannot_be_used(optimizer):
     good, bad = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2).to(torch.float8_e5m2))
     opt = make(optimizer, [good, bad])

@@ -6,6 +6,7 @@ import copy
 import csv
 import gc
 import math
+import re
 import warnings
 import weakref
 from pathlib import Path
@@ -265,6 +266,23 @@ def readmes_lines(mark: str) -> dict[str, Any]:
 def test_the_first_lines_of_the_readme(capsys):
     readmes_lines("use")
     assert capsys.readouterr().out == "17 of 20 weights are exactly zero\n"
+
+
+def test_the_readmes_accuracies_are_those_of_the_rows():
+    """Of the CNN: dense, then of ways to 80 % and 95 % zeros."""
+    with (ROOT / "bench/results/sparsity.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["network"] == "CNN"]
+
+    def accuracy(method, asked):
+        own = [r for r in rows if r["method"] == method and float(r["asked"]) == asked]
+        return f"{100 * mean(float(row['accuracy']) for row in own):.1f} %"
+
+    ours = "`SparsityTarget`, then AdamW"
+    ways = [("AdamW, dense", 0.0), (ours, 0.8), (ours, 0.95)]
+    ways += [(ours.replace(", ", ', `metric="adam"`, '), 0.95), ("magnitude, by and by", 0.95)]
+    text = (ROOT / "README.md").read_text()
+    told = text[text.index("What zeros cost, on") :]
+    assert re.findall(r"9\d\.\d %", told)[:5] == [accuracy(*way) for way in ways]
 
 
 def test_the_lines_of_the_readme_that_prune(capsys):

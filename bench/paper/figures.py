@@ -273,15 +273,27 @@ def figure_6(lab: Lab) -> None:
     pictures.curves(axes[0, 0], axes[0, 1], of_best, "best settings", columns=1)
     pictures.save(figure, lab.out, "figure-6-curves")
     lab.finish("figure-6", "Figure 6: without BN", lab.best_rows(grids))
+    settings = [(grid, grid.best(lab.store)) for grid in grids[network] if grid.name != "AdamW"]
+    # Without decay a rule is AdamW without decay: beside that, its best setting that decays.
+    settings += [
+        (grid, best([c for c in grid.cells() if c.weight_decay > 0], lab.store))
+        for grid, setting in settings
+        if setting.weight_decay == 0
+    ]
+    trained = [
+        (grid, [dataclasses.replace(cell, seed=seed) for seed in lab.settings.reported])
+        for grid, cell in settings
+    ]
+    lab.fill([cell for _, cells in trained for cell in cells], "figure 6, seeds")
     rows = [
         {
             "optimizer": grid.name,
-            "lambda": grid.best(lab.store).weight_decay,
-            "seeds": len(of_best[grid.name]),
-            **difference(of_best[grid.name], of_best["AdamW"])._asdict(),
+            "lr": cells[0].lr,
+            "lambda": cells[0].weight_decay,
+            "seeds": len(cells),
+            **difference([lab.store[cell] for cell in cells], of_best["AdamW"])._asdict(),
         }
-        for grid in grids[network]
-        if grid.name != "AdamW"
+        for grid, cells in trained
     ]
     lab.finish("section-5", "Each rule's test error minus AdamW's, by seed", rows)
     _l1_path(lab, [grid for grid in grids[network] if grid.base.optimizer == "AdamProxL1"])

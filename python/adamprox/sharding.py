@@ -58,6 +58,25 @@ def local_of(tensor: Tensor, param: Tensor | None = None) -> Tensor:
     return share.wait() if hasattr(share, "wait") else share  # it may still be under way
 
 
+def whole_of(tensor: Tensor) -> Tensor:
+    """A DTensor with what all ranks have, plain; every rank of its mesh calls it.
+
+    Where params are offloaded, the ranks' groups are of another device than the tensor.
+    """
+    if not is_distributed(tensor):
+        return tensor
+    own, mesh = local_of(tensor), tensor.device_mesh
+    moved = type(tensor).from_local(
+        own.to(mesh.device_type),
+        mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+    return moved.full_tensor().to(own.device)
+
+
 def summed(counts: Sequence[int], params: Sequence[Tensor]) -> list[int]:
     """Each count over the ranks that have parts of its param.
 

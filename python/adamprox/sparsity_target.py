@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from .hyperparameters import is_one_block
-from .sharding import is_distributed, local_of, summed
+from .sharding import is_distributed, local_of, summed, whole_of
 from .stand_ins import Given
 from .telemetry import Tracker, ZeroCount
 from .zeros import PENALTIES, FrozenZeros, free_engine_of, is_weights
@@ -429,7 +429,7 @@ def _block_sums(x: Tensor, rows: int) -> Tensor:
     """Over blocks of so many indices of dim 0, of all ranks."""
     x = x.reshape(1) if x.dim() == 0 else x
     sums = x.unsqueeze(-1).sum(dim=tuple(range(1, x.dim() + 1)))
-    whole = sums.full_tensor() if is_distributed(sums) else sums
+    whole = whole_of(sums)
     return pad(whole, (0, -len(whole) % rows)).view(-1, rows).sum(1)
 
 

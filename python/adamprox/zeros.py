@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .sharding import is_distributed, local_of, shards_of
+from .sharding import local_of, shards_of, whole_of
 from .stand_ins import Given
 from .tables import table
 from .telemetry import Tracker, ZeroCount
@@ -115,11 +115,11 @@ def sparsity(model: nn.Module) -> Sparsity:
 def _count(name: str, param: Tensor) -> TensorSparsity:
     zero = param == 0
     rows = param.shape[0] if param.dim() > 1 else 0
-    # A row without elements is no zero row.
-    zero_rows = zero.flatten(1).all(1).sum() if rows and param.numel() else zero.new_zeros(())
-    counts = (c.full_tensor() if is_distributed(c) else c for c in (zero.sum(), zero_rows))
-    zeros, of_rows = (int(count) for count in counts)
-    return TensorSparsity(name, tuple(param.shape), param.numel(), zeros, rows, of_rows)
+    zeros = int(whole_of(zero.sum()))
+    zero_rows = 0
+    if rows and param.numel():  # a row without elements is no zero row
+        zero_rows = int(whole_of(zero.all(dim=tuple(range(1, param.dim()))).sum()))
+    return TensorSparsity(name, tuple(param.shape), param.numel(), zeros, rows, zero_rows)
 
 
 def _percent(share: float) -> str:
