@@ -604,6 +604,8 @@ def test_the_study_tells_other_seeds_than_the_one_that_selects(tmp_path):
     write_idx(tmp_path / "mnist")
     study = settings.study(tmp_path / "mnist")
     assert study.reported == (1, 2, 3, 4, 5)
+    assert study.paired == tuple(range(1, 21))
+    assert settings.QUICK.paired == settings.QUICK.seeds
     assert study.validation > 0
     assert study.cell("ResNet-8", "AdamW").seed == 0
     assert settings.QUICK.reported == settings.QUICK.seeds

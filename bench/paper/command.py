@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 32 or 28; 8 with --quick)")  # fmt: skip
     add("--seeds", type=int, nargs="+", metavar="SEED",
         help="of weights and order; the first one's for grids, all for the best settings "
-        "(default: 0 1 2; 0 to 5 with --study)")  # fmt: skip
+        "(default: 0 1 2; 0 to 5 with --study, 1 to 20 where rules may be on a par)")  # fmt: skip
     add("--epochs", type=positive(int), help="of the grids' trainings (default: the settings')")
     add("--lrs", type=positive(float), nargs="+", metavar="ALPHA",
         help="the grids' (default: where the settings' start)")  # fmt: skip
@@ -190,6 +190,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         if getattr(args, name) is not None:
             values = dict.fromkeys(getattr(args, name))
             changes[name] = tuple(sorted(values) if name in ("lrs", "widths") else values)
+    if args.seeds is not None:
+        changes["par_seeds"] = ()
     if args.lrs is not None or args.weight_decays is not None:
         changes["extensions"] = 0
     if args.weight_decays is not None:

@@ -245,7 +245,7 @@ def _same_seeds(lab: Lab, grids: Grids) -> None:
         decaying = [cell for cell in adamw.cells() if cell.weight_decay > 0]
         setting = best(decaying, lab.store)
         cells[network] = [
-            [grid.cell(setting.lr, setting.weight_decay, seed) for seed in lab.settings.reported]
+            [grid.cell(setting.lr, setting.weight_decay, seed) for seed in lab.settings.paired]
             for grid in (adamw, adamprox)
         ]
     every = (cell for pair in cells.values() for some in pair for cell in some)
@@ -280,21 +280,18 @@ def figure_6(lab: Lab) -> None:
         for grid, setting in settings
         if setting.weight_decay == 0
     ]
+    [adamw] = [grid.best(lab.store) for grid in grids[network] if grid.name == "AdamW"]
+    seeds = lab.settings.paired
+    of_adamw = [dataclasses.replace(adamw, seed=seed) for seed in seeds]
     trained = [
-        (grid, [dataclasses.replace(cell, seed=seed) for seed in lab.settings.reported])
-        for grid, cell in settings
+        (grid, [dataclasses.replace(cell, seed=seed) for seed in seeds]) for grid, cell in settings
     ]
-    lab.fill([cell for _, cells in trained for cell in cells], "figure 6, seeds")
-    rows = [
-        {
-            "optimizer": grid.name,
-            "lr": cells[0].lr,
-            "lambda": cells[0].weight_decay,
-            "seeds": len(cells),
-            **difference([lab.store[cell] for cell in cells], of_best["AdamW"])._asdict(),
-        }
-        for grid, cells in trained
-    ]
+    lab.fill([*of_adamw, *(cell for _, cells in trained for cell in cells)], "figure 6, seeds")
+    rows = []
+    for grid, cells in trained:
+        results, theirs = ([lab.store[cell] for cell in each] for each in (cells, of_adamw))
+        row = {"optimizer": grid.name, "lr": cells[0].lr, "lambda": cells[0].weight_decay}
+        rows.append({**row, "seeds": len(seeds), **difference(results, theirs)._asdict()})
     lab.finish("section-5", "Each rule's test error minus AdamW's, by seed", rows)
     _l1_path(lab, [grid for grid in grids[network] if grid.base.optimizer == "AdamProxL1"])
 

@@ -51,6 +51,8 @@ class Settings:
         l1_weight_decays, l2_weight_decays: AdamProxL1's thresholds, AdamProxL2's lengths.
         extensions: how often a grid is extended at most.
         seeds: of weights and order. The first one's trainings choose the best setting.
+        par_seeds: those of comparisons in which a point is to be told from none: of AdamW with
+            other rules, on a network that trains in seconds. Empty: those that are reported.
         train_images: how many are trained on; 0 for all.
         validation: how many others are held out, on which the best setting is chosen; with 0 it is
             chosen on the test images, as in the paper.
@@ -83,6 +85,7 @@ class Settings:
     extensions: int
     rounds: int  # of Algorithm 3
     seeds: tuple[int, ...] = (0, 1, 2)
+    par_seeds: tuple[int, ...] = ()
     train_images: int = 0
     validation: int = 0
     optimizers: tuple[str, ...] = PAIR
@@ -96,6 +99,11 @@ class Settings:
     def reported(self) -> tuple[int, ...]:
         """The seeds whose errors are told: where images are held out, not the one that selects."""
         return self.seeds[1:] if self.validation > 0 else self.seeds
+
+    @property
+    def paired(self) -> tuple[int, ...]:
+        """The seeds that tell whether rules are on a par."""
+        return self.par_seeds or self.reported
 
     def decays_of(self, name: str) -> tuple[float, ...]:
         """Where the grid of an optimizer starts."""
@@ -235,6 +243,7 @@ def study(path: Path) -> Settings:
         extensions=3,
         rounds=3,
         seeds=(0, 1, 2, 3, 4, 5),
+        par_seeds=tuple(range(1, 21)),
         train_images=10_000,
         validation=5_000,
     )
