@@ -228,7 +228,7 @@ def beside(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     ends = [100 * row[name] for row in rows for name in ("AdamW", "AdamProx")] or [1.0, 100.0]
     diagonal = [min(ends), max(ends)]
     axes.plot(diagonal, diagonal, color="0.6", linewidth=0.8, label="equal errors")
-    axes.set_xscale("log")
+    plots.log_ticks(axes, horizontal=True)
     plots.log_ticks(axes)
     axes.set_xlabel("AdamW's test error, %")
     axes.set_ylabel("AdamProx's test error, %")

@@ -96,17 +96,18 @@ def legend(axes: Axes, title: str, columns: int = 2) -> None:
     axes.legend(entries.values(), entries.keys(), **place, title=title, ncols=columns)
 
 
-def log_ticks(axes: Axes) -> None:
-    """Makes the vertical axis logarithmic, with plain numbers beside it unless it is long."""
+def log_ticks(axes: Axes, horizontal: bool = False) -> None:
+    """Makes an axis, mostly the vertical one, logarithmic: plain numbers unless it is long."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
+    axis = axes.xaxis if horizontal else axes.yaxis
+    (axes.set_xscale if horizontal else axes.set_yscale)("log")
+    low, high = axis.get_view_interval()
     if high < 1e3 * low:
         subs = (1, 2, 5) if high > 8 * low else (1, 2, 3, 4, 6, 8)  # three numbers or more
-        axes.yaxis.set_major_locator(LogLocator(subs=subs))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def histogram(axes: Axes, bins: Sequence[int], title: str, color: str = "C0") -> None:
