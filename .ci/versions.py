@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import re
 import shutil
 import subprocess
@@ -17,7 +18,8 @@ Row = dict[str, str]
 def interpreter(version: str) -> str | None:
     """The newest one of that version: beside the other ones of pyenv, or on the path."""
     beside = Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/python")
-    names = sorted(beside, key=lambda path: _numbers(path.parts[-3]), reverse=True)
+    plain = (path for path in beside if re.fullmatch(r"[\d.]+((a|b|rc)\d+)?", path.parts[-3]))
+    names = sorted(plain, key=lambda path: _numbers(path.parts[-3]), reverse=True)
     found = (shutil.which(name) for name in (*map(str, names), f"python{version}"))
     return next(filter(None, found), None)
 
@@ -30,7 +32,7 @@ def _numbers(version: str) -> list[int]:
 
 def _origin() -> Row:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(git, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     return {"commit": commit, "date": datetime.date.today().isoformat()}
 
 
@@ -46,7 +48,8 @@ def keep(file: Path, row: Row, keys: tuple[str, ...]) -> None:
 
     rows = list(csv.DictReader(file.open(newline=""))) if file.exists() else []
     rows = sorted([*(old for old in rows if key(old) != key(row)), row], key=key)
-    with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, list(row))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(row))
+    writer.writeheader()
+    writer.writerows(rows)
+    file.write_text(text.getvalue(), newline="")

@@ -158,13 +158,21 @@ def main() -> None:
     args = parser.parse_args()
     if not 2 <= len(args.sites) <= 8:
         parser.error(f"argument SITE: {len(args.sites)} is not from 2 to 8")
+    for name in ("rounds", "turns", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"argument --{name}: {getattr(args, name)} is not 1 or more")
     if args.worker:
         work(args)
         return
-    rounds = []
-    for number in range(args.rounds):
-        print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-        rounds.append([medians_of(folder) for folder in args.sites])
+    rounds: list[list[Medians]] = []
+    try:
+        for number in range(args.rounds):
+            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+            rounds.append([medians_of(folder) for folder in args.sites])
+    except (KeyboardInterrupt, subprocess.CalledProcessError) as error:
+        print(f"ended after {len(rounds)} rounds: {error!r}", file=sys.stderr)
+        if not rounds:
+            sys.exit(1)
     print(f"{'cold step':24}{'build':>6}{'A us':>10}{'us':>10}{'to A, least to most':>23}", end="")
     print(f"{'A fused':>10}{'fused':>10}   (fused: times as fast as torch fused)")
     for name in args.models:

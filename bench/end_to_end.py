@@ -76,9 +76,10 @@ def end_to_end(
             took = _train(models[index], optimizers[index], inputs, targets, device)
             if turn >= 0:
                 times[index].append(took)
-        took_turn = time.perf_counter() - start
-        advance(max(0.0, min(took_turn, seconds - elapsed)))
-        elapsed += took_turn
+        if turn >= 0:
+            took_turn = time.perf_counter() - start
+            advance(max(0.0, min(took_turn, seconds - elapsed)))
+            elapsed += took_turn
         turn += 1
     tensors = [p.numel() for p in first.parameters()]
     about = {"network": name, "tensors": len(tensors), "elements": sum(tensors)}

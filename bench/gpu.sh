@@ -35,6 +35,7 @@ build() {
 }
 
 provenance() {
+  set -eo pipefail
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv
   nvcc --version | tail -n 2
   "$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
@@ -74,16 +75,23 @@ benchmark() {
 export PYTHONPATH=$out/.site${PYTHONPATH:+:$PYTHONPATH}
 export -f build provenance gpu_tests sanitize benchmark
 export out python
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$out/.site"' EXIT
+rm -rf "$out/.site"
 part provenance 20 bash -c provenance
 part build 130 bash -c build
+if [ ! -d "$out/.site/adamprox" ]; then # or another adamprox would be tested
+  echo "failed: $(tr '\n' ' ' <"$out/failed"); nothing else was run" >&2
+  exit 1
+fi
 part tests 250 bash -c gpu_tests &
 for tool in memcheck racecheck synccheck; do
   part $tool 250 bash -c "sanitize $tool" &
 done
 wait
 part benchmark 140 bash -c benchmark
-rm -rf "$out/.site"
 tail -n 5 "$out/tests.log" >&2
-tail -n +1 "$out"/*.log >"$out/logs.txt" && rm "$out"/*.log  # few files, for who copies them
-echo "failed: $(tr '\n' ' ' <"$out/failed" 2>/dev/null || echo none); records in $out"
+cd "$out" # few files, for who copies them
+logs=({provenance,build,tests,memcheck,racecheck,synccheck,benchmark}.log)
+tail -n +1 "${logs[@]}" >logs.txt && rm "${logs[@]}"
+echo "failed: $(tr '\n' ' ' 2>/dev/null <"$out/failed" || echo none); records in $out"
 [ ! -s "$out/failed" ]

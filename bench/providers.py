@@ -156,6 +156,8 @@ def why_not(peer: Peer, device: torch.device) -> str | None:
         import_module(peer.module)
     except ImportError as error:
         return f"not installed: {error}"
+    except Exception as error:  # of a build for another machine, say
+        return f"cannot be imported: {error!r}"
     return None
 
 

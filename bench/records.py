@@ -93,14 +93,25 @@ def _read(path: Path) -> list[Row]:
 
 
 def _commit() -> str | None:
-    """``ADAMPROX_COMMIT``, or what git says of the folder of this file."""
+    """``ADAMPROX_COMMIT``, or git's, if this file is one of a checkout."""
     if commit := os.environ.get("ADAMPROX_COMMIT"):
         return commit
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
     try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        # An installed copy may lie in a checkout, of this project or of another one.
+        if git("ls-files", "--error-unmatch", Path(__file__).name).returncode != 0:
+            return None
+        commit = git("describe", "--always").stdout.strip()
+        # Records that have grown make no other code.
+        records = ":(top,exclude,glob)bench/**/results/**"
+        clean = git("diff", "--quiet", "HEAD", "--", ":/", records).returncode == 0
     except OSError:  # there is no git
         return None
+    return commit and (commit if clean else f"{commit}-dirty")
 
 
 def _cpu_name() -> str:

@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class SmallGPT(nn.Module):
-    """GPT-2's architecture, 3.9 M params; the embedding is the head, too."""
+    """GPT-2's architecture, 3.7 M params; the embedding is the head, too."""
 
     def __init__(
         self, vocabulary: int = 2048, width: int = 256, heads: int = 8, layers: int = 4

@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append(row)
     except KeyboardInterrupt:
         fail("bench", f"interrupted; {len(rows)} trainings are in {args.out / 'sparsity.csv'}")
-    except (OSError, ValueError) as error:
+    except (OSError, records.OtherColumnsError) as error:
         fail("bench", f"argument --out: {error}")
     print(markdown(rows))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,7 +96,10 @@ def measure(
             add(job.rows, rows)
         if "memory" in parts:
             bar.set_description_str("memory", refresh=False)
-            add(results.memory, [_memory_of_training(way, device) for way in WAYS])
+            try:
+                add(results.memory, [_memory_of_training(way, device) for way in WAYS])
+            except (OSError, subprocess.CalledProcessError) as error:
+                results.skipped["memory of training"] = str(error)
         for name in networks:
             bar.set_description_str(f"training {name}", refresh=False)
             add(results.end_to_end, end_to_end(name, device, seconds, bar.update))

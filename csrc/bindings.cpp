@@ -145,6 +145,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly(
           "payload_is_inline",
           [](const Table& t) { return t.payload_size() <= size_t(cuda_inline_payload()); })
+      .def("load_cuda", [](const Table& t) { load_on_cuda(t.table, t.device.id); })
       .def("launch_cuda", &launch_cuda, py::arg("stream"), py::arg("metadata"), py::arg("payload"),
            py::arg("prepared"), py::call_guard<py::gil_scoped_release>())
 #endif

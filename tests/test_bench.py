@@ -12,7 +12,7 @@ import torch
 
 import adamprox
 from adamprox.__main__ import main
-from adamprox.bench import contenders, cost, records, timing
+from adamprox.bench import contenders, cost, records, suite, timing
 from adamprox.bench import steps as bench_steps
 from adamprox.bench.captured import capture_steps
 from adamprox.bench.cold import ColdStart
@@ -580,3 +580,43 @@ def test_rows_stay_where_their_memory_cannot_be_measured(monkeypatch):
     chosen, _ = providers(["AdamW"], torch.device("cpu"), ["cpu"])
     assert bench_steps.add_extra_bytes(rows, chosen) == "AdamW: its process ended with -9"
     assert "extra_bytes" not in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [("tracked", True), ("grown records", True), ("changed", "dirty"), ("untracked", None)],
+)
+def test_a_rows_commit_is_of_what_runs(state, expected, tmp_path, monkeypatch):
+    """Not of a checkout that an installed copy lies in, of this project or of another one."""
+    monkeypatch.delenv("ADAMPROX_COMMIT", raising=False)
+    (tmp_path / "bench/results").mkdir(parents=True)
+    code, record = tmp_path / "bench/records.py", tmp_path / "bench/results/cpu.csv"
+    code.touch()
+    record.touch()
+
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", "bench/results" if state == "untracked" else ".")
+    git("commit", "-qm", "a")
+    head = git("describe", "--always")
+    if state == "grown records":
+        record.write_text("more")
+    elif state == "changed":
+        code.write_text("more")
+    monkeypatch.setattr(records, "__file__", str(code))
+    assert records._commit() == {True: head, "dirty": f"{head}-dirty", None: None}[expected]
+
+
+def test_a_bench_goes_on_where_memory_of_training_cannot_be_measured(monkeypatch):
+    def fail(way):
+        raise subprocess.CalledProcessError(-9, ["python"])
+
+    monkeypatch.setattr(suite, "peak_training_bytes_of", fail)
+    results = suite.Results([], [], [], [], {})
+    suite.measure(["memory"], [], [], torch.device("cpu"), "float32", 0.1, results, lambda *_: None)
+    assert results.memory == []
+    assert "died with <Signals.SIGKILL: 9>" in results.skipped["memory of training"]

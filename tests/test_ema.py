@@ -294,7 +294,6 @@ def test_shards_have_the_average_of_the_whole(tmp_path):
 
 
 def test_averages_wait_for_a_step_of_another_thread(monkeypatch):
-    """And a step that waits for the lock meanwhile is refused, rather than lost."""
     param = torch.nn.Parameter(torch.ones(3))
     opt = adamprox.AdamW([param], ema_decay=0.5, backend="reference")
     param.grad = torch.ones(3)

@@ -23,7 +23,8 @@ def train(optimizer=adamprox.AdamProx, folder="digits", resume_from=None, **argu
     batches = DataLoader(digits, batch_size=64, shuffle=True)
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = optimizer(adamprox.param_groups(model, weight_decay=0.1), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(batches) // 2)
+    steps = EPOCHS * -(-len(batches) // 2)  # the last batch of an epoch is a step of its own
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model, optimizer, batches, schedule = accelerator.prepare(model, optimizer, batches, schedule)
 
     start = 0

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .grids import Grid
     from .lab import Grids, Lab
+    from .training import Cell
 
 SGD_LEARNING_RATES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1e-1)
 SGD_WEIGHT_DECAY = 1e-4
@@ -238,11 +239,16 @@ def _same_settings(lab: Lab, grids: Grids) -> None:
     lab.finish("figure-5-beside", "Figure 5: test errors of the same settings", rows)
 
 
+def _decaying(grid: Grid) -> list[Cell]:
+    return [cell for cell in grid.cells() if cell.weight_decay > 0]
+
+
 def _same_seeds(lab: Lab, grids: Grids) -> None:
     """AdamProx with AdamW's best setting that decays, paired by seed."""
     cells = {}
     for network, (adamw, adamprox) in grids.items():
-        decaying = [cell for cell in adamw.cells() if cell.weight_decay > 0]
+        if not (decaying := _decaying(adamw)):
+            continue
         setting = best(decaying, lab.store)
         cells[network] = [
             [grid.cell(setting.lr, setting.weight_decay, seed) for seed in lab.settings.paired]
@@ -276,9 +282,9 @@ def figure_6(lab: Lab) -> None:
     settings = [(grid, grid.best(lab.store)) for grid in grids[network] if grid.name != "AdamW"]
     # Without decay a rule is AdamW without decay: beside that, its best setting that decays.
     settings += [
-        (grid, best([c for c in grid.cells() if c.weight_decay > 0], lab.store))
+        (grid, best(decaying, lab.store))
         for grid, setting in settings
-        if setting.weight_decay == 0
+        if setting.weight_decay == 0 and (decaying := _decaying(grid))
     ]
     [adamw] = [grid.best(lab.store) for grid in grids[network] if grid.name == "AdamW"]
     seeds = lab.settings.paired

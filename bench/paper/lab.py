@@ -120,8 +120,11 @@ class Lab(NamedTuple):
         return rows
 
     def finish(self, name: str, title: str, rows: Sequence[Row], shown: int | None = None) -> None:
-        """Writes the CSV and prints the table; of wide rows the first columns."""
+        """Writes the CSV and prints the table, if it has rows; of wide ones the first columns."""
         from .tables import print_table
+
+        if not rows:
+            return
 
         with (self.out / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

@@ -145,7 +145,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 template <typename Launch>
 void for_each_launch(LaunchArgs& args, int64_t num_recipes, int64_t num_chunks, int64_t num_packed,
                      int64_t num_of_blocks, Launch launch) {
-  args.first_chunk = 0;
   if (num_recipes > 0) launch(prepare_kernel, args, (num_recipes + kThreads - 1) / kThreads);
   args.num_chunks = static_cast<int32_t>(num_chunks - num_of_blocks);
   args.num_packed = args.records != nullptr ? 0 : static_cast<int32_t>(num_packed);

@@ -22,23 +22,44 @@ void check(cudaError_t status, const char* call) {
 }
 #define CHECK(call) check(call, #call)
 
-// As many blocks as the device holds at once.
-int64_t resident_blocks(const void* kernel, size_t shared, int device) {
+size_t shared_bytes(const LaunchArgs& args) {
+  return args.records != nullptr ? sizeof(ChunkNotes) : 0;
+}
+
+using Kernel = void (*)(LaunchArgs);
+
+// As many blocks as the device holds at once. It loads the kernel, the first time.
+int64_t resident_blocks(Kernel kernel, const LaunchArgs& args, int device) {
   static std::mutex mutex;
-  static std::map<std::tuple<const void*, size_t, int>, int> known;
+  static std::map<std::tuple<Kernel, size_t, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  int& blocks = known[{kernel, shared, device}];
+  int& blocks = known[{kernel, shared_bytes(args), device}];
   if (blocks == 0) {
     int multiprocessors = 0, per_multiprocessor = 0;
     CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
     CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads,
-                                                        shared));
+                                                        shared_bytes(args)));
     blocks = multiprocessors * per_multiprocessor;
   }
   return blocks;
 }
 
+// Calls f(kernel, args, blocks) for each launch of a step.
+template <typename F>
+void for_each_launch_of(const TensorTable& table, LaunchArgs& args, F f) {
+  for_each_launch(args, static_cast<int64_t>(table.scalars_recipes.size()),
+                  static_cast<int64_t>(table.chunks.size()), table.num_packed, table.num_of_blocks,
+                  f);
+}
+
 }  // namespace
+
+void load_on_cuda(const TensorTable& table, int device) {
+  LaunchArgs args(nullptr, 0, 0, 0, nullptr, nullptr, table.records);
+  for_each_launch_of(table, args, [&](Kernel kernel, LaunchArgs& args, int64_t) {
+    resident_blocks(kernel, args, device);
+  });
+}
 
 void step_on_cuda(const TensorTable& table, const CudaStep& step) {
   const auto num_chunks = static_cast<int64_t>(table.chunks.size());
@@ -47,24 +68,13 @@ void step_on_cuda(const TensorTable& table, const CudaStep& step) {
   if (step.payload == nullptr) {
     std::memcpy(args.inline_payload, step.inline_payload, step.inline_size);
   }
-  using Kernel = void (*)(LaunchArgs);
-  const size_t shared = args.records != nullptr ? sizeof(ChunkNotes) : 0;
-  const auto resident = [&](Kernel kernel) {
-    return resident_blocks(reinterpret_cast<const void*>(kernel), shared, step.device);
-  };
-  const auto load = [&](Kernel kernel, LaunchArgs&, int64_t) { resident(kernel); };
-  const auto launch = [&](Kernel kernel, LaunchArgs& args, int64_t blocks) {
-    const dim3 grid(static_cast<unsigned>(std::min(blocks, resident(kernel))));
+  for_each_launch_of(table, args, [&](Kernel kernel, LaunchArgs& args, int64_t blocks) {
+    const int64_t most = resident_blocks(kernel, args, step.device);
+    const dim3 grid(static_cast<unsigned>(std::min(blocks, most)));
     void* arguments[] = {&args};
     CHECK(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(kThreads), arguments,
-                           shared, static_cast<cudaStream_t>(step.stream)));
-  };
-  const auto for_each = [&](auto f) {
-    for_each_launch(args, static_cast<int64_t>(table.scalars_recipes.size()), num_chunks,
-                    table.num_packed, table.num_of_blocks, f);
-  };
-  for_each(load);  // all kernels, before the first one writes
-  for_each(launch);
+                           shared_bytes(args), static_cast<cudaStream_t>(step.stream)));
+  });
 }
 
 std::string cuda_device_problem() {

@@ -18,6 +18,9 @@ struct CudaStep {
   void* prepared;  // on the device, for what the recipes become; null without them
 };
 
+// Loads the kernels of a step on the current device, so that no launch fails by that.
+void load_on_cuda(const TensorTable& table, int device);
+
 void step_on_cuda(const TensorTable& table, const CudaStep& step);
 
 // Why the current device, or its driver, cannot run these kernels; empty if they can.

@@ -148,6 +148,7 @@ class CudaBackend:
             prepared = torch.empty(table.prepared_size, dtype=torch.uint8, device=device)
             if capturing():
                 table.keep((payload, prepared))
+            table.load_cuda()
         yield
         with torch.cuda.device(device):
             table.launch_cuda(

@@ -145,8 +145,12 @@ def sums_of_squares(values: Tensor, front: int, piece: int) -> Tensor:
         piece = end
     if piece <= AT_ONCE:
         some = AT_ONCE // piece * piece
-        whole = [squares(at, min(at + some, count * piece)) for at in range(0, end, some)]
-        return torch.cat([reference.tree_sum(each.view(-1, piece)) for each in whole])
+        return torch.cat(
+            [
+                reference.tree_sum(squares(at, min(at + some, count * piece)).view(-1, piece))
+                for at in range(0, end, some)
+            ]
+        )
     return torch.stack(
         [
             reference.tree_sum(

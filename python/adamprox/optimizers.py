@@ -214,33 +214,34 @@ class _FusedAdam(Stepped):
             RuntimeError: no param has an average (``ema_decay``), this is in effect already, or a
                 step is taken within.
         """
-        with self._engine.lock:  # a step of another thread is over, or begins later
-            averaged = [
-                (param, self.state[param]["ema"])
-                for group in self.param_groups
-                for param in group["params"]
-                if "ema" in self.state.get(param, {})
-            ]
-            if not averaged:
-                raise RuntimeError("no param has an average yet: set ema_decay, and take a step")
-            if self._engine.blocked is not None:
-                raise RuntimeError("ema_weights() is in effect already")
-            saved = [param.detach().clone() for param, _ in averaged]
-            self._engine.blocked = "the params are their averages, within ema_weights()"
+        engine, saved = self._engine, []
         try:
-            with torch.no_grad():
+            with engine.lock, torch.no_grad():  # a step of another thread is over, or begins later
+                averaged = [
+                    (param, self.state[param]["ema"])
+                    for group in self.param_groups
+                    for param in group["params"]
+                    if "ema" in self.state.get(param, {})
+                ]
+                if not averaged:
+                    raise RuntimeError("no param has an average yet: set ema_decay, and step once")
+                if engine.blocked is not None:
+                    raise RuntimeError("ema_weights() is in effect already")
+                saved = [(param, param.detach().clone()) for param, _ in averaged]
+                engine.blocked = "the params are their averages, within ema_weights()"
                 for param, ema in averaged:
                     param.copy_(ema)
             yield
         finally:
             with (
-                self._engine.lock,
                 Uninterrupted(),
+                engine.lock,
                 torch.no_grad(),
                 contextlib.ExitStack() as stack,
             ):  # all of them, whatever one raises
-                stack.callback(setattr, self._engine, "blocked", None)
-                for (param, _), before in zip(averaged, saved, strict=True):
+                if saved:
+                    stack.callback(setattr, engine, "blocked", None)
+                for param, before in saved:
                     stack.callback(param.copy_, before)
 
     @overload
@@ -265,11 +266,11 @@ class _FusedAdam(Stepped):
         if compiler.is_dynamo_compiling():
             from . import compiled  # and Dynamo, only where it is in use
 
-            traced = compiled.observed_traced_step if _has_hooks(self) else compiled.traced_step
+            observed = _has_hooks(self) and _is_own_step(self)
+            traced = compiled.observed_traced_step if observed else compiled.traced_step
             return traced(self, closure)
-        # Hooks see no argument where there is none. Those of a subclass with a step of its own have
-        # been called by torch, around that one.
-        if (_profiler_enabled() or _has_hooks(self)) and type(self).step is _FusedAdam.step:
+        # Hooks see no argument where there is none.
+        if (_profiler_enabled() or _has_hooks(self)) and _is_own_step(self):
             return _observed_step(self, *(() if closure is None else (closure,)))
         if closure is not None:
             return _step(self, closure)
@@ -293,6 +294,11 @@ def _step(optimizer: _FusedAdam, closure: Callable[[], float] | None = None) -> 
 
 
 _observed_step = Optimizer.profile_hook_step(_step)
+
+
+def _is_own_step(optimizer: Optimizer) -> bool:
+    """If not, torch has called the hooks around the step of a subclass, which calls ours."""
+    return type(optimizer).step is _FusedAdam.step
 
 
 def _has_hooks(optimizer: Optimizer) -> bool:

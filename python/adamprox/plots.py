@@ -104,7 +104,7 @@ def log_ticks(axes: Axes, horizontal: bool = False) -> None:
     (axes.set_xscale if horizontal else axes.set_yscale)("log")
     low, high = axis.get_view_interval()
     if high < 1e3 * low:
-        subs = (1, 2, 5) if high > 8 * low else (1, 2, 3, 4, 6, 8)  # three numbers or more
+        subs = (1, 2, 5) if high >= 10 * low else (1, 2, 3, 4, 6, 8)  # three numbers, mostly
         axis.set_major_locator(LogLocator(subs=subs))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())

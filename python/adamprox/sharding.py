@@ -141,7 +141,7 @@ def split_rows(rows: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=1024)
 def _common_divisor(rows: int, sizes: tuple[int, ...]) -> int:
-    """Of where the ranges begin, for each tensor of each step."""
+    """Of the rows at which ranges begin. Kept, as each step asks for each tensor."""
     return math.gcd(*(first for first, last in split_rows(rows, sizes) if first < last))
 
 

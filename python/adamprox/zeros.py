@@ -118,7 +118,8 @@ def _count(name: str, param: Tensor) -> TensorSparsity:
     zeros = int(whole_of(zero.sum()))
     zero_rows = 0
     if rows and param.numel():  # a row without elements is no zero row
-        zero_rows = int(whole_of(zero.all(dim=tuple(range(1, param.dim()))).sum()))
+        others = (param != 0).sum(dim=tuple(range(1, param.dim())))
+        zero_rows = int((whole_of(others) == 0).sum())
     return TensorSparsity(name, tuple(param.shape), param.numel(), zeros, rows, zero_rows)
 
 
