@@ -446,18 +446,24 @@ def test_options_are_arguments():
     assert training.make_optimizer(cell, model).param_groups[0]["block"] == "group"
 
 
-def test_a_fixup_start_is_a_network_of_its_first_layer():
-    network = networks.make("ResNet-20", 10, 1, False, 4, start="fixup")
-    x = torch.rand(3, 1, 8, 8)
-    assert not network(x).any()
-    first = network.conv(x).relu()
-    assert torch.equal(network.blocks[:3](first), first)
-    std = network.blocks[0].conv1.weight.std().item()
-    assert std == pytest.approx(math.sqrt(2 / (9 * 4)) / 3, rel=0.3)
+def test_a_scaled_start_keeps_the_variance_and_all_channels_alive():
+    """He's start doubles it with each of the nine blocks; a stage's new channels start at zero."""
+    x = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    grown = {}
+    for start in ("he", "scaled"):
+        torch.manual_seed(0)
+        network = networks.make("ResNet-56", 10, 1, False, 16, start=start)
+        first = network.conv(x).relu()
+        features = network.blocks(first)
+        grown[start] = (features.square().mean() / first.square().mean()).item()
+        features.square().mean().backward()
+        assert all(param.grad.any() for param in network.blocks.parameters())
+    assert grown["scaled"] < math.e
+    assert grown["he"] > 1e3 * grown["scaled"]
     with pytest.raises(ValueError, match="Invalid start: 'none'"):
         networks.make("ResNet-20", 10, 1, False, 4, start="none")
     with pytest.raises(ValueError, match="which is no ResNet"):
-        networks.make("DenseNet-BC-10", 10, 1, False, 4, start="fixup")
+        networks.make("DenseNet-BC-10", 10, 1, False, 4, start="scaled")
 
 
 def test_the_best_setting_is_chosen_by_what_was_held_out(tmp_path):
@@ -585,7 +591,7 @@ def test_differences_have_the_sign_of_what_adamw_gains(tmp_path, monkeypatch):
         assert [row["seeds"] for row in rows] == ["2", "2"]
         assert [float(row["mean"]) for row in rows] == pytest.approx([0.3, 0.4])
         assert [float(row["loss_ratio"]) for row in rows] == pytest.approx([0.5, 0.5])
-    [row] = table("advantage-by-depth")
+    [row] = table("advantage-by-depth")  # of two networks there is no slope without the deepest
     assert float(row["mean"]) == pytest.approx(0.1 / math.log2(20 / 8))
     assert all(float(row["mean"]) > 0 for row in table("concentration"))
     decays = [float(row["mean"]) for row in table("without-decay")]
@@ -1110,13 +1116,14 @@ def with_values(rows, **values):
 
 
 def of_mechanism(adam, shrunk):
+    controls = (("Adam-l2", adam), ("Adam-l2, shrunk as AdamW", shrunk), ("neither", NOISE))
     return [
         {
             "network": "A",
             "control": control,
             **dict(zip(("gain", "low", "high"), each, strict=True)),
         }
-        for control, each in (("Adam-l2", adam), ("Adam-l2, shrunk as AdamW", shrunk))
+        for control, each in controls
     ]
 
 
@@ -1182,6 +1189,28 @@ def of_factors(adamw, adam):
     return [{"optimizer": name, "factor": "128", key: moved} for name, moved in pair]
 
 
+def of_gains(*networks):
+    return [
+        {**row, "low_inner": row["low"], "high_inner": row["high"], "gain_low": str(gain)}
+        for spread, gain in networks
+        for row in rows_of(spread)
+    ]
+
+
+def of_descent(well, ill):
+    rows = [{"algorithm": "GD", "condition_number": k, "last_distance": d}
+            for k, d in (("1.0", well), ("1e5", ill))]  # fmt: skip
+    return [*rows, {"algorithm": "AdamW", "condition_number": "1e9", "last_distance": "9"}]
+
+
+def of_step_sizes(coupled, proximal):
+    return [
+        {"decay": f"{name}, equation", "weight_decay": str(k), "largest_eta": str(eta)}
+        for name, etas in (("coupled", coupled), ("proximal", proximal))
+        for k, eta in enumerate(etas)
+    ]
+
+
 def of_theorem_1(adagrad, descent):
     pair = (("AdaGrad", adagrad), ("SGD", descent))
     return [{"algorithm": name, "distance": str(distance)} for name, distance in pair]
@@ -1207,9 +1236,18 @@ DECAYS, NO_DECAY = ({"optimizer": "AdamProxL2", "lambda": text} for text in "10"
         ("smaller_error", rows_of((0.0, 0.0, 0.0)), "undecided"),  # one setting for both
         ("smaller_error", rows_of(GOOD, BAD), "in part"),
         ("smaller_error", rows_of(BAD), "contrary"),
-        ("more_so_deeper", rows_of(GOOD), "shown"),
-        ("more_so_deeper", rows_of(NOISE), "undecided"),
-        ("more_so_deeper", rows_of(BAD), "contrary"),
+        ("more_so_deeper", with_values(rows_of(GOOD, GOOD), networks="A"), "shown"),
+        ("more_so_deeper", with_values(rows_of(GOOD, NOISE), networks="A"), "in part"),
+        ("more_so_deeper", with_values(rows_of(NOISE, NOISE), networks="A"), "undecided"),
+        ("more_so_deeper", with_values(rows_of(BAD, BAD), networks="A"), "contrary"),
+        ("where_concentrated", of_gains((GOOD, 0.1), (BAD, -0.1)), "shown"),
+        ("where_concentrated", of_gains((GOOD, 0.1), (BAD, 0.1)), "in part"),
+        ("where_concentrated", of_gains((BAD, 0.1)), "contrary"),
+        ("where_concentrated", of_gains((BAD, -0.1)), "undecided"),
+        ("descent_depends", of_descent("0.0", "1.5"), "shown"),
+        ("descent_depends", of_descent("0.1", "0.1"), "contrary"),
+        ("step_sizes", of_step_sizes((1.8, 1.0), (1.8, 4.0)), "shown"),
+        ("step_sizes", of_step_sizes((1.8, 1.8), (1.8, 1.0)), "contrary"),
         ("concentrated", with_values(rows_of(GOOD), low_inner="1", high_inner="2"), "shown"),
         ("concentrated", with_values(rows_of(GOOD), low_inner="-1", high_inner="2"), "undecided"),
         ("concentrated", with_values(rows_of(BAD), low_inner="-2", high_inner="-1"), "contrary"),
@@ -1246,7 +1284,7 @@ DECAYS, NO_DECAY = ({"optimizer": "AdamProxL2", "lambda": text} for text in "10"
         ("without_bn_on_ranks", of_ranks(GOOD, NOISE, BAD), "contrary"),
         ("without_bn_on_ranks", of_ranks(NONE, NOISE, BAD), "in part"),
         ("sgd_diverges", of_sgd("nan", "nan"), "shown"),
-        ("sgd_diverges", of_sgd("2.0", "nan"), "in part"),
+        ("sgd_diverges", of_sgd("2.0", "nan"), "contrary"),
         ("sgd_diverges", of_sgd("2.0", "3.0"), "contrary"),
         ("corollary_1", of_corollary("True", "1e-7"), "shown"),
         ("corollary_1", of_corollary("False", "1e-7"), "in part"),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from .grids import Grid
     from .lab import Grids, Lab
-    from .training import Cell
+    from .training import Cell, Result
 
 SGD_LEARNING_RATES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1e-1)
 SGD_WEIGHT_DECAY = 1e-4
@@ -136,6 +136,7 @@ def _over_lambda(lab: Lab, pairs: Sequence[Sequence[Grid]]) -> None:
     figure, axes = plots.panels(1, 3, 2.8, sharey=True)
     rows = []
     panels = (("Adam", False), ("Adam", True), ("AdamW", False))
+    every: dict[tuple[str, bool], dict[float, dict[str, Result]]] = {}
     for place, (name, divided) in zip(axes[0], panels, strict=True):
         of_factors = [grid for pair in pairs for grid in pair if grid.name == name]
         lr = of_factors[0].best(lab.store).lr
@@ -148,11 +149,21 @@ def _over_lambda(lab: Lab, pairs: Sequence[Sequence[Grid]]) -> None:
                 if decay > 0
             }
         pictures.factors(place, curves, name, divided)
+        every[name, divided] = curves
+
+    def learns(name: str, divided: bool, factor: float) -> set[str]:
+        """Where there is something to move."""
+        without, curve = every[name, divided][1.0], every[name, divided][factor]
+        errors = {x: (without[x].test_error, curve[x].test_error) for x in without.keys() & curve}
+        return {x for x, pair in errors.items() if min(pair) < LEARNT}
+
+    for (name, divided), curves in every.items():
         for factor in FACTORS[1:]:
-            common = curves[1.0].keys() & curves[factor].keys()
-            errors = [(curves[1.0][x].test_error, curves[factor][x].test_error) for x in common]
-            # Where neither learns, there is nothing to move.
-            moved = [abs(a - b) for a, b in errors if min(a, b) < LEARNT]
+            # Over lambda, the same points of both optimizers.
+            common = learns(name, divided, factor)
+            if not divided:
+                common &= learns("Adam", False, factor) & learns("AdamW", False, factor)
+            moved = [abs(curves[1.0][x].test_error - curves[factor][x].test_error) for x in common]
             rows.append(
                 {
                     "optimizer": pictures.name_of(name),

@@ -47,12 +47,14 @@ def mechanism(lab: Lab) -> None:
     """What carries AdamW's advantage: scale-freeness, or the strength of the shrinkage.
 
     Figure 3's best settings, with one thing changed in each control. Adam-l2 that is shrunk has
-    AdamW's learning rate, too, so that its weights shrink as fast. A Fixup start is compared with
-    AdamW's of the same start; the settings are those of the other start.
+    AdamW's learning rate, too, so that its weights shrink as fast. With a scaled start both have
+    the best settings of that start, and are compared with each other.
     """
     settings = lab.settings
     grids = lab.grids(settings.mechanism_networks)
     lab.search(grids, "mechanism, settings")
+    scaled = lab.grids(settings.mechanism_networks, start="scaled")
+    lab.search(scaled, "mechanism, settings of a scaled start")
     trained: dict[str, dict[str, list[Cell]]] = {}
     for network, (coupled, decoupled) in grids.items():
         adam, adamw = coupled.best(lab.store), decoupled.best(lab.store)
@@ -63,9 +65,9 @@ def mechanism(lab: Lab) -> None:
             "neither": dataclasses.replace(adamw, weight_decay=0.0),
             "Adam-l2, shrunk as AdamW": dataclasses.replace(adam, lr=adamw.lr, shrinkage=decay),
             "AdamW, eps = 1e-3": dataclasses.replace(adamw, eps=1e-3),
-            "AdamW, Fixup": dataclasses.replace(adamw, start="fixup"),
-            "Adam-l2, Fixup": dataclasses.replace(adam, start="fixup"),
         }
+        for grid in scaled[network]:
+            cells[f"{pictures.name_of(grid.name)}, scaled start"] = grid.best(lab.store)
         trained[network] = {
             control: [dataclasses.replace(cell, seed=seed) for seed in settings.reported]
             for control, cell in cells.items()
@@ -82,7 +84,7 @@ def mechanism(lab: Lab) -> None:
         pictures.pace(place, pair, network)
         for control, those in results.items():
             cell = controls[control][0]
-            partner = "AdamW, Fixup" if control.endswith("Fixup") else "AdamW"
+            partner = "AdamW, scaled start" if control.endswith("start") else "AdamW"
             gain = difference(those, results[partner])
             rows.append(
                 {

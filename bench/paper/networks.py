@@ -106,7 +106,7 @@ class TanhNetwork(nn.Sequential):
         super().__init__(*modules[:-1])
 
 
-STARTS = ("he", "fixup")
+STARTS = ("he", "scaled")
 
 
 def make(
@@ -123,9 +123,11 @@ def make(
         name: ``ResNet-L``, ``DenseNet-BC-L``, or ``package.module:function``, which is called.
         width: a ResNet's channels in its first stage, 16 in the paper; a DenseNet's growth is
             three quarters of it, 12 in the paper.
-        start: ``"he"``, the paper's, or ``"fixup"`` of a ResNet, as Zhang et al. (2019) have it
-            without their biases: the last convolution of each of L blocks and the last layer start
-            at 0, the first convolutions are divided by the root of L.
+        start: ``"he"``, the paper's, by which each block of a ResNet without BN doubles the
+            variance; or ``"scaled"``, in the way of Fixup (Zhang et al. 2019): the last convolution
+            of each of L blocks is divided by the root of L, so that the variance stays below e
+            times the first one. At 0, as in Fixup, channels whose shortcut is padded with zeros
+            would never learn, since these networks have no biases.
 
     Raises:
         ValueError: there is no such network, or no such function.
@@ -144,20 +146,17 @@ def make(
     if kind not in makers or not layers.isdecimal():
         raise ValueError(f"Invalid network: {name!r}, expected ResNet-L or DenseNet-BC-L")
     network = makers[kind](int(layers))
-    if start == "fixup":
+    if start == "scaled":
         if not isinstance(network, ResNet):
             raise ValueError(f"Invalid start: {start!r} of {name}, which is no ResNet")
-        _fixup(network)
+        _scale(network)
     elif start not in STARTS:
         raise ValueError(f"Invalid start: {start!r}, expected one of {', '.join(STARTS)}")
     return network
 
 
 @torch.no_grad()
-def _fixup(network: ResNet) -> None:
+def _scale(network: ResNet) -> None:
     blocks = [module for module in network.modules() if isinstance(module, Block)]
     for block in blocks:
-        block.conv1.weight /= math.sqrt(len(blocks))
-        block.conv2.weight.zero_()
-    network.linear.weight.zero_()
-    network.linear.bias.zero_()
+        block.conv2.weight /= math.sqrt(len(blocks))

@@ -117,24 +117,26 @@ def advantage(lab: Lab, name: str, grids: Grids, bests: Bests) -> None:
 
 
 def by_depth(lab: Lab, grids: Grids, bests: Bests) -> None:
-    """How much more AdamW gains if the layers are twice as many."""
+    """How much more AdamW gains if the layers are twice as many; also without the deepest one."""
     layers = {}
     for network in grids:
         if found := re.fullmatch(r"ResNet-(\d+)", network):
             layers[network] = math.log2(int(found[1]))
     if len(layers) < 2:
         return
-    pairs = [[bests[network, name] for network in layers] for name in PAIR]
-    mean, low, high = slope(list(layers.values()), *pairs)
-    row = {
-        "networks": len(layers),
-        "seeds": len(pairs[0][0]),
-        "mean": mean,
-        "low": low,
-        "high": high,
-    }
+    named = {"of all": layers}
+    if len(layers) > 2:
+        deepest = max(layers, key=lambda network: layers[network])
+        others = {network: depth for network, depth in layers.items() if network != deepest}
+        named[f"without {deepest}"] = others
+    rows = []
+    for name, some in named.items():
+        pairs = [[bests[network, optimizer] for network in some] for optimizer in PAIR]
+        mean, low, high = slope(list(some.values()), *pairs)
+        row = {"networks": name, "seeds": len(pairs[0][0])}
+        rows.append({**row, "mean": mean, "low": low, "high": high})
     title = "What AdamW gains by twice as many layers, by seed"
-    lab.finish("advantage-by-depth", title, [row])
+    lab.finish("advantage-by-depth", title, rows)
 
 
 def concentration(lab: Lab, grids: Grids, bests: Bests) -> None:
@@ -161,7 +163,8 @@ def concentration(lab: Lab, grids: Grids, bests: Bests) -> None:
             row[f"no_decay{suffix}"] = of(lab.store[without]) if without in lab.store else math.nan
             named = {"mean": statistics.mean(gains or [math.nan]), "low": low, "high": high}
             row.update({f"{key}{suffix}": value for key, value in named.items()})
-        rows.append(row)
+        gain = difference(*(bests[network, name] for name in PAIR))
+        rows.append({**row, "gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high})
         if kept:
             learnt.update(
                 {
