@@ -445,6 +445,11 @@ def case_a_param_of_the_first_rank_alone(world: int, name: str) -> None:
     assert torch.equal(params[1].full_tensor(), twin)
     if dist.get_rank() == 0:
         assert torch.equal(params[0].to_local(), twin)
+    elif name == "AdamProxL2":  # others do not know the norm of all
+        with pytest.raises(RuntimeError, match="leaves this rank out is not supported; nothing"):
+            make(name, params, block="group").step()
+        with pytest.raises(ValueError, match=r"\['params'\]\[0\] is on a mesh that leaves this"):
+            adamprox.SparsityTarget(optimizers[0], 0.5, 10)
 
 
 def case_compiled_steps(world: int, name: str) -> None:

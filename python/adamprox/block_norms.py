@@ -285,6 +285,8 @@ class _Part:
 
 def why_not(param: Tensor, block: str | int) -> str | None:
     """What keeps ranks from taking the norms of a param's blocks, or None."""
+    if block == "group" and not is_here(param):
+        return "block='group' of a param on a mesh that leaves this rank out is not supported"
     if not is_distributed(param) or block in ("tensor", "group") or row_ranges(param) is not None:
         return None
     from torch.distributed.tensor import Shard

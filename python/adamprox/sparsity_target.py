@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from .hyperparameters import is_one_block
-from .sharding import is_distributed, local_of, summed, whole_of
+from .sharding import is_distributed, is_here, local_of, summed, whole_of
 from .stand_ins import Given
 from .telemetry import Tracker, ZeroCount
 from .zeros import PENALTIES, FrozenZeros, free_engine_of, is_weights
@@ -71,7 +71,8 @@ class SparsityTarget:
     Raises:
         TypeError: ``optimizer`` is none of this package's.
         ValueError: an argument is out of its range; no param group can have zeros, or one of them
-            has ``block="group"`` or complex params; the share is of too few blocks.
+            has ``block="group"``, or params that are complex or on a mesh without this rank; the
+            share is of too few blocks.
         RuntimeError: the optimizer has another target, or its zeros are frozen.
     """
 
@@ -347,6 +348,11 @@ def _weight_decays(optimizer: Optimizer) -> dict[int, float]:
         for i, param in enumerate(group["params"]):
             if param.is_complex():
                 raise ValueError(f"Invalid optimizer: param_groups[{g}]['params'][{i}] is complex")
+            if not is_here(param):
+                raise ValueError(
+                    f"Invalid optimizer: param_groups[{g}]['params'][{i}] is on a mesh that leaves "
+                    "this rank out, and all ranks count together"
+                )
     return result
 
 
