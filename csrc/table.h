@@ -28,8 +28,9 @@ struct TensorRow {
   DType state_dtype;      // of the moments
   Decay rule;
   uint8_t aligned;  // 1: all pointers are multiples of 16 bytes, grad's included
-  // Of rows that are one block together: this one's number among all such rows of the table, that of the
-  // block's first row, and how many rows the block has. num_slots is 0 if the row has blocks of its own.
+  // Several rows may be one block together. All such rows of the table are numbered. `slot` is this row's
+  // number, `first_slot` is that of the block's first row. `num_slots` is how many rows the block has; it
+  // is 0 if the row has blocks of its own.
   int32_t slot, first_slot, num_slots;
 };
 static_assert(sizeof(TensorRow) == 8 * (6 + kStates), "Triton reads it as words");

@@ -119,6 +119,15 @@ def test_every_dtype_of_a_number_in_triton(dtype):
     assert_same_bits(*pair)
 
 
+def step_both(cuda, captured, eager, step: int) -> None:
+    """The first step is captured, the others replay it."""
+    if step == 0:
+        captured.step()
+    else:
+        cuda.replay()
+    eager.step()
+
+
 @pytest.mark.parametrize("change", ["lr", "betas", "weight_decay", "ema_decay"])
 @every_optimizer
 def test_replays_equal_eager_steps_while_hyper_parameters_change(optimizer, change, cuda):
@@ -141,11 +150,7 @@ def test_replays_equal_eager_steps_while_hyper_parameters_change(optimizer, chan
                 theirs["betas"] = (factor / 2, 1 - factor / 3)
                 for beta, value in zip(ours["betas"], theirs["betas"], strict=True):
                     beta.fill_(value)
-        if step == 0:
-            captured.step()
-        else:
-            cuda.replay()
-        eager.step()
+        step_both(cuda, captured, eager, step)
     assert_same_bits(captured, eager)
     assert {state["step"].item() for state in captured.state.values()} == {100.0}
 
@@ -162,11 +167,7 @@ def test_replays_follow_the_options_of_a_rule(cuda):
         for end, number in ((low, -1 / (1 + step)), (high, 1 / (2 + step))):
             end.fill_(number)
         eager.param_groups[0].update(l2=l2.item(), bounds=(low.item(), high.item()))
-        if step == 0:
-            captured.step()
-        else:
-            cuda.replay()
-        eager.step()
+        step_both(cuda, captured, eager, step)
         assert_same_bits(captured, eager)
     assert max(param.detach().max() for param in params_of(captured)) == pytest.approx(0.1)
 

@@ -136,9 +136,10 @@ def sums_of_squares(values: Tensor, front: int, piece: int) -> Tensor:
 
     def squares(first: int, last: int) -> Tensor:
         own = values[max(first - front, 0) : max(last - front, 0)].to(torch.float64)
+        own = own * own
         before = min(max(front - first, 0), last - first)
         after = last - first - before - len(own)
-        return torch.nn.functional.pad(own * own, (before, after)) if before or after else own * own
+        return torch.nn.functional.pad(own, (before, after)) if before or after else own
 
     count = -(-end // piece)
     if count == 1:  # zeros behind it would change no sum

@@ -219,10 +219,10 @@ class Tracker:
                 shape = table.num_chunks, RECORD_WORDS
                 with torch.inference_mode(False):
                     records = torch.zeros(shape, dtype=torch.int64, device=torch.device(*device))
-            if records.is_cuda:  # it may have been made on another stream
-                records.record_stream(torch.cuda.current_stream(records.device))
             if capturing:  # for as long as the graph may write there
                 table.keep(records)
+            elif records.is_cuda:  # it may have been made on another stream
+                records.record_stream(torch.cuda.current_stream(records.device))
             table.track(records)
             noted.append(_Noted(device, tensors, records))
         self._noted = noted
