@@ -56,11 +56,11 @@ void track(Table& t, const py::object& records) {
 
 // For recipes: tensors that are there, or None.
 void set_loss_scaling(Table& t, const py::object& loss_scale, const py::object& found_inf) {
-  const auto value = [&](const py::object& o, double otherwise) {
-    return t.gather.value_of(t.device, o.is_none() ? nullptr : o.ptr(), otherwise);
+  const auto value = [&](const char* key, const py::object& o, double otherwise) {
+    return t.gather.value_of(t.device, key, o.is_none() ? nullptr : o.ptr(), otherwise);
   };
-  t.table.head.loss_scale = value(loss_scale, 1);
-  t.table.head.found_inf = value(found_inf, 0);
+  t.table.head.loss_scale = value("grad_scale", loss_scale, 1);
+  t.table.head.found_inf = value("found_inf", found_inf, 0);
 }
 
 // The size of what the recipes become; 0 without them.
@@ -76,8 +76,7 @@ void launch_cuda(Table& t, uintptr_t stream, uintptr_t metadata, uintptr_t paylo
   const std::string bytes = payload == 0 ? t.payload() : std::string();
   const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
   step_on_cuda(t.table, {t.device.id, pointer(stream), pointer(metadata), pointer(payload),
-                         bytes.data(), bytes.size(), pointer(prepared)});
-  t.launched = true;
+                         bytes.data(), bytes.size(), pointer(prepared), t.launched});
 }
 #endif
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
 import registry
 from registry import DTYPES, params_of
@@ -51,6 +52,10 @@ def check(
     decay: Decay,
 ) -> None:
     """The bits of the reference in every dtype; in float64 the equations, to 1e-10."""
+    if dtype != "float64" and backend == "reference":
+        pytest.skip("it would be compared with itself")
+    if backend == "triton" and dtype not in ("float64", "float32", "bfloat16_float32"):
+        pytest.skip("test_parity has it, and the interpreter takes long")
     param_dtype, state = DTYPES[dtype]
     values = [randn(i, shape, param_dtype) for i, shape in enumerate(shapes)]
     given = values, option

@@ -380,7 +380,7 @@ def test_command_measures_the_memory_of_large_models(tmp_path, capsys, monkeypat
     assert bench(tmp_path, *args, "--json") == 0
     results = json.loads(capsys.readouterr().out)
     for row in results["steps"]:
-        assert 0 <= row["extra_bytes"] < 1e6
+        assert abs(row["extra_bytes"]) < 1e6  # the system counts in batches
     plain, in_backward = results["memory"]
     assert in_backward["peak_bytes"] < 0.5 * plain["grad_bytes"] < plain["peak_bytes"]
     with (tmp_path / "cpu-memory.csv").open() as file:

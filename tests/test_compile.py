@@ -304,3 +304,25 @@ def test_opcheck():
             ),
             test_utils=tests,
         )
+
+
+@every_compiler
+def test_a_closure_makes_the_grads_and_its_loss_is_returned(compiler):
+    compiled, eager = (make("AdamW") for _ in range(2))
+
+    def step(opt, x):
+        def closure():
+            for param in params_of(opt):
+                param.grad = param.detach() * x
+            return x.square()
+
+        return opt.step(closure)
+
+    both = torch.compile(step, backend=compiler, fullgraph=True)
+    for i in range(3):
+        x = torch.tensor(1.0 + i)
+        assert both(compiled, x) == step(eager, x) == x.square()
+        for opt in (compiled, eager):
+            for param in params_of(opt):
+                param.grad = None
+    assert_same_bits(compiled, eager)

@@ -91,13 +91,7 @@ def test_numbers_of_any_kind_give_the_bits_of_floats(case):
             group.update({k: numbers(v) for k, v in plain.items()}, betas=betas)
             each.param_groups = [{**group, "params": [p]} for p in group["params"]]
         for seed in range(1, 4):
-            before = snapshot(opt)
-            try:
-                opt.step()
-            except (TypeError, ValueError):
-                assert kind in (Number, Fraction) or case in ("fractions", "new objects")
-                assert snapshot(opt) == before
-                break
+            opt.step()
             twin.step()
             assert snapshot(opt) == snapshot(twin)
             set_grads(opt, seed)
@@ -175,15 +169,19 @@ def acting(place: str, opt, act):
             yield
     elif place == "a grad property":
         ActingParam.act = staticmethod(act)
-        yield
-        ActingParam.act = staticmethod(lambda: None)
+        try:
+            yield
+        finally:
+            ActingParam.act = staticmethod(lambda: None)
     elif place == "the collector":
         thresholds = gc.get_threshold()
         for _ in range(9):
             Collected(act)
         gc.set_threshold(1, 1, 1)
-        yield
-        gc.set_threshold(*thresholds)
+        try:
+            yield
+        finally:
+            gc.set_threshold(*thresholds)
     elif place == "a state":
         opt.state[params_of(opt)[-1]] = ActingState(state)
         opt.state[params_of(opt)[-1]].act = act
@@ -332,7 +330,7 @@ def test_a_refused_step_leaves_the_versions_of_params():
     opt = ready(capturable=True, backend="triton")
     opt.param_groups[0]["lr"] = torch.tensor([1.0, 2.0])
     versions = [param._version for param in params_of(opt)]
-    with pytest.raises((RuntimeError, TypeError, ValueError)):
+    with pytest.raises((RuntimeError, TypeError, ValueError), match="lr"):
         opt.step()
     assert [param._version for param in params_of(opt)] == versions
 

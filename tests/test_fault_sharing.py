@@ -276,7 +276,10 @@ def shared_by_processes(make) -> list[Tensor]:
         child = os.fork()
         if child == 0:
             signal.alarm(SECONDS)
-            run(opt, seed)
+            try:
+                run(opt, seed)
+            except BaseException:
+                os._exit(1)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
     return [*params, *(opt.state[p]["step"] for p in params)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from adamprox import backends
 from faults import (
     MOMENTS,
     NAME,
@@ -21,6 +22,7 @@ from faults import (
     randn,
     ready,
     refused,
+    refuses,
     tensor_of,
     two_optimizers,
 )
@@ -94,8 +96,8 @@ def test_a_step_amid_a_transform_is_refused(case):
 
         return lambda: TRANSFORMS[case](f, torch.ones_like(param.detach()))
 
-    refused(spoil)
-    refused(spoil, steps=0)
+    refused(spoil, NAME)
+    refused(spoil, NAME, steps=0)
 
 
 def zeros_of(case: str, p: Tensor) -> None:
@@ -214,3 +216,15 @@ def test_states_follow_a_param_whose_layout_changes(steps):
         assert all(moment.stride() == p.stride() for p, moment in moments)
         places.append([moment.data_ptr() for _, moment in moments])
     assert places[0] == places[1] == places[2]
+
+
+def test_a_tensor_that_changes_between_reading_and_writing_is_refused(monkeypatch):
+    opt = ready(backend="reference")
+    select = backends.select
+
+    def changing(*arguments):
+        params_of(opt)[1].data = params_of(opt)[1].data.clone()
+        return select(*arguments)
+
+    monkeypatch.setattr(backends, "select", changing)
+    refuses(opt, "was changed amid the step; nothing was updated")

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from adamprox.hyperparameters import RULES
 from registry import LAYOUTS, OPTIMIZERS, same_bits
 
-SHAPES = ((5,), (4, 3), (2, 3, 2, 2), (), (20_000,), (12,), (0, 2))
+SHAPES = ((5,), (4, 3), (2, 3, 2, 2), (), (70_000,), (12,), (0, 2))  # one takes two threads
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES += (torch.complex64,)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

@@ -44,11 +44,23 @@ def on_cpu(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def run(optimizer, backend, device, *, dtype="float32", option="plain", sizes=SIZES, steps=10):
+def run(
+    optimizer,
+    backend,
+    device,
+    *,
+    dtype="float32",
+    option="plain",
+    sizes=SIZES,
+    steps=10,
+    tracked=False,
+):
     param_dtype, state = DTYPES[dtype]
     option = RULES if option == "rules" else OPTIONS[option]
     values = [value.to(device) for value in values_of(sizes, param_dtype)]
     opt = build(optimizer, values, option, backend, state)
+    if tracked:
+        opt.track_updates(per="tensor")
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         for index, param in enumerate(params_of(opt)):
@@ -67,8 +79,44 @@ def test_a_gpu_gives_the_bits_of_the_cpu(backend, optimizer, dtype, option):
     assert_same_bits(on_gpu, run(optimizer, "cpu", "cpu", dtype=dtype, option=option))
 
 
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamProxL2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_backend
+def test_what_is_tracked_has_the_numbers_of_the_cpu(backend, dtype, optimizer):
+    cell = {"dtype": dtype, "option": "groups", "tracked": True}
+    runs = run(optimizer, backend, "cuda", **cell), run(optimizer, "cpu", "cpu", **cell)
+    assert_same_bits(*runs)
+    ours, theirs = ([stats.to_dict() for stats in opt.update_stats()] for opt in runs)
+    assert ours == theirs
+
+
+@every_backend
+def test_a_tracked_step_is_captured_after_one_of_the_same_tensors(backend):
+    values = [torch.ones(100, device="cuda")]
+    opt = build("AdamW", values, Option({"capturable": True}), backend, None)
+    params_of(opt)[0].grad = torch.ones(100, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        opt.step()
+        opt.track_updates()
+    with (
+        pytest.raises(RuntimeError, match="tracked step in a CUDA graph needs one of the same"),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream),
+    ):
+        opt.step()
+    with torch.cuda.stream(stream):
+        opt.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        opt.step()
+    graph.replay()
+    assert [stats.step for stats in opt.update_stats()] == [3]
+
+
 PROXIMAL_OPTIONS = [
-    cell for cell in CELLS if cell[1] in ("metric", "bounds", "elastic_net", "blocks")
+    cell
+    for cell in CELLS
+    if cell[1] in ("metric", "bounds", "elastic_net", "blocks", "cautious", "ema")
 ]
 
 

@@ -41,10 +41,11 @@ def test_one_that_does_not_run_here_is_refused():
 )
 @parity.every_dtype
 def test_parity(instruction_set, dtype, optimizer, option):
+    if instruction_set == _C.cpu_instruction_sets()[0]:
+        pytest.skip("test_parity.py has it")
     assert _C.cpu_instruction_set() == instruction_set
     generator = torch.Generator().manual_seed(1)
-    shapes = (*parity.SHAPES, (7, 37), (3, 300), (2, 3000))  # blocks of all sizes
-    values = [parity.randn(generator, shape, DTYPES[dtype].param) for shape in shapes]
+    values = [parity.randn(generator, shape, DTYPES[dtype].param) for shape in parity.SHAPES]
     state = DTYPES[dtype].state
     parity.check("cpu", optimizer, values, option=OPTIONS[option], state=state, steps=5)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import adamprox
 from adamprox import _C, backends
 from adamprox.hyperparameters import RULES
 from registry import LAYOUTS, OPTIMIZERS, OPTIONS, assert_same_bits, bits, same_bits
@@ -821,6 +822,14 @@ def change_hyper_parameters_in_place(opt):
     group["betas"][0] = 0.7
 
 
+def change_betas_in_place(opt):
+    opt.param_groups[0]["betas"] = betas = torch.tensor(0.9), torch.tensor(0.75)
+    opt.step()
+    betas[0].fill_(0.5)
+    opt.step()
+    betas[1].fill_(0.5)
+
+
 def replace_the_group(opt):
     # As replace_state_dicts; and with one more.
     group = {"".join(list(k)): v for k, v in reversed(opt.param_groups[0].items())}
@@ -901,7 +910,8 @@ def turn_amsgrad_off(opt):
 
 CHANGES = (
     *(swap_data, replace_states, move_states_there_and_back, replace_state_dicts),
-    *(change_hyper_parameters, change_hyper_parameters_in_place, replace_the_group),
+    *(change_hyper_parameters, change_hyper_parameters_in_place, change_betas_in_place),
+    replace_the_group,
     *(turn_amsgrad_on, turn_amsgrad_off, change_the_rule, turn_an_option_of_the_rule_on),
     *(reload_state_dict, clear_states, drop_one_state),
     *(set_a_counter, set_a_counter_in_place, counter_of_another_type, counter_in_float64),
@@ -1271,3 +1281,41 @@ def test_a_gpu_that_the_cuda_backend_was_not_built_for_is_tritons(monkeypatch):
     assert backends.select(None, "cuda", 2) is triton
     problems[2] = ""  # memory was freed
     assert backends.select(None, "cuda", 2) is cuda
+
+
+def test_a_subclass_has_the_signature_of_its_own_constructor():
+    class Mine(adamprox.AdamW):
+        def __init__(self, model, scale=1.0):
+            super().__init__(model.parameters())
+
+    class Renamed(adamprox.AdamProxL1):
+        """Another name alone."""
+
+    assert list(inspect.signature(Mine).parameters) == ["model", "scale"]
+    assert inspect.signature(Renamed) == inspect.signature(adamprox.AdamProxL1)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_param_that_is_appended_to_a_group_with_names_is_stepped(backend):
+    model = nn.Linear(2, 1)
+    groups = adamprox.param_groups(model, 0.1)
+    opt = adamprox.AdamW(groups, backend=backend)
+    opt.track_updates(per="tensor")
+    new = nn.Parameter(torch.ones(3, 2))
+    opt.param_groups[0]["params"].append(new)
+    for param in params_of(opt):
+        param.grad = torch.ones_like(param)
+    new.grad = torch.ones(2, 3).T
+    opt.step()
+    assert (new < 1).all()
+    assert [stats.name for stats in opt.update_stats()] == ["weight", "group 0, param 1", "bias"]
+
+
+def test_a_tensor_of_several_numbers_is_refused_by_name():
+    message = r"Invalid lr: tensor\(\[1., 2.\]\), expected one number; nothing was updated"
+    for arguments in ({}, {"capturable": True}):
+        opt = make("AdamW", [nn.Parameter(torch.ones(3))], **arguments)
+        opt.param_groups[0]["params"][0].grad = torch.ones(3)
+        opt.param_groups[0]["lr"] = torch.tensor([1.0, 2.0])
+        with pytest.raises(ValueError, match=message):
+            opt.step()

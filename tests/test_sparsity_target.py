@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import adamprox
@@ -231,6 +232,17 @@ def test_a_rate_of_zero_raises_nothing_and_a_tiny_one_not_beyond_a_limit(decay_b
     assert opt.param_groups[0]["weight_decay"] == pytest.approx(10.0 * unit)
 
 
+def test_the_largest_strength_of_blocks_grows_with_their_size():
+    params = [nn.Parameter(torch.ones(8, 8)) for _ in range(2)]
+    opt = adamprox.AdamProxL2(params, lr=1e-9, weight_decay=0.1)
+    adamprox.SparsityTarget(opt, 0.5, steps=10, every=2)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.warns(UserWarning, match="no larger strength"):
+        any(opt.step() for _ in range(800))
+    assert opt.param_groups[0]["weight_decay"] == pytest.approx(10.0 * 8)
+
+
 def test_params_that_are_frozen_are_not_counted():
     model = network()
     model[0].weight.requires_grad_(False)
@@ -368,7 +380,7 @@ def test_a_state_of_other_groups_is_refused_and_loads_nothing():
     target = adamprox.SparsityTarget(l1(model), 0.8, steps=200)
     before = target.state_dict()
     with pytest.raises(ValueError, match=r"param groups \[1\], and this one adapts \[0\]"):
-        target.load_state_dict({**before, "step": 7, "weight_decays": {1: 0.5}})
+        target.load_state_dict({**before, "step": 7, "weight_decays": [[1, 0.5]]})
     assert target.state_dict() == before
 
 
@@ -736,3 +748,33 @@ def test_a_state_dict_that_lacks_a_key_is_refused_by_name():
     with pytest.raises(ValueError, match="Invalid state_dict: it has no 'factor'"):
         target.load_state_dict(saved)
     assert target.state_dict() == before
+
+
+def test_it_is_resumed_from_a_distributed_checkpoint(tmp_path):
+    model = network()
+    opt = l1(model)
+    target = adamprox.SparsityTarget(opt, 0.8, steps=200)
+    train(model, opt, range(40))
+    other = l1(network())
+    fresh = adamprox.SparsityTarget(other, 0.8, steps=200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is one process
+        dcp.save({"target": target}, checkpoint_id=tmp_path)
+        dcp.load({"target": fresh}, checkpoint_id=tmp_path)
+    assert fresh.state_dict() == target.state_dict()
+    assert fresh.share > 0
+
+
+def test_a_loaded_strength_that_other_rules_share_stays_theirs():
+    weights, biases = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8))
+    groups = [{"params": [weights]}, {"params": [biases], "decay": "decoupled"}]
+    opt = adamprox.AdamProxL1(groups, weight_decay=torch.tensor(0.1))
+    saved = copy.deepcopy(opt.state_dict())
+    target = adamprox.SparsityTarget(opt, 0.5, steps=4)
+    state = target.state_dict()
+    opt.load_state_dict(saved)
+    target.load_state_dict({**state, "factor": 2.0})
+    assert [float(group["weight_decay"]) for group in opt.param_groups] == [
+        pytest.approx(0.2),
+        pytest.approx(0.1),
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import types
 import weakref
 
 import pytest
@@ -587,3 +588,10 @@ def test_a_count_that_32_bits_cannot_have_is_in_several_records(monkeypatch):
     opt.step()
     [stats] = opt.update_stats()
     assert stats.zeros == stats.bins[0] == 3 * CHUNK_SIZE - 5
+
+
+def test_a_capture_makes_no_records():
+    """Each replay would make them anew, and none is made before the first."""
+    table = types.SimpleNamespace(device=("cuda", 0), rows=list, num_chunks=0)
+    with pytest.raises(RuntimeError, match="before the capture; nothing was updated"):
+        telemetry.Tracker(1, "group").begin([table], [], capturing=True)

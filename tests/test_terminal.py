@@ -235,7 +235,7 @@ def test_a_full_disk_keeps_what_was_finished(name, tmp_path):
     file, filler = disk / FILES[name], disk / "filler"
     run = " ".join(f"'{x}'" for x in command(name, disk))
     script = (
-        f"({run}) & while [ ! -e {file} ]; do sleep 0.02; done; "
+        f"({run}) & while [ ! -e {file} ] && kill -0 $!; do sleep 0.02; done; "
         f"cat /dev/zero > {filler} 2>/dev/null; wait $!; code=$?; cp {file} {kept}; exit $code"
     )
     result = in_tmpfs("size=64k", disk, script)

@@ -171,7 +171,8 @@ def make_scalars(group, step, loss_scale, param_dtype, mask):
     weight_decay = read(group + WEIGHT_DECAY * VALUE, mask)
     strengths = (rate * weight_decay, weight_decay, rate * read(group + L2 * VALUE, mask))
     low = round_up(read(group + LOW * VALUE, mask), param_dtype)
-    high = -round_up(-read(group + HIGH * VALUE, mask), param_dtype)
+    # By a product: Triton's own minus is 0 - x, which makes no zero negative.
+    high = -1.0 * round_up(-1.0 * read(group + HIGH * VALUE, mask), param_dtype)
     by_size = (byte(group, FLAG_BYTES + BLOCK_SCALING, mask) != 0).to(tl.float64)
     rule = byte(group, RULE_BYTE, mask)
     decay = ()

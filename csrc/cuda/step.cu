@@ -74,10 +74,17 @@ void step_on_cuda(const TensorTable& table, const CudaStep& step) {
     void* arguments[] = {&args};
     CHECK(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(kThreads), arguments,
                            shared_bytes(args), static_cast<cudaStream_t>(step.stream)));
+    step.launched = true;
   });
 }
 
 std::string cuda_device_problem() {
+  int driver = 0;
+  const bool known = cudaDriverGetVersion(&driver) == cudaSuccess;
+  if (known && kParameters > 4096 && driver < 12010) {
+    return "its driver is older than R530 (CUDA 12.1), and takes no kernels with so many "
+           "parameters";
+  }
   cudaFuncAttributes attributes;
   const cudaError_t status = cudaFuncGetAttributes(&attributes, prepare_kernel);
   if (status == cudaSuccess) return "";

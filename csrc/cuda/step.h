@@ -16,6 +16,7 @@ struct CudaStep {
   const void* inline_payload;
   size_t inline_size;
   void* prepared;  // on the device, for what the recipes become; null without them
+  bool& launched;  // set once the first kernel is: the step can no longer be undone
 };
 
 // Loads the kernels of a step on the current device, so that no launch fails by that.

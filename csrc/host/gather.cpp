@@ -300,7 +300,8 @@ void Gather::make_recipes(HeldTable& t) {
       // Where the decay is deferred, its own numbers are neutral: see resolve().
       const bool of_decay = n == kWeightDecay || n == kL2 || n == kLow || n == kHigh;
       const bool own = !of_decay || values.rule == v.rule;
-      recipe.number[n] = value_of(t.device, own ? v.tensors[n].ptr() : nullptr, values.h.number[n]);
+      recipe.number[n] = value_of(t.device, kNumberKeys[n].key, own ? v.tensors[n].ptr() : nullptr,
+                                  values.h.number[n]);
     }
     for (int f = 0; f < kFlags; ++f) recipe.flag[f] = values.h.flag[f];
     recipe.rule = values.rule;
@@ -308,7 +309,7 @@ void Gather::make_recipes(HeldTable& t) {
   }
 }
 
-Value Gather::value_of(const Device& device, PyObject* object, double value) {
+Value Gather::value_of(const Device& device, const char* key, PyObject* object, double value) {
   if (object == nullptr || !abi_.is_tensor(object)) return {value, nullptr, 0};
   TensorRef tensor{hold(object)};
   TensorView t;
@@ -316,7 +317,7 @@ Value Gather::value_of(const Device& device, PyObject* object, double value) {
       t.device == device) {
     return {0, t.data, static_cast<int64_t>(t.dtype)};
   }
-  return {py::float_(py::reinterpret_borrow<py::object>(object)), nullptr, 0};
+  return {GroupReader::number(key, py::reinterpret_borrow<py::object>(object)), nullptr, 0};
 }
 
 // Python code has run since the addresses were read: they must be the same, or nothing is updated.

@@ -73,7 +73,7 @@ class Gather {
   void release();
 
   // A tensor of one number on that device is read there; any other number, here and now.
-  Value value_of(const Device& device, PyObject* object, double value);
+  Value value_of(const Device& device, const char* key, PyObject* object, double value);
 
   // Whether the norms of its blocks are taken after the step, since a block is not all in one table.
   bool is_deferred(const Member& m) const;

@@ -85,6 +85,10 @@ class GroupReader {
   static double number(const char* key, const py::object& value) {
     const double result = PyFloat_AsDouble(value.ptr());
     if (result != -1.0 || PyErr_Occurred() == nullptr) return result;
+    if (TorchAbi::get().is_tensor(value.ptr())) {  // of several elements
+      clear(PyExc_ValueError);
+      throw py::value_error(invalid(key, value) + "one number; nothing was updated");
+    }
     clear(PyExc_TypeError);
     throw py::type_error(invalid(key, value) + "a number; nothing was updated");
   }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
@@ -21,7 +21,7 @@ WITHOUT_DECAY: tuple[type[nn.Module], ...] = (
 )
 """Torch's norms and embeddings: the types of modules whose params have no decay by default."""
 
-Rules = Mapping[str | type[nn.Module], Mapping[str, Any]]
+Rules = Mapping[Any, Mapping[str, Any]]  # a union of keys would refuse a dict of one kind
 
 
 def param_groups(
@@ -89,7 +89,13 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
-def _matching(model: nn.Module, key: str | type[nn.Module]) -> set[int]:
+def name_of(groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str | None:
+    """The name of a param; None if it has none, as one that was appended to a group's params."""
+    names = groups[group].get("param_names", ())
+    return names[index] if index < len(names) else None
+
+
+def _matching(model: nn.Module, key: object) -> set[int]:
     """The ids of the params that match a key of rules."""
     if isinstance(key, str):
         named = model.named_parameters(remove_duplicate=False)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from . import _C
 from .freed_grad import FreedGrad
+from .grouping import name_of
 from .hyperparameters import COUNT, SIXTEEN_BITS, STATES, states_of
 from .sharding import is_distributed, local_of, why_not
 from .stand_ins import StandIns, count_dtype, make_states, range_of
@@ -100,8 +101,8 @@ class _Param:
         self.optimizer, self.group, self.stand_ins = optimizer, group, stand_ins
         self.param, self.key = finding.param, finding.key
         self.name = f"param_groups[{finding.group}]['params'][{finding.index}]"
-        if "param_names" in self.group:
-            self.name += f" ({self.group['param_names'][finding.index]})"
+        if (name := name_of([group], 0, finding.index)) is not None:
+            self.name += f" ({name})"
         self.state: Any = optimizer.state.get(self.param) or {}
         self._own_is_missing = self.key not in self.state
         self._format = torch.preserve_format

@@ -42,6 +42,11 @@ class _FusedAdam(Stepped):
     decay: ClassVar[str]
     """The rule of the class: the ``decay`` of param groups that do not say theirs."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__signature__ = None  # type: ignore[attr-defined]  # that of __init__, not what document() has given a base
+
     def __init__(
         self,
         params: ParamsT,
@@ -87,7 +92,8 @@ class _FusedAdam(Stepped):
 
         Args:
             param_group: ``"params"``, and values of this group. What it does not say is as the
-                constructor was told, or the default of its rule if its ``decay`` is another one.
+                constructor was told (``weight_decay``, too). If its ``decay`` is another one,
+                options of that rule have their defaults.
 
         Raises:
             ValueError, TypeError: a value is out of its range or of a wrong type, a key is
@@ -170,7 +176,8 @@ class _FusedAdam(Stepped):
         """Has every ``every``-th step from now on note what it does, in its one pass.
 
         The others cost nothing, and no step waits for the device. It is no part of a checkpoint,
-        nor of a copy. A CUDA graph whose capture was such a step notes at each replay. Steps taken
+        nor of a copy. A CUDA graph whose capture was such a step notes at each replay; a tracked
+        step of the same tensors must have come before the capture. Steps taken
         by :func:`step_in_backward` are none: with this, they raise a RuntimeError. A step of params
         that share memory is not noted.
 

@@ -97,8 +97,7 @@ class SparsityTarget:
                 f"Invalid sparsity: {sparsity!r}, no number of the {blocks} blocks is that share: "
                 "block='row' makes more of them"
             )
-        for group in _apart(optimizer.param_groups, self._weight_decays):
-            group["weight_decay"] = group["weight_decay"].clone()
+        self._separate()
         self._uncounted = 0  # steps that were to be counted, one after the other
         engine.target = self
 
@@ -143,22 +142,23 @@ class SparsityTarget:
         """What a run needs to go on, beside the states of the model and the optimizer.
 
         Returns:
-            Numbers, and dicts of numbers by the places of groups and params; no tensors.
+            Numbers, and lists of numbers: places of groups and params, and what is theirs. No
+            tensors and no dicts, so that ``torch.distributed.checkpoint`` keeps it whole.
         """
         return {
             "step": self._step,
             "share": self._share,
             "factor": self._factor,
             "held": self.held,
-            "weight_decays": dict(self._weight_decays),
-            "zeros": dict(self._zeros),
+            "weight_decays": [[g, decay] for g, decay in self._weight_decays.items()],
+            "zeros": [[*place, count] for place, count in self._zeros.items()],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on where another one was saved.
 
         Make the target first, as a held one has left no ``weight_decay`` to start from. Then load
-        the model, the optimizer, and this.
+        the model, the optimizer, and this; on ranks, on each.
 
         If its zeros were held, those of the loaded params are frozen.
 
@@ -171,7 +171,8 @@ class SparsityTarget:
         keys = ("step", "share", "factor", "held", "weight_decays", "zeros")
         if missing := [key for key in keys if key not in state_dict]:
             raise ValueError(f"Invalid state_dict: it has no {missing[0]!r}")
-        groups = list(state_dict["weight_decays"])
+        weight_decays = dict(state_dict["weight_decays"])
+        groups = list(weight_decays)
         if groups != list(self._weight_decays):
             raise ValueError(
                 f"Invalid state_dict: it is for the param groups {groups}, and this one adapts "
@@ -181,12 +182,24 @@ class SparsityTarget:
             self._frozen.remove()
             self._frozen = None
         self._step, self._share = state_dict["step"], state_dict["share"]
-        self._factor, self._weight_decays = state_dict["factor"], dict(state_dict["weight_decays"])
-        self._zeros, self._noted = dict(state_dict["zeros"]), {}
+        self._factor, self._weight_decays = state_dict["factor"], weight_decays
+        self._zeros, self._noted = {(g, i): n for g, i, n in state_dict["zeros"]}, {}
+        self._separate()
         if state_dict["held"]:
             self._hold({}, fewer=True)
         else:
             self._set_weight_decays(self._factor)
+
+    def _separate(self) -> None:
+        """Copies each ``weight_decay`` that is a tensor of groups without a penalty, too."""
+        groups = self._optimizer.param_groups
+        of_others = {
+            id(x["weight_decay"]) for g, x in enumerate(groups) if g not in self._weight_decays
+        }
+        for g in self._weight_decays:
+            strength = groups[g]["weight_decay"]
+            if isinstance(strength, Tensor) and id(strength) in of_others:
+                groups[g]["weight_decay"] = strength.clone()
 
     def _due(self) -> bool:
         """Whether the step that begins now is noted; the optimizer asks at each. It is counted."""
@@ -354,17 +367,6 @@ def _weight_decays(optimizer: Optimizer) -> dict[int, float]:
                     "this rank out, and all ranks count together"
                 )
     return result
-
-
-def _apart(groups: Sequence[dict[str, Any]], own: Mapping[int, float]) -> list[dict[str, Any]]:
-    """Those of one's own whose ``weight_decay`` is a tensor that other groups have, too."""
-    of_others = {id(group["weight_decay"]) for g, group in enumerate(groups) if g not in own}
-    of_own = (groups[g] for g in own)
-    return [
-        group
-        for group in of_own
-        if isinstance(group["weight_decay"], Tensor) and id(group["weight_decay"]) in of_others
-    ]
 
 
 class _Member(NamedTuple):

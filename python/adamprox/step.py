@@ -20,6 +20,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import _C, backends, reference
+from .grouping import name_of
 from .hyperparameters import is_one_block
 from .loss_scaling import LossScaling
 from .mending import mend, refuse_overlaps
@@ -232,10 +233,9 @@ def _divided(groups: Groups, later: Container[tuple[int, int]]) -> tuple[Groups,
     for g, group in enumerate(groups):
         for half, wanted in zip(halves, (False, True), strict=True):
             kept = [i for i in range(len(group["params"])) if ((g, i) in later) == wanted]
-            part = {**group, "params": [group["params"][i] for i in kept]}
-            if "param_names" in group:
-                part["param_names"] = [group["param_names"][i] for i in kept]
-            half.append(part)
+            names = [name_of(groups, g, i) for i in kept]
+            params = [group["params"][i] for i in kept]
+            half.append({**group, "params": params, "param_names": names})
     return halves
 
 

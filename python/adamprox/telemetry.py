@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C, plots, reference
+from .grouping import name_of
 from .tensors import Row
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class Tracker:
         self.every, self.per = every, per
         self._steps = 0
         self._noted: list[_Noted] = []
-        self._names: list[Sequence[str] | None] = []
+        self._names: list[dict[str, list[str]]] = []
 
     def due(self) -> bool:
         """Whether the step that begins now is tracked."""
@@ -216,6 +217,11 @@ class Tracker:
             known = (n.records for n in self._noted if n[:2] == (device, tensors))
             records = next(known, None)
             if records is None:
+                if capturing and table.device[0] == "cuda":  # each replay would make them anew
+                    raise RuntimeError(
+                        "a tracked step in a CUDA graph needs one of the same tensors before the "
+                        "capture; nothing was updated"
+                    )
                 shape = table.num_chunks, RECORD_WORDS
                 with torch.inference_mode(False):
                     records = torch.zeros(shape, dtype=torch.int64, device=torch.device(*device))
@@ -227,7 +233,7 @@ class Tracker:
             noted.append(_Noted(device, tensors, records))
         self._noted = noted
         # By place, as the params may be others when the notes are read; none is kept alive.
-        self._names = [list(g["param_names"]) if "param_names" in g else None for g in groups]
+        self._names = [{"param_names": list(g.get("param_names", ()))} for g in groups]
 
     @torch.no_grad()
     def note_params(self, tables: Iterable[_C.Table]) -> None:
@@ -279,8 +285,7 @@ class Tracker:
         return f"group {group}" if index is None else self._tensor_name(group, index)
 
     def _tensor_name(self, group: int, index: int) -> str:
-        names = self._names[group]
-        return f"group {group}, param {index}" if names is None else names[index]
+        return name_of(self._names, group, index) or f"group {group}, param {index}"
 
 
 def checked(every: int | None, per: str) -> Tracker | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .grouping import name_of
 from .sharding import local_of, shards_of, whole_of
 from .stand_ins import Given
 from .tables import table
@@ -95,7 +96,8 @@ class Sparsity(NamedTuple):
 def sparsity(model: nn.Module) -> Sparsity:
     """Counts the zeros in each param of ``model``: single numbers, rows and whole tensors.
 
-    It reads every param once, and waits for a GPU. Of a DTensor it counts all ranks' parts.
+    It reads every param once, and waits for a GPU. Of a DTensor it counts all ranks' parts, so
+    every rank calls it.
 
     Args:
         model: its params may have any shape and dtype; one that modules share counts once.
@@ -205,8 +207,8 @@ class FrozenZeros:
                     continue
                 own = local_of(param.detach())
                 if own.shape != zero.shape:
-                    names = group.get("param_names")
-                    name = names[i] if names else f"param_groups[{g}]['params'][{i}]"
+                    name = name_of(optimizer._param_groups, g, i)
+                    name = name or f"param_groups[{g}]['params'][{i}]"
                     raise RuntimeError(
                         f"{name} has shape {tuple(own.shape)}, and had "
                         f"{tuple(zero.shape)} when its zeros were frozen: remove() the handle; "
