@@ -1303,7 +1303,7 @@ def test_a_param_that_is_appended_to_a_group_with_names_is_stepped(backend):
     opt.track_updates(per="tensor")
     new = nn.Parameter(torch.ones(3, 2))
     opt.param_groups[0]["params"].append(new)
-    for param in params_of(opt):
+    for param in (*model.parameters(), new):
         param.grad = torch.ones_like(param)
     new.grad = torch.ones(2, 3).T
     opt.step()
