@@ -570,3 +570,16 @@ def test_a_param_that_takes_no_hook_leaves_none_behind():
     sum(p.sum() for p in list(model)[:2]).backward()
     assert all(torch.equal(p.grad, torch.ones(3)) for p in list(model)[:2])
     assert all(torch.equal(p, torch.ones(3)) for p in model)
+
+
+def test_a_compiled_step_leaves_out_what_backward_has_stepped():
+    """As a plain one does. A param that the model does not have is its to step."""
+    model, other = make_model(), nn.Parameter(torch.ones(3))
+    opt = make("AdamW", [*model.parameters(), other])
+    with adamprox.step_in_backward(model, opt):
+        step = torch.compile(lambda: opt.step(), backend="eager", fullgraph=True)
+        for count in range(1, 4):
+            other.grad = torch.ones(3)
+            backward(model, count)
+            step()
+            assert {int(opt.state[p]["step"]) for p in (*model.parameters(), other)} == {count}

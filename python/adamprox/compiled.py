@@ -18,6 +18,7 @@ from torch._compile import _disable_dynamo
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch.optim import Optimizer
 
+from .freed_grad import FreedGrad
 from .hyperparameters import STATES, is_on, states_of
 from .loss_scaling import LossScaling
 from .sharding import is_distributed
@@ -91,7 +92,7 @@ def traced_step(optimizer: Stepped, closure: Callable[[], float] | None) -> floa
         # Read here, so that another graph is made when a state comes or goes.
         of_group = [s.key for s in STATES if s.needs is None or is_on(group, s.needs)]
         for param in group["params"]:
-            if param.grad is not None:
+            if param.grad is not None and not isinstance(param.grad, FreedGrad):
                 params.append(param)
                 indices.append(index)
                 keys.append(of_group)
