@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import importlib
 import inspect
 import io
 import pickle
 import re
+import sys
 import weakref
 
 import pytest
@@ -1319,3 +1321,22 @@ def test_a_tensor_of_several_numbers_is_refused_by_name():
         opt.param_groups[0]["lr"] = torch.tensor([1.0, 2.0])
         with pytest.raises(ValueError, match=message):
             opt.step()
+
+
+def test_why_a_backend_cannot_run_is_in_the_error(monkeypatch):
+    """Of one that is asked for by name."""
+
+    def refused(backend: str, match: str) -> None:
+        with pytest.raises(RuntimeError, match=match):
+            adamprox.AdamW([nn.Parameter(torch.ones(2))], backend=backend)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_C, "cuda_architectures", "90")
+    refused("cuda", "torch sees no GPU")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    refused("cuda", "it is for NVIDIA GPUs; AMD's have backend='triton'")
+    update = importlib.import_module("adamprox.triton_kernels.update")
+    monkeypatch.setattr(update, "INTERPRETED", False)
+    refused("triton", "torch sees no GPU, and Triton's interpreter is off")
+    monkeypatch.setitem(sys.modules, update.__name__, None)
+    refused("triton", r"Triton cannot be imported.*pip install triton")

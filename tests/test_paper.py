@@ -1293,6 +1293,8 @@ DECAYS, NO_DECAY = ({"optimizer": "AdamProxL2", "lambda": text} for text in "10"
         ("eps_0", of_factors("1e-7", "0.0"), "contrary"),
         ("theorem_1", of_theorem_1(0.0, 2.0), "shown"),
         ("theorem_1", of_theorem_1(2.0, 0.0), "contrary"),
+        ("theorem_2", [{"regret_share": "0.2"}, {"regret_share": "1"}], "shown"),
+        ("theorem_2", [{"regret_share": "0.2"}, {"regret_share": "1.1"}], "contrary"),
         ("theorem_3", [{"holds": "True"}], "shown"),
         ("theorem_3", [{"holds": "True"}, {"holds": "False"}], "in part"),
     ],
