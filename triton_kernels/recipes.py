@@ -93,11 +93,6 @@ def power(base, exponent):
 
 
 @triton.jit
-def decay_rate(lr, initial_lr, by_schedule):
-    return tl.where(by_schedule, divide(lr, initial_lr), lr)
-
-
-@triton.jit
 def alpha(initial_lr):
     least = tl.where(initial_lr > 2.0**-99, initial_lr, 2.0**-99)
     return tl.where(least < 2.0**99, least, 2.0**99)
@@ -167,7 +162,8 @@ def make_scalars(group, step, loss_scale, param_dtype, mask):
         alpha(initial_lr),
         step,
     )
-    rate = decay_rate(lr, initial_lr, byte(group, FLAG_BYTES + DECAY_BY_SCHEDULE, mask) != 0)
+    by_schedule = byte(group, FLAG_BYTES + DECAY_BY_SCHEDULE, mask) != 0
+    rate = tl.where(by_schedule, divide(lr, initial_lr), lr)
     weight_decay = read(group + WEIGHT_DECAY * VALUE, mask)
     strengths = (rate * weight_decay, weight_decay, rate * read(group + L2 * VALUE, mask))
     low = round_up(read(group + LOW * VALUE, mask), param_dtype)

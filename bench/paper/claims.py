@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .verdicts import (
     CONTRARY,
-    IN_PART,
     NOT_TESTED,
     PAR,
     POINTS,
@@ -66,17 +65,21 @@ def par_with_bn(rows: Rows) -> tuple[str, str]:
 
 
 def no_decay_with_bn(rows: Rows) -> tuple[str, str]:
-    """What the best decay gains over none."""
+    """What the best decay gains over none: less than a point, and not clearly more than 0."""
     told = [f"{r['network']} {r['optimizer']}, lambda {r['lambda']}: {interval(r)}" for r in rows]
     verdicts = [
-        SHOWN if float(r["lambda"]) == 0 or float(r["high"]) <= 0 else between(r, -inf, PAR)
+        SHOWN
+        if float(r["lambda"]) == 0
+        else CONTRARY
+        if float(r["low"]) > 0
+        else between(r, -inf, PAR)
         for r in rows
     ]
     return "points that the best lambda gains over 0: " + "; ".join(told), together(verdicts)
 
 
 def decoupled(rows: Rows) -> tuple[str, str]:
-    """What is lost by a lambda that was chosen at another alpha; a point is a difference."""
+    """What is lost by a lambda that was chosen at another alpha, in one seed."""
     lost = {(r["network"], r["optimizer"]): float(r["lost_mean"]) for r in rows}
     networks = list(dict.fromkeys(r["network"] for r in rows))
     told = "; ".join(
@@ -84,7 +87,8 @@ def decoupled(rows: Rows) -> tuple[str, str]:
         for n in networks
     )
     more = [lost[n, "Adam-l2"] - lost[n, "AdamW"] for n in networks]
-    verdicts = [SHOWN if m > PAR else CONTRARY if m < -PAR else UNDECIDED for m in more]
+    clear = 3 * PAR  # what should agree differs by nearly two points in one seed
+    verdicts = [SHOWN if m > clear else CONTRARY if m < -clear else UNDECIDED for m in more]
     told = f"points that AdamW and Adam-l2 lose by another alpha's lambda: {told}"
     return told, together(verdicts)
 
@@ -96,7 +100,7 @@ def smaller_error(rows: Rows) -> tuple[str, str]:
 
 
 def more_so_deeper(rows: Rows) -> tuple[str, str]:
-    """How the gains grow with the logarithm of the depth, also without the deepest network."""
+    """How the gains grow with the logarithm of the depth, also without each of the networks."""
     told = "; ".join(f"{row['networks']} {interval(row)}" for row in rows)
     return f"points for each doubling of the layers: {told}", together(map(above_zero, rows))
 
@@ -147,7 +151,10 @@ def dispersed_with_depth(rows: Rows) -> tuple[str, str]:
 
 
 def scale_freeness_carries_it(rows: Rows) -> tuple[str, str]:
-    """Where AdamW gains: what is left of it if Adam-l2's weights are shrunk as much."""
+    """Where AdamW gains: whether half of it or more is left if Adam-l2's weights shrink as much.
+
+    A control that is worse than Adam-l2 itself tells nothing, and one without a lambda is AdamW.
+    """
     told, verdicts = [], []
     of = {(r["network"], r["control"]): r for r in rows}
     for network in dict.fromkeys(r["network"] for r in rows):
@@ -157,9 +164,9 @@ def scale_freeness_carries_it(rows: Rows) -> tuple[str, str]:
             f"{network} {_gain(adam)}, over a shrunk one {_gain(shrunk)}, over none {_gain(none)}"
         )
         if above_zero(adam) == SHOWN:
-            left = between(shrunk, 0.0, inf)
+            tells = float(shrunk["gain"]) <= float(adam["gain"]) and float(adam["lambda"]) > 0
             half = float(adam["gain"]) / 2
-            verdicts.append(SHOWN if left == SHOWN else between(shrunk, half, inf))
+            verdicts.append(between(shrunk, half, inf) if tells else UNDECIDED)
     verdict = together(verdicts) if verdicts else UNDECIDED
     return f"points that AdamW gains: {'; '.join(told)}", verdict
 
@@ -178,7 +185,7 @@ def factor_of_the_loss(rows: Rows) -> tuple[str, str]:
     told = "; ".join(f"{name} over {over} {value:.1f}" for (name, over), value in means.items())
     most = means.pop(("Adam-l2", "lambda"), nan)
     verdicts = [
-        SHOWN if most > CLEARLY * other else CONTRARY if most < other else UNDECIDED
+        SHOWN if most > CLEARLY * other else CONTRARY if most < other - 1 else UNDECIDED
         for other in means.values()
     ]
     return f"points that errors move: {told}", together(verdicts or [UNDECIDED])
@@ -227,7 +234,7 @@ def l1_makes_zeros(rows: Rows) -> tuple[str, str]:
     of_l1 = [r for r in rows if r["training"] == "AdamProxL1"]
     told = "; ".join(f"{100 * float(r['zeros']):.0f} % zeros {_gain(r)}" for r in of_l1)
     sparse = [between(r, -PAR, inf) for r in of_l1 if float(r["zeros"]) >= 0.5]
-    verdict = SHOWN if SHOWN in sparse else IN_PART if sparse else CONTRARY
+    verdict = SHOWN if SHOWN in sparse else together(sparse or [CONTRARY])
     return f"accuracy minus dense, points: {told}", verdict
 
 
@@ -279,7 +286,7 @@ def theorem_1(rows: Rows) -> tuple[str, str]:
 def theorem_2(rows: Rows) -> tuple[str, str]:
     """The regret of each round over its bound."""
     most = max(float(r["regret_share"]) for r in rows)
-    told = f"at most {100 * most:.0f} % of the bound in {len(rows)} rounds"
+    told = f"at most {100 * most:.0f} % of the bound in {len(rows)} rounds of Algorithm 3"
     return told, SHOWN if most <= 1 else CONTRARY
 
 
@@ -299,19 +306,17 @@ def sgd_diverges(rows: Rows) -> tuple[str, str]:
 
 
 def without_bn_on_ranks(rows: Rows) -> tuple[str, str]:
-    """What several ranks cost AdamW with and without BN, and what it gains over Adam-l2."""
+    """What several ranks cost AdamW with BN, and what it gains over Adam-l2 without.
+
+    Without BN they cost nothing but other roundings.
+    """
     of = {(r["batch_norm"], r["optimizer"], int(r["ranks"])): r for r in rows}
     most = max(ranks for _, _, ranks in of)
     without, with_bn = of["False", "AdamW", most], of["True", "AdamW", most]
     told = f"points that {most} ranks cost AdamW: without BN {interval(without, prefix='cost_')}"
     told += f", with BN {interval(with_bn, prefix='cost_')}; without BN AdamW gains "
     told += f"{interval(without, prefix='gain_')} over Adam-l2"
-    verdicts = [
-        between(without, -inf, PAR, "cost_"),
-        above_zero(with_bn, "cost_"),
-        above_zero(without, "gain_"),
-    ]
-    return told, together(verdicts)
+    return told, together([above_zero(with_bn, "cost_"), above_zero(without, "gain_")])
 
 
 CLAIMS = (
@@ -349,7 +354,7 @@ CLAIMS = (
     Claim("Scale-free algorithms do as well as with the best scaling",
           "Theorem 1", "theorem-1", theorem_1),
     Claim("AdaGrad's regret has a bound", "Theorem 2", "theorem-3", theorem_2),
-    Claim("AdaGrad with restarts halves the distance in 32 d kappa steps",
+    Claim("AdaGrad with restarts ends within D / 2^i after i rounds of 32 d kappa steps",
           "Theorem 3", "theorem-3", theorem_3),
     Claim("SGD without BN diverges even at 1e-10", "4.1", "sgd", sgd_diverges),
     Claim("Without BN, AdamW suits distributed training (an open question)",

@@ -11,7 +11,7 @@ from . import pictures, theory
 from .claims import judged
 from .grids import best
 from .intervals import difference
-from .lab import Row, spread
+from .lab import Row, at_chance, spread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +94,8 @@ def mechanism(lab: Lab) -> None:
                     "lambda": cell.weight_decay,
                     "seeds": len(those),
                     **spread("test_error", [result.test_error for result in those]),
-                    **spread("iqr_octaves", [result.iqr for result in those]),
+                    "at_chance": sum(map(at_chance, those)),
+                    **spread("iqr_octaves", [r.iqr for r in those if not at_chance(r)]),
                     "against": partner,
                     "gain": gain.mean,
                     "low": gain.low,
@@ -199,6 +200,8 @@ def distributed(lab: Lab) -> None:
                 "ranks": ranks,
                 "local_batch": settings.distributed_batch // ranks,
                 "lr": trained[batch_norm, name, ranks][0].lr,
+                "on_border": trained[batch_norm, name, ranks][0].lr
+                in (candidates[batch_norm, name][0].lr, candidates[batch_norm, name][-1].lr),
                 "seeds": len(results),
                 **spread("test_error", [result.test_error for result in results]),
                 **{f"cost_{key}": getattr(cost, key) for key in ("mean", "low", "high")},

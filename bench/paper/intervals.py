@@ -39,15 +39,15 @@ class Difference(NamedTuple):
     second_better: int
 
 
-def interval(values: Sequence[float], share: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of the mean; NaN for a single value, or where one is NaN."""
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's t interval of the mean, of 95 %; NaN for a single value, or where one is NaN."""
     from scipy.stats import t
 
     if len(values) < 2 or any(map(math.isnan, values)):
         return math.nan, math.nan
     mean = statistics.mean(values)
     error = statistics.stdev(values) / math.sqrt(len(values))
-    half = error * float(t.ppf((1 + share) / 2, len(values) - 1))
+    half = error * float(t.ppf(0.975, len(values) - 1))
     return mean - half, mean + half
 
 

@@ -139,5 +139,6 @@ def at_chance(result: Result) -> bool:
 
 
 def spread(name: str, values: Sequence[float]) -> Row:
-    """Mean, smallest and largest."""
+    """Mean, smallest and largest; NaN of none."""
+    values = values or [math.nan]
     return {name: statistics.mean(values), f"{name}_min": min(values), f"{name}_max": max(values)}

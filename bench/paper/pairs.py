@@ -117,7 +117,7 @@ def advantage(lab: Lab, name: str, grids: Grids, bests: Bests) -> None:
 
 
 def by_depth(lab: Lab, grids: Grids, bests: Bests) -> None:
-    """How much more AdamW gains if the layers are twice as many; also without the deepest one."""
+    """How much more AdamW gains if the layers are twice as many; also without each network."""
     layers = {}
     for network in grids:
         if found := re.fullmatch(r"ResNet-(\d+)", network):
@@ -125,10 +125,8 @@ def by_depth(lab: Lab, grids: Grids, bests: Bests) -> None:
     if len(layers) < 2:
         return
     named = {"of all": layers}
-    if len(layers) > 2:
-        deepest = max(layers, key=lambda network: layers[network])
-        others = {network: depth for network, depth in layers.items() if network != deepest}
-        named[f"without {deepest}"] = others
+    for network in layers if len(layers) > 2 else ():
+        named[f"without {network}"] = {n: d for n, d in layers.items() if n != network}
     rows = []
     for name, some in named.items():
         pairs = [[bests[network, optimizer] for network in some] for optimizer in PAIR]
@@ -142,17 +140,23 @@ def by_depth(lab: Lab, grids: Grids, bests: Bests) -> None:
 def concentration(lab: Lab, grids: Grids, bests: Bests) -> None:
     """How much wider Adam-l2's updates are spread than AdamW's, paired by seed.
 
-    Trainings that have learnt nothing are left out, and so are their partners. The spread without
-    any decay is that of the first seed, with AdamW's alpha.
+    Trainings that have learnt nothing are left out, and so are their partners. Those without any
+    decay have AdamW's alpha; they are there if its grid has 0.
     """
+    without = {}
+    for network, pair in grids.items():
+        [adamw] = [grid for grid in pair if grid.name == "AdamW"]
+        lr = adamw.best(lab.store).lr
+        seeds = lab.settings.reported if 0 in adamw.weight_decays else ()
+        without[network] = [adamw.cell(lr, 0.0, seed) for seed in seeds]
+    lab.fill([cell for cells in without.values() for cell in cells], "figure 3, without decay")
     rows = []
     learnt: Bests = {}
-    for network, pair in grids.items():
+    for network in grids:
         both = zip(*(bests[network, name] for name in PAIR), strict=True)
         kept = [runs for runs in both if not any(map(at_chance, runs))]
         row: Row = {"network": network, "seeds": len(kept)}
-        [adamw] = [grid for grid in pair if grid.name == "AdamW"]
-        without = adamw.cell(adamw.best(lab.store).lr, 0.0)
+        neither = [r for r in (lab.store[c] for c in without[network]) if not at_chance(r)]
         for suffix, of in SPREADS.items():
             spreads = [(of(first), of(second)) for first, second in kept]
             gains = [first - second for first, second in spreads]
@@ -160,7 +164,7 @@ def concentration(lab: Lab, grids: Grids, bests: Bests) -> None:
             for index, name in enumerate(PAIR):
                 each = [both[index] for both in spreads]
                 row[f"{pictures.name_of(name)}{suffix}"] = statistics.mean(each or [math.nan])
-            row[f"no_decay{suffix}"] = of(lab.store[without]) if without in lab.store else math.nan
+            row[f"no_decay{suffix}"] = statistics.mean([of(run) for run in neither] or [math.nan])
             named = {"mean": statistics.mean(gains or [math.nan]), "low": low, "high": high}
             row.update({f"{key}{suffix}": value for key, value in named.items()})
         gain = difference(*(bests[network, name] for name in PAIR))

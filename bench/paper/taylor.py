@@ -13,7 +13,7 @@ from adamprox import AdamProx, AdamW
 from . import data, networks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -34,7 +34,7 @@ class Point(NamedTuple):
     distance: float
 
 
-def distances(over: str, steps: int, advance: Callable[[], object] | None = None) -> list[Point]:
+def distances(over: str, steps: int) -> list[Point]:
     """Trains a smooth network on digits with both, in float64.
 
     Args:
@@ -53,8 +53,6 @@ def distances(over: str, steps: int, advance: Callable[[], object] | None = None
         ]
         apart = [torch.linalg.vector_norm(a - b).item() for a, b in zip(*paths, strict=True)]
         result.append(Point(eta, weight_decay, max(apart)))
-        if advance is not None:
-            advance()
     return result
 
 

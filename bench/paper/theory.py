@@ -172,21 +172,21 @@ class Stability(NamedTuple):
     theory: float
 
 
-def stability(curvature: float = 1.0) -> list[Stability]:
-    """SGD on ``curvature / 2 * x^2`` and ``weight_decay / 2 * x^2``, which is coupled or proximal.
+def stability() -> list[Stability]:
+    """SGD on ``1/2 x^2`` and ``weight_decay / 2 x^2``, which is coupled or proximal.
 
     What limits ``eta`` is the gradient of f and the decay together where they are coupled:
-    ``2 / (curvature + weight_decay)``. Where it is proximal, the decay lifts the limit instead:
-    ``2 / (curvature - weight_decay)``, and none from ``weight_decay = curvature`` on. So the rate
-    depends on the gradient of f alone (Duchi et al., 2010b).
+    ``2 / (1 + weight_decay)``. Where it is proximal, the decay lifts the limit instead:
+    ``2 / (1 - weight_decay)``, and none from ``weight_decay = 1`` on. So the rate depends on the
+    gradient of f alone (Duchi et al., 2010b).
     """
     etas = 2 ** (torch.arange(-24, 49, dtype=torch.float64) / 8)
     result = []
     for weight_decay, decay in itertools.product((0.0, 0.5, 1.0, 4.0), DECAYS[1:3]):
         start = torch.ones_like(etas)
-        iterates = path(sgd(), decay, lambda x: curvature * x, start, etas, weight_decay)
+        iterates = path(sgd(), decay, lambda x: x, start, etas, weight_decay)
         largest = etas[iterates[-1].abs() < 0.1].max().item()
-        limit = curvature + weight_decay if decay == DECAYS[1] else curvature - weight_decay
+        limit = 1 + weight_decay if decay == DECAYS[1] else 1 - weight_decay
         result.append(
             Stability(weight_decay, decay, largest, 2 / limit if limit > 0 else torch.inf)
         )

@@ -175,8 +175,7 @@ def _train(
         result.correct = packed(right)
     if result.histograms:
         result.iqr = interquartile_range(result.histograms[-1])
-    weights = list(model.parameters())
-    result.zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    result.zeros = adamprox.sparsity(model).share
     result.seconds = clock() - start
     return result
 

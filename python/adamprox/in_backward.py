@@ -75,7 +75,7 @@ def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
             "have run, so steps in backward would take them as they are on this process"
         )
     known = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    params = dict(_trainable(model))
+    params = dict(model.named_parameters())
     if not any(id(param) in known for param in params.values()):
         raise ValueError("optimizer has none of the params of model")
     for index, group in enumerate(optimizer.param_groups):
@@ -92,15 +92,6 @@ def step_in_backward(model: nn.Module, optimizer: _FusedAdam) -> StepInBackward:
 _ONE_BLOCK = (
     "{} has block='group', one norm of all its params, and a step in backward knows one param only"
 )
-
-
-def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The params that can have a gradient."""
-    return [
-        (name, param)
-        for name, param in model.named_parameters()
-        if param.is_floating_point() or param.is_complex()
-    ]
 
 
 class StepInBackward:
@@ -159,21 +150,19 @@ class _Steps:
     def _add_modules(self, module: nn.Module, prefix: str) -> None:
         for name, child in module.named_modules(prefix=prefix):
             self._names[child] = name
-        for name, param in _trainable(module):
-            self._add(param, f"{prefix}.{name}" if prefix else name)
+        for name, param in module.named_parameters(prefix=prefix):
+            self._add(param, name)
 
     def _add(self, param: nn.Parameter, name: str) -> None:
+        if not (param.is_floating_point() or param.is_complex()):
+            return  # it cannot have a gradient
         optimizer = self._optimizer()
         if optimizer is not None and not any(s.optimizer() is optimizer for s in _steps_of(param)):
             self._steps.append(weakref.ref(_ParamStep(optimizer, param, name)))
 
     def _registered(self, module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         prefix = self._names.get(module)
-        if (
-            prefix is not None
-            and param is not None
-            and (param.is_floating_point() or param.is_complex())
-        ):
+        if prefix is not None and param is not None:
             self._add(param, f"{prefix}.{name}" if prefix else name)
 
     def _module_registered(self, module: nn.Module, name: str, child: nn.Module | None) -> None:

@@ -16,15 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .hyperparameters import RULES
-
 TILE_SIZE = 2048
 CHUNK_SIZE = 8 * TILE_SIZE
 
 BLOCK_SIZE = 256  # of what telemetry sums at a time
 BINS = 29  # of telemetry's histograms
 
-DECAYS = tuple(RULES)
 ELEMENTWISE_PROX = ("prox_sq_l2", "prox_l1")
 
 
