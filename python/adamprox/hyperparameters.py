@@ -64,7 +64,7 @@ class Options(TypedDict, total=False):
     differentiable: bool
     fused: bool | None
     decay_by: str
-    ema_decay: float | None
+    ema_decay: float | Tensor | None
     cautious: bool
     l2: float | Tensor
     metric: str
