@@ -236,3 +236,15 @@ def test_a_group_of_another_rule_has_that_rules_options(optimizer, other, option
     its.grad = torch.zeros(3)
     opt.step()
     assert (its < 0).all()
+
+
+def test_a_rule_whose_params_all_have_another_one_is_refused():
+    rules = {"*": {"lr": 1.0}, "0.*": {"lr": 2.0}}
+    with pytest.raises(ValueError, match=r"all params that match '0\.\*' match a key before it"):
+        adamprox.param_groups(nn.Sequential(nn.Linear(2, 2)), 0.1, rules=rules)
+
+
+def test_decoupled_decay_of_adam_is_adamw():
+    params = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(TypeError, match="'decoupled_weight_decay': AdamW has decoupled decay"):
+        adamprox.Adam(params, decoupled_weight_decay=True)

@@ -57,10 +57,12 @@ def load(
         for handle in handles:
             handle.remove()
     if others:
+        own = [optimizer.param_groups[index] for index in others]
+        kept = [key for key in DECAY_SETTINGS if any(key in group for group in own)]
         warnings.warn(
-            f"{type(optimizer).__name__}: param_groups{others} of this state dict were saved under "
+            f"{type(optimizer).__name__}: param_groups{others} of this state dict: saved under "
             "another rule of decay, whose weight_decay means something else: the optimizer's own "
-            f"{', '.join(DECAY_SETTINGS)} stay",
+            f"{', '.join(kept)} stay",
             stacklevel=3,
         )
 

@@ -55,7 +55,7 @@ def param_groups(
     Raises:
         TypeError: ``model`` is no module, a key of ``rules`` neither a pattern nor a type, or its
             values no mapping.
-        ValueError: no param matches a key of ``rules``.
+        ValueError: no param matches a key of ``rules``, or all that do match a key before it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}")
@@ -76,6 +76,7 @@ def param_groups(
             )
         if not isinstance(rules[key], Mapping):
             raise TypeError(f"Invalid rules: {key!r}: {rules[key]!r}, expected a dict of values")
+    used: set[int] = set()
     groups: list[dict[str, Any]] = [
         {"params": [], "param_names": [], "weight_decay": weight_decay, **values, **without}
         for values in ({}, *rules.values())
@@ -83,9 +84,13 @@ def param_groups(
     ]
     for name, param in model.named_parameters():
         rule = next((i for i, ids in enumerate(matches, 1) if id(param) in ids), 0)
+        used.add(rule)
         group = groups[2 * rule + (id(param) in exempt)]
         group["params"].append(param)
         group["param_names"].append(name)
+    for rule, key in enumerate(rules, 1):
+        if rule not in used:
+            raise ValueError(f"Invalid rules: all params that match {key!r} match a key before it")
     return [group for group in groups if group["params"]]
 
 

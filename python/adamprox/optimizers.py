@@ -64,11 +64,11 @@ class _FusedAdam(Stepped):
             if key not in known:
                 name = type(self).__name__
                 rules = [rule for rule, own in RULES.items() if key in own]
-                hint = (
-                    f", which is an option of decay={' and '.join(map(repr, rules))}"
-                    if rules
-                    else ""
-                )
+                hint = ""
+                if rules:
+                    hint = f", which is an option of decay={' and '.join(map(repr, rules))}"
+                elif key == "decoupled_weight_decay":
+                    hint = ": AdamW has decoupled decay"
                 raise TypeError(
                     f"{name}.__init__() got an unexpected keyword argument {key!r}{hint}"
                 )
