@@ -299,6 +299,15 @@ def test_the_readmes_accuracies_are_those_of_the_rows():
     assert re.findall(r"9\d\.\d %", told)[:9] == [accuracy(*way) for way in ways]
 
 
+def test_the_lines_of_the_readme_that_cut_neurons_out(capsys):
+    names = readmes_lines("slim")
+    assert names["same"]
+    assert 3 <= names["slim"].out_features < 10  # 4 here; other processors sum otherwise
+    loss = nn.functional.mse_loss(names["head"](names["slim"](names["x"]).relu()), names["y"])
+    assert loss < 1e-3
+    assert "of 64 neurons are left, with the same outputs: True" in capsys.readouterr().out
+
+
 def test_the_lines_of_the_readme_that_prune(capsys):
     names = readmes_lines("prune")
     assert zeros(names["model"]) == round(0.8 * 1344)
