@@ -44,8 +44,8 @@ class _FusedAdam(Stepped):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
-            cls.__signature__ = None  # type: ignore[attr-defined]  # that of __init__, not what document() has given a base
+        if "__init__" in vars(cls):  # whose signature it is, not what document() gave a base
+            cls.__signature__ = None  # type: ignore[attr-defined]
 
     def __init__(
         self,
