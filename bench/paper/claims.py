@@ -223,7 +223,8 @@ def remainder(rows: Rows) -> tuple[str, str]:
 def l2_on_a_par(rows: Rows) -> tuple[str, str]:
     """AdamProxL2's error minus AdamW's; a smaller one is good, too. One way that can is enough."""
     of_l2 = [r for r in rows if r["optimizer"].startswith("AdamProxL2")]
-    told = f"error minus AdamW's, points: {by('optimizer', of_l2)}"
+    named = [{**r, "rule": f"{r['optimizer']}, lambda {float(r['lambda']):g}"} for r in of_l2]
+    told = f"error minus AdamW's, points: {by('rule', named)}"
     # Without decay it would be AdamW without decay.
     verdicts = [between(r, -inf, PAR) for r in of_l2 if float(r["lambda"]) > 0]
     return told, SHOWN if SHOWN in verdicts else together(verdicts or [UNDECIDED])
