@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -384,6 +385,13 @@ def test_pruning_follows_the_cubic_ramp(steps):
         optimizer.step()
     expected = 0.8 * (1 - (1 - steps / 16) ** 3)
     assert (model.weight == 0).sum().item() == round(expected * 200)
+
+
+def test_a_strength_that_makes_all_zero_is_no_news():
+    cell = dataclasses.replace(TINY, optimizer="AdamProxL1", weight_decay=10.0, epochs=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert training.train(cell, CPU).zeros > 0.9
 
 
 def test_an_l1_term_of_the_loss_adds_its_subgradient():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
+import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from .histograms import interquartile_range, update_histogram
 from .intervals import packed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch.optim import Optimizer
@@ -124,6 +126,15 @@ def train(
     return result
 
 
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Strengths are tried that are too large."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is zero as a whole after step")
+        yield
+
+
+@_unwarned()
 def _train(
     cell: Cell,
     device: torch.device,
