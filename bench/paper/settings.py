@@ -200,7 +200,7 @@ QUICK = Settings(
     scaled_network="ResNet-8",
     taylor_networks=("ResNet-8",),
     section5_network="ResNet-8",
-    mechanism_networks=("ResNet-20", "ResNet-56"),
+    mechanism_networks=("ResNet-20",),
     histogram_networks=HISTOGRAM_NETWORKS,
     histogram_epochs=1,
     sgd_network="ResNet-110",
@@ -213,6 +213,7 @@ QUICK = Settings(
     l2_weight_decays=(0.0, 1e-3, 1e-2),
     extensions=0,
     rounds=2,
+    ranks=(1, 2),
 )
 
 
