@@ -125,9 +125,9 @@ def make(
             three quarters of it, 12 in the paper.
         start: ``"he"``, the paper's, by which each block of a ResNet without BN doubles the
             variance; or ``"scaled"``, in the way of Fixup (Zhang et al. 2019): the last convolution
-            of each of L blocks is divided by the root of L, so that the variance stays below e
-            times the first one. At 0, as in Fixup, channels whose shortcut is padded with zeros
-            would never learn, since these networks have no biases.
+            of each of L blocks is divided by the root of L, so that the variance stays below a
+            constant times the first one. At 0, as in Fixup, channels whose shortcut is padded with
+            zeros would never learn, since these networks have no biases.
 
     Raises:
         ValueError: there is no such network, or no such function.
