@@ -37,6 +37,7 @@ from adamprox.bench.paper import (
     intervals,
     networks,
     page,
+    pairs,
     quadratics,
     ranks,
     scaling,
@@ -612,6 +613,26 @@ def test_differences_have_the_sign_of_what_adamw_gains(tmp_path, monkeypatch):
     assert float(of_ranks["AdamW", "2"]["cost_mean"]) == pytest.approx(0.5)
     assert float(of_ranks["AdamW", "2"]["gain_mean"]) == pytest.approx(0.4)
     assert float(of_ranks["Adam-l2", "2"]["gain_mean"]) == 0
+
+
+def test_the_gain_by_depth_is_told_without_each_network(tmp_path):
+    gains = {"ResNet-8": 0.0, "ResNet-16": 0.1, "ResNet-32": 0.5}
+    bests = {
+        (network, name): [training.Result(1.0, 0.2 + gain * (name == "Adam"))] * 2
+        for network, gain in gains.items()
+        for name in settings.PAIR
+    }
+    pairs.by_depth(Lab(settings.QUICK, None, None, tmp_path), {key: [] for key in gains}, bests)
+    with (tmp_path / "advantage-by-depth.csv").open(newline="") as file:
+        slopes = {row["networks"]: float(row["mean"]) for row in csv.DictReader(file)}
+    assert slopes == pytest.approx(
+        {
+            "of all": 0.25,
+            "without ResNet-8": 0.4,
+            "without ResNet-16": 0.25,
+            "without ResNet-32": 0.1,
+        }
+    )
 
 
 def test_the_study_tells_other_seeds_than_the_one_that_selects(tmp_path):
