@@ -608,7 +608,8 @@ def test_differences_have_the_sign_of_what_adamw_gains(tmp_path, monkeypatch):
     gains = {(row["network"], row["control"]): float(row["gain"]) for row in table("mechanism")}
     assert gains["ResNet-20", "Adam-l2"] == pytest.approx(0.4)
     assert gains["ResNet-20", "neither"] == pytest.approx(0.01)
-    assert gains["ResNet-20", "AdamW"] == 0
+    assert gains["ResNet-20", "AdamW"] == gains["ResNet-20", "AdamW, scaled start"] == 0
+    assert gains["ResNet-20", "Adam-l2, scaled start"] == pytest.approx(0.4)
     of_ranks = {(row["optimizer"], row["ranks"]): row for row in table("distributed")}
     assert float(of_ranks["AdamW", "2"]["cost_mean"]) == pytest.approx(0.5)
     assert float(of_ranks["AdamW", "2"]["gain_mean"]) == pytest.approx(0.4)
@@ -1145,7 +1146,8 @@ def with_values(rows, **values):
 
 
 def of_mechanism(adam, shrunk):
-    controls = (("Adam-l2", adam), ("Adam-l2, shrunk as AdamW", shrunk), ("neither", NOISE))
+    controls = {"Adam-l2": adam, "Adam-l2, shrunk as AdamW": shrunk, "neither": NOISE}
+    controls["Adam-l2, scaled start"] = NOISE
     return [
         {
             "network": "A",
@@ -1153,7 +1155,7 @@ def of_mechanism(adam, shrunk):
             "lambda": "0.001",
             **dict(zip(("gain", "low", "high"), each, strict=True)),
         }
-        for control, each in controls
+        for control, each in controls.items()
     ]
 
 

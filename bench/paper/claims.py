@@ -159,9 +159,10 @@ def scale_freeness_carries_it(rows: Rows) -> tuple[str, str]:
     of = {(r["network"], r["control"]): r for r in rows}
     for network in dict.fromkeys(r["network"] for r in rows):
         adam, shrunk = of[network, "Adam-l2"], of[network, "Adam-l2, shrunk as AdamW"]
-        none = of[network, "neither"]
+        none, scaled = of[network, "neither"], of[network, "Adam-l2, scaled start"]
         told.append(
-            f"{network} {_gain(adam)}, over a shrunk one {_gain(shrunk)}, over none {_gain(none)}"
+            f"{network} {_gain(adam)}, over a shrunk one {_gain(shrunk)}, over none {_gain(none)}, "
+            f"from a scaled start {_gain(scaled)}"
         )
         if above_zero(adam) == SHOWN:
             tells = float(shrunk["gain"]) <= float(adam["gain"]) and float(adam["lambda"]) > 0
