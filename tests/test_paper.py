@@ -11,6 +11,7 @@ import pickle
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -616,8 +617,42 @@ def test_differences_have_the_sign_of_what_adamw_gains(tmp_path, monkeypatch):
     assert float(of_ranks["Adam-l2", "2"]["gain_mean"]) == 0
 
 
+def test_how_far_a_factor_moves_errors(tmp_path, monkeypatch):
+    """Adam-l2's are of lambda / c, AdamW's of none of both. The seed that selects has no say."""
+
+    def result(cell):
+        error = 0.1 + (cell.optimizer == "Adam") * 3 * cell.weight_decay / cell.loss_factor
+        error = 0.9 - cell.lr if cell.seed == 0 else error
+        return training.Result(error, error, validation_error=error)
+
+    def fill(self, cells, *_):
+        self._results.update({cell: result(cell) for cell in map(store.canonical, cells)})
+
+    monkeypatch.setattr(store.Store, "fill", fill)
+    monkeypatch.setattr(scaling, "STEPS", 2)
+    of_lab = Lab(
+        dataclasses.replace(settings.QUICK, validation=9), store.Store(tmp_path), None, tmp_path
+    )
+    with plots.style():
+        figures.FIGURES["4"](of_lab)
+    of_lab.store.close()
+
+    def table(name):
+        with (tmp_path / f"{name}.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    farther = 3 * statistics.mean([1e-4, 1e-3, 1e-2, 0.1])
+    moved = [float(row["moved_mean"]) for row in table("figure-4-over-lambda")]
+    assert moved == pytest.approx([0.9 * farther, 0.99 * farther, 0, 0, 0, 0])
+    rows = table("figure-4-moved")
+    assert [row["than"] for row in rows] == ["Adam-l2 over lambda / c", "AdamW over lambda"]
+    for row in rows:
+        values = [float(row[name]) for name in ("mean", "low", "high")]
+        assert values == pytest.approx([0.945 * farther] * 3)
+
+
 def test_the_gain_by_depth_is_told_without_each_network(tmp_path):
-    gains = {"ResNet-8": 0.0, "ResNet-16": 0.1, "ResNet-32": 0.5}
+    gains = {"ResNet-8": 0.0, "ResNet-16": 0.1, "ResNet-32": 0.5, "ResNet-64": 0.5}
     bests = {
         (network, name): [training.Result(1.0, 0.2 + gain * (name == "Adam"))] * 2
         for network, gain in gains.items()
@@ -628,10 +663,12 @@ def test_the_gain_by_depth_is_told_without_each_network(tmp_path):
         slopes = {row["networks"]: float(row["mean"]) for row in csv.DictReader(file)}
     assert slopes == pytest.approx(
         {
-            "of all": 0.25,
-            "without ResNet-8": 0.4,
-            "without ResNet-16": 0.25,
-            "without ResNet-32": 0.1,
+            "of all": 0.19,
+            "without ResNet-8": 0.2,
+            "without ResNet-16": 2.5 / 14,
+            "without ResNet-32": 2.4 / 14,
+            "without ResNet-64": 0.25,
+            "without ResNet-32 and ResNet-64": 0.1,
         }
     )
 
@@ -970,6 +1007,7 @@ def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkey
     }
     tables = {
         "distributed",
+        "figure-4-moved",
         "without-decay",
         "advantage-by-depth",
         "figure-5-seeds",
@@ -1159,14 +1197,6 @@ def of_mechanism(adam, shrunk):
     ]
 
 
-def of_figure_4(adam, divided, adamw):
-    keys = (("Adam-l2", "lambda"), ("Adam-l2", "lambda / c"), ("AdamW", "lambda"))
-    return [
-        {"optimizer": name, "over": over, "points": "3", "moved_mean": str(moved)}
-        for (name, over), moved in zip(keys, (adam, divided, adamw), strict=True)
-    ]
-
-
 def of_spreads(adam, adamw):
     return [
         {"network": f"ResNet-{i}", "Adam-l2": str(a), "AdamW": str(b), "no_decay": "1"}
@@ -1204,7 +1234,7 @@ def of_ranks(cost, cost_with_bn, gain):
 
 def of_sgd(*losses):
     return [
-        {"batch_norm": norm, "lr": str(10.0**k), "loss": loss}
+        {"batch_norm": norm, "lr": str(k * 1e-10), "loss": loss}
         for k, loss in enumerate(losses)
         for norm in ("False", "True")
     ]
@@ -1300,11 +1330,10 @@ DECAYS, NO_DECAY = ({"optimizer": "AdamProxL2", "lambda": text} for text in "10"
         ("scale_freeness_carries_it", of_mechanism(GOOD, NONE), "contrary"),
         ("scale_freeness_carries_it", of_mechanism(GOOD, NOISE), "undecided"),
         ("scale_freeness_carries_it", of_mechanism(NOISE, GOOD), "undecided"),
-        ("factor_of_the_loss", of_figure_4(0.2, 0.01, 0.02), "shown"),
-        ("factor_of_the_loss", of_figure_4(0.2, 0.1, 0.1), "undecided"),
-        ("factor_of_the_loss", of_figure_4(0.2, 0.01, 0.1), "in part"),
-        ("factor_of_the_loss", of_figure_4(0.01, 0.2, 0.2), "contrary"),
-        ("factor_of_the_loss", of_figure_4(0.02, 0.022, 0.022), "undecided"),
+        ("factor_of_the_loss", with_values(rows_of(GOOD, GOOD), than="A"), "shown"),
+        ("factor_of_the_loss", with_values(rows_of(GOOD, NOISE), than="A"), "in part"),
+        ("factor_of_the_loss", with_values(rows_of(NOISE, NOISE), than="A"), "undecided"),
+        ("factor_of_the_loss", with_values(rows_of(BAD, BAD), than="A"), "contrary"),
         ("trains_faster", of_ratio("0.8", "0.95"), "shown"),
         ("trains_faster", of_ratio("0.8", "1.05"), "undecided"),
         ("trains_faster", of_ratio("1.1", "1.2"), "contrary"),
@@ -1319,9 +1348,10 @@ DECAYS, NO_DECAY = ({"optimizer": "AdamProxL2", "lambda": text} for text in "10"
         ("without_bn_on_ranks", of_ranks(NONE, GOOD, GOOD), "shown"),
         ("without_bn_on_ranks", of_ranks(GOOD, NOISE, BAD), "contrary"),
         ("without_bn_on_ranks", of_ranks(NONE, GOOD, NOISE), "in part"),
-        ("sgd_diverges", of_sgd("nan", "nan"), "shown"),
-        ("sgd_diverges", of_sgd("2.0", "nan"), "contrary"),
-        ("sgd_diverges", of_sgd("2.0", "3.0"), "contrary"),
+        ("sgd_diverges", of_sgd("2.0", "nan", "nan"), "shown"),
+        ("sgd_diverges", of_sgd("2.0", "9.0", "nan"), "shown"),
+        ("sgd_diverges", of_sgd("2.0", "2.0", "nan"), "contrary"),
+        ("sgd_diverges", of_sgd("2.0", "1.9", "3.0"), "contrary"),
         ("corollary_1", of_corollary("True", "1e-7"), "shown"),
         ("corollary_1", of_corollary("False", "1e-7"), "in part"),
         ("corollary_1", of_corollary("False", "1e-5"), "contrary"),

@@ -117,7 +117,10 @@ def advantage(lab: Lab, name: str, grids: Grids, bests: Bests) -> None:
 
 
 def by_depth(lab: Lab, grids: Grids, bests: Bests) -> None:
-    """How much more AdamW gains if the layers are twice as many; also without each network."""
+    """How much more AdamW gains if the layers are twice as many.
+
+    Also without each network, and without the two deepest ones.
+    """
     layers = {}
     for network in grids:
         if found := re.fullmatch(r"ResNet-(\d+)", network):
@@ -125,12 +128,16 @@ def by_depth(lab: Lab, grids: Grids, bests: Bests) -> None:
     if len(layers) < 2:
         return
     named = {"of all": layers}
-    for network in layers if len(layers) > 2 else ():
-        named[f"without {network}"] = {n: d for n, d in layers.items() if n != network}
+    left_out = [{network} for network in layers] if len(layers) > 2 else []
+    if len(layers) > 3:
+        left_out.append(set(sorted(layers, key=layers.__getitem__)[-2:]))
+    for some in left_out:
+        names = " and ".join(network for network in layers if network in some)
+        named[f"without {names}"] = {n: d for n, d in layers.items() if n not in some}
     rows = []
-    for name, some in named.items():
-        pairs = [[bests[network, optimizer] for network in some] for optimizer in PAIR]
-        mean, low, high = slope(list(some.values()), *pairs)
+    for name, kept in named.items():
+        pairs = [[bests[network, optimizer] for network in kept] for optimizer in PAIR]
+        mean, low, high = slope(list(kept.values()), *pairs)
         row = {"networks": name, "seeds": len(pairs[0][0])}
         rows.append({**row, "mean": mean, "low": low, "high": high})
     title = "What AdamW gains by twice as many layers, by seed"

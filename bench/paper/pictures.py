@@ -204,13 +204,20 @@ def histograms(axes: Axes, results: Mapping[str, Result], index: int, network: s
 
 
 def factors(
-    axes: Axes, curves: Mapping[float, Mapping[str, Result]], name: str, divided: bool
+    axes: Axes, curves: Mapping[float, Mapping[str, Sequence[float]]], name: str, divided: bool
 ) -> None:
-    """The test error over lambda, or lambda / c, a line for each factor c of the loss."""
+    """The test error over lambda, or lambda / c, a line for each factor c of the loss.
+
+    The median over seeds, and a band of all.
+    """
     for index, (factor, points) in enumerate(curves.items()):
         xs = [float(x) for x in points]
-        errors = [100 * point.test_error for point in points.values()]
-        axes.plot(xs, errors, label=f"c = {factor:g}", **plots.series(index))
+        medians, low, high = (
+            [100 * of(errors) for errors in points.values()] for of in (statistics.median, min, max)
+        )
+        style = plots.series(index)
+        axes.plot(xs, medians, label=f"c = {factor:g}", **style)
+        axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     plots.log_ticks(axes)
     axes.set_xlabel(r"$\lambda / c$" if divided else r"$\lambda$")
