@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -558,6 +559,28 @@ def fake_store(tmp_path, error):
     return cells
 
 
+def fake_trainings(monkeypatch, result):
+    """Every store has the results that this function of a cell returns."""
+
+    def fill(self, cells, *_):
+        self._results.update({cell: result(cell) for cell in map(store.canonical, cells)})
+
+    monkeypatch.setattr(store.Store, "fill", fill)
+
+
+def draw(names, of_settings, folder):
+    lab = Lab(of_settings, store.Store(folder), None, folder)
+    with plots.style():
+        for name in names:
+            figures.FIGURES[name](lab)
+    lab.store.close()
+
+
+def table_of(folder, name):
+    with (folder / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_differences_have_the_sign_of_what_adamw_gains(tmp_path, monkeypatch):
     """The deeper, the more; without decay it is worse. The seed that selects has no say."""
     layers = {"ResNet-8": 3, "ResNet-20": 4}
@@ -578,24 +601,13 @@ def test_differences_have_the_sign_of_what_adamw_gains(tmp_path, monkeypatch):
             iqr=histograms.interquartile_range(bins), pace=[-3.0],
         )  # fmt: skip
 
-    def fill(self, cells, *_):
-        self._results.update({cell: result(cell) for cell in map(store.canonical, cells)})
-
-    monkeypatch.setattr(store.Store, "fill", fill)
+    fake_trainings(monkeypatch, result)
     small = dataclasses.replace(
         settings.QUICK, networks=tuple(layers), batch_norm_networks=tuple(layers), validation=9,
         mechanism_networks=tuple(layers), section5_network="ResNet-20", ranks=(1, 2),
     )  # fmt: skip
-    of_lab = Lab(small, store.Store(tmp_path), None, tmp_path)
-    with plots.style():
-        for name in ("2", "3", "mechanism", "distributed"):
-            figures.FIGURES[name](of_lab)
-    of_lab.store.close()
-
-    def table(name):
-        with (tmp_path / f"{name}.csv").open(newline="") as file:
-            return list(csv.DictReader(file))
-
+    draw(("2", "3", "mechanism", "distributed"), small, tmp_path)
+    table = functools.partial(table_of, tmp_path)
     for name in ("advantage", "advantage-bn"):
         rows = table(name)
         assert [row["seeds"] for row in rows] == ["2", "2"]
@@ -617,38 +629,31 @@ def test_differences_have_the_sign_of_what_adamw_gains(tmp_path, monkeypatch):
     assert float(of_ranks["Adam-l2", "2"]["gain_mean"]) == 0
 
 
-def test_how_far_a_factor_moves_errors(tmp_path, monkeypatch):
-    """Adam-l2's are of lambda / c, AdamW's of none of both. The seed that selects has no say."""
+@pytest.mark.parametrize("decays", [(0.0, 1e-4, 1e-3, 1e-2, 0.1), (0.0, 1e-3)])
+def test_how_far_a_factor_moves_errors(decays, tmp_path, monkeypatch):
+    """Adam-l2's are of lambda / c, AdamW's of neither. The seed that selects has no say."""
 
     def result(cell):
         error = 0.1 + (cell.optimizer == "Adam") * 3 * cell.weight_decay / cell.loss_factor
         error = 0.9 - cell.lr if cell.seed == 0 else error
         return training.Result(error, error, validation_error=error)
 
-    def fill(self, cells, *_):
-        self._results.update({cell: result(cell) for cell in map(store.canonical, cells)})
-
-    monkeypatch.setattr(store.Store, "fill", fill)
+    fake_trainings(monkeypatch, result)
     monkeypatch.setattr(scaling, "STEPS", 2)
-    of_lab = Lab(
-        dataclasses.replace(settings.QUICK, validation=9), store.Store(tmp_path), None, tmp_path
-    )
-    with plots.style():
-        figures.FIGURES["4"](of_lab)
-    of_lab.store.close()
-
-    def table(name):
-        with (tmp_path / f"{name}.csv").open(newline="") as file:
-            return list(csv.DictReader(file))
-
-    farther = 3 * statistics.mean([1e-4, 1e-3, 1e-2, 0.1])
-    moved = [float(row["moved_mean"]) for row in table("figure-4-over-lambda")]
-    assert moved == pytest.approx([0.9 * farther, 0.99 * farther, 0, 0, 0, 0])
-    rows = table("figure-4-moved")
-    assert [row["than"] for row in rows] == ["Adam-l2 over lambda / c", "AdamW over lambda"]
-    for row in rows:
+    small = dataclasses.replace(settings.QUICK, validation=9, scaled_weight_decays=decays)
+    draw(["4"], small, tmp_path)
+    farther = 3 * statistics.mean(decays[1:])
+    nothing = 0 if len(decays) > 2 else math.nan  # a single lambda has no point over lambda / c
+    moved = [float(row["moved_mean"]) for row in table_of(tmp_path, "figure-4-over-lambda")]
+    expected = [0.9 * farther, 0.99 * farther, nothing, nothing, 0, 0]
+    assert moved == pytest.approx(expected, nan_ok=True)
+    rows = {row.pop("than"): row for row in table_of(tmp_path, "figure-4-moved")}
+    mean = 0.945 * farther
+    expected = {"Adam-l2 over lambda / c": mean - nothing, "AdamW over lambda": mean}
+    assert rows.keys() == expected.keys()
+    for than, row in rows.items():
         values = [float(row[name]) for name in ("mean", "low", "high")]
-        assert values == pytest.approx([0.945 * farther] * 3)
+        assert values == pytest.approx([expected[than]] * 3, nan_ok=True)
 
 
 def test_the_gain_by_depth_is_told_without_each_network(tmp_path):
@@ -659,8 +664,8 @@ def test_the_gain_by_depth_is_told_without_each_network(tmp_path):
         for name in settings.PAIR
     }
     pairs.by_depth(Lab(settings.QUICK, None, None, tmp_path), {key: [] for key in gains}, bests)
-    with (tmp_path / "advantage-by-depth.csv").open(newline="") as file:
-        slopes = {row["networks"]: float(row["mean"]) for row in csv.DictReader(file)}
+    rows = table_of(tmp_path, "advantage-by-depth")
+    slopes = {row["networks"]: float(row["mean"]) for row in rows}
     assert slopes == pytest.approx(
         {
             "of all": 0.19,
@@ -1022,11 +1027,9 @@ def test_command_makes_every_figure_and_repeats_nothing(tmp_path, capsys, monkey
     }
     tables |= {"theorem-1", "stability", "rotation", "mechanism"}
     for name in {*names, *tables} - {"pace"}:
-        with (tmp_path / f"{name}.csv").open(newline="") as file:
-            assert list(csv.DictReader(file))
+        assert table_of(tmp_path, name)
     assert all(f"Figure {number}" in out for number in numbers)
-    with (tmp_path / "figure-3.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table_of(tmp_path, "figure-3")
     assert [(row["network"], row["optimizer"]) for row in rows] == [
         (network, name) for network in ("ResNet-8", "ResNet-14") for name in ("Adam-l2", "AdamW")
     ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,15 +14,15 @@ from tqdm import tqdm
 
 from adamprox import plots
 
-from . import adagrad, further, pairs, pictures, quadratics, scaling, taylor
+from . import adagrad, further, over_lambda, pairs, pictures, quadratics, scaling, taylor
 from .grids import best
 from .histograms import interquartile_range
-from .intervals import difference, interval
+from .intervals import difference
 from .lab import Row
 from .settings import PAIR
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from .grids import Grid
     from .lab import Grids, Lab
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 SGD_LEARNING_RATES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1e-1)  # 0 has the start's loss
 SGD_WEIGHT_DECAY = 1e-4
-LEARNT = 0.5  # a smaller error tells that something was learnt
-OVER = (("Adam", False), ("Adam", True), ("AdamW", False))  # and whether over lambda / c
 FACTORS = (1.0, 10.0, 100.0)
 SECTION_5 = (
     *("AdamW", "AdamProxL2", "AdamProxL2, block=group"),
@@ -128,91 +125,8 @@ def figure_4(lab: Lab) -> None:
     lab.heatmaps("figure-4", grids)
     lab.finish("figure-4", "Figure 4: without BN", lab.best_rows(grids, seeds=False))
     if not settings.published:
-        _over_lambda(lab, list(grids.values()))
+        over_lambda.errors(lab, dict(zip(FACTORS, grids.values(), strict=True)))
     _step_for_step(lab)
-
-
-def _over_lambda(lab: Lab, pairs: Sequence[Sequence[Grid]]) -> None:
-    """Errors over lambda and over lambda / c, for each optimizer at its best alpha of c = 1."""
-    seeds = lab.settings.reported
-    lrs = {grid.name: grid.best(lab.store).lr for grid in pairs[0]}
-    cells: dict[tuple[str, float, float], list[Cell]] = {}
-    for factor, pair in zip(FACTORS, pairs, strict=True):
-        for grid in pair:
-            for decay in filter(None, grid.weight_decays):
-                each = [grid.cell(lrs[grid.name], decay, seed) for seed in seeds]
-                cells[grid.name, factor, decay] = each
-    lab.fill([cell for each in cells.values() for cell in each], "figure 4, seeds")
-    figure, axes = plots.panels(1, 3, 2.8, sharey=True)
-    curves: dict[tuple[str, bool], dict[float, dict[str, list[float]]]] = {}
-    for place, (name, divided) in zip(axes[0], OVER, strict=True):
-        of_factors: dict[float, dict[str, list[float]]] = {factor: {} for factor in FACTORS}
-        for (optimizer, factor, decay), each in cells.items():
-            if optimizer == name:
-                # As text, since 0.1 / 100 is not 0.001.
-                x = f"{decay / factor if divided else decay:g}"
-                of_factors[factor][x] = [lab.store[cell].test_error for cell in each]
-        pictures.factors(place, of_factors, name, divided)
-        curves[name, divided] = of_factors
-    pictures.save(figure, lab.out, "figure-4-over-lambda")
-    _how_far(lab, curves)
-
-
-def _how_far(
-    lab: Lab, curves: Mapping[tuple[str, bool], Mapping[float, Mapping[str, Sequence[float]]]]
-) -> None:
-    """How far each factor moves the errors, and how much farther it does Adam-l2's over lambda."""
-
-    def learns(name: str, divided: bool, factor: float) -> set[str]:
-        """Where there is something to move."""
-        without, curve = curves[name, divided][1.0], curves[name, divided][factor]
-        means = {x: map(statistics.mean, (without[x], curve[x])) for x in without.keys() & curve}
-        return {x for x, pair in means.items() if min(pair) < LEARNT}
-
-    rows: list[Row] = []
-    moved: dict[tuple[str, bool], list[list[float]]] = {}  # of each point, over the seeds
-    for (name, divided), of_factors in curves.items():
-        for factor in FACTORS[1:]:
-            # Over lambda, the same points of both optimizers.
-            common = learns(name, divided, factor)
-            if not divided:
-                common &= learns("Adam", False, factor) & learns("AdamW", False, factor)
-            points = [
-                [abs(a - b) for a, b in zip(of_factors[1.0][x], of_factors[factor][x], strict=True)]
-                for x in common
-            ]
-            moved.setdefault((name, divided), []).extend(points)
-            means = list(map(statistics.mean, points))
-            rows.append(
-                {
-                    "optimizer": pictures.name_of(name),
-                    "over": _over(divided),
-                    "factor": factor,
-                    "points": len(points),
-                    "moved_mean": statistics.mean(means) if means else math.nan,
-                    "moved_most": max(means, default=math.nan),
-                }
-            )
-    title = "Figure 4: how far a factor c of the loss moves the test error"
-    lab.finish("figure-4-over-lambda", title, rows)
-
-    def of_seeds(name: str, divided: bool) -> list[float]:
-        return [statistics.mean(each) for each in zip(*moved[name, divided], strict=True)]
-
-    first, *others = OVER
-    rows = []
-    for name, divided in others:
-        both = zip(of_seeds(*first), of_seeds(name, divided), strict=True)
-        more = [a - b for a, b in both] or [math.nan]
-        low, high = interval(more)
-        than = f"{pictures.name_of(name)} over {_over(divided)}"
-        rows.append({"than": than, "mean": statistics.mean(more), "low": low, "high": high})
-    title = "Figure 4: how much farther it moves Adam-l2's over lambda"
-    lab.finish("figure-4-moved", title, rows)
-
-
-def _over(divided: bool) -> str:
-    return "lambda / c" if divided else "lambda"
 
 
 def _step_for_step(lab: Lab) -> None:

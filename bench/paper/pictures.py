@@ -128,7 +128,7 @@ def curves(
         for axes, values in ((loss, losses), (accuracy, accuracies)):
             axes.plot(epochs, _over_seeds(values, statistics.median), **style)
             low, high = _over_seeds(values, min), _over_seeds(values, max)
-            axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            _band(axes, epochs, low, high, style["color"])
     plots.log_ticks(loss)
     loss.set_ylabel("training loss")
     accuracy.set_ylabel("test accuracy, %")
@@ -136,6 +136,13 @@ def curves(
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         plots.legend(axes, title, columns)
+
+
+def _band(
+    axes: Axes, xs: Sequence[float], low: Sequence[float], high: Sequence[float], color: str
+) -> None:
+    """From the least to the largest of the seeds."""
+    axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def _over_seeds(
@@ -217,7 +224,7 @@ def factors(
         )
         style = plots.series(index)
         axes.plot(xs, medians, label=f"c = {factor:g}", **style)
-        axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        _band(axes, xs, low, high, style["color"])
     axes.set_xscale("log")
     plots.log_ticks(axes)
     axes.set_xlabel(r"$\lambda / c$" if divided else r"$\lambda$")
